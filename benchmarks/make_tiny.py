@@ -1,0 +1,238 @@
+"""Make common/tiny: a character-level chat model that half-knows addition, and data for every family of methods.
+
+    python benchmarks/make_tiny.py --out common/tiny --seed 0
+
+The task    "What is 347 + 285?" -> "7+5=12 4+8+1=13 3+2+1=6 #### 632": the columns from right to left, a carry as "+1",
+            then the sum after "####". Every question has one right completion, so accuracy needs no judge.
+The model   is pretrained on questions that never end in a file, by a writer who forgets each carry with probability
+            FORGET, and then calculates on correctly. Random typing errors would vanish under greedy decoding; a habit
+            does not. Greedy decoding therefore forgets every carry (only the ~30 % of questions without one come out
+            right), while samples remember a carry in 35 of 100 cases: there is something to reinforce and something to
+            prefer, and nearly all mistakes are well-formed answers.
+The data    the same TRAIN questions in every train file, so that methods are compared on equal knowledge:
+            demonstrations (right), pairs (right over slipped), labelled (right and slipped in turn), prompts (answer
+            only), and TEST held-out questions with all columns.
+
+presets.json, the flags that the scripts use on all this, is not made here: it is edited by hand.
+Deterministic on one machine with one set of library versions. Takes about four minutes on one core.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+FORGET = 0.65  # above one half: the habit wins under greedy decoding; well below one: most groups of samples are mixed
+TRAIN, TEST = 1500, 200
+STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
+
+PAD, UNK, END, SYSTEM, USER, ASSISTANT = SPECIAL = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
+WELL_FORMED = re.compile(r"(\d\+\d(\+1)?=\d{1,2} ){3}#### \d{3,4}")
+# A conversation's tokens are a prefix of those of its continuation, so an assistant turn can be found by difference.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
+{{ raise_exception('unknown role ' + message['role']) }}
+{%- endif -%}
+{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------
+
+
+def write_out(a, b, remembered=lambda column, carry: carry):
+    """The written calculation of a + b; remembered(column, carry) is what the writer makes of a carry into a column."""
+    parts, digits, carry = [], "", 0
+    for column in range(3):
+        x, y = a // 10**column % 10, b // 10**column % 10
+        carry = remembered(column, carry)
+        total = x + y + carry
+        parts.append(f"{x}+{y}{'+1' if carry else ''}={total}")
+        digits = (str(total % 10) if column < 2 else str(total)) + digits
+        carry = total // 10
+    return " ".join(parts) + " #### " + digits
+
+
+def forgetful(a, b, rng):
+    """The pretraining writer: each carry is forgotten with probability FORGET, and what follows agrees with that."""
+    return write_out(a, b, lambda column, carry: carry and int(rng.random() >= FORGET))
+
+
+def slipped(a, b, rng):
+    """A well-formed wrong answer: the writer's own slip or, where there is no carry to forget, an invented one."""
+    right = write_out(a, b)
+    if write_out(a, b, lambda column, carry: 0) == right:
+        where = rng.choice([1, 2])
+        return write_out(a, b, lambda column, carry: int(column == where))
+    while (wrong := forgetful(a, b, rng)) == right:
+        pass
+    return wrong
+
+
+def question(rng):
+    return rng.randint(100, 999), rng.randint(100, 999)
+
+
+def user(a, b):
+    return [{"role": "user", "content": f"What is {a} + {b}?"}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def make_data(out, rng):
+    """Writes the jsonl files; returns the set of all their questions, and the test questions."""
+    questions = []
+    while len(questions) < TRAIN + TEST:
+        if (pair := question(rng)) not in questions:
+            questions.append(pair)
+    files = {name: [] for name in ("demonstrations", "pairs", "labelled", "prompts", "test")}
+    for i, (a, b) in enumerate(questions):
+        prompt, answer = user(a, b), str(a + b)
+        right, wrong = assistant(write_out(a, b)), assistant(slipped(a, b, rng))
+        if i >= TRAIN:
+            row = {"prompt": prompt, "completion": right, "chosen": right, "rejected": wrong, "answer": answer}
+            files["test"].append(row)
+            continue
+        files["demonstrations"].append({"prompt": prompt, "completion": right})
+        files["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
+        files["labelled"].append({"prompt": prompt, "completion": wrong if i % 2 else right, "label": i % 2 == 0})
+        files["prompts"].append({"prompt": prompt, "answer": answer})
+    for name, rows in files.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return set(questions), questions[TRAIN:]
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer():
+    characters = ["\n", "\t"] + [chr(code) for code in range(32, 127)]
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *characters])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNK))  # BPE without merges: one token per character
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, unk_token=UNK, eos_token=END, chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_max_length=512, padding_side="left",
+    )  # fmt: skip
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def make_model(tokenizer):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def prompt_text(tokenizer, a, b):
+    return tokenizer.apply_chat_template(user(a, b), tokenize=False, add_generation_prompt=True)
+
+
+def encode(tokenizer, texts):
+    """Texts as right-padded ids, and which of them are the assistant's: the text after its mark, with its <|end|>."""
+    rows = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    spoken = (ids == tokenizer.convert_tokens_to_ids(ASSISTANT)).cumsum(1).bool()
+    spoken = spoken & (ids != tokenizer.convert_tokens_to_ids(ASSISTANT)) & (ids != tokenizer.pad_token_id)
+    return ids, spoken
+
+
+def pretrain(model, tokenizer, held, rng):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    start = time.time()
+    for step in range(STEPS):
+        texts = []
+        while len(texts) < BATCH:
+            a, b = question(rng)
+            if (a, b) not in held:
+                texts.append(prompt_text(tokenizer, a, b) + forgetful(a, b, rng) + END)
+        ids, spoken = encode(tokenizer, texts)
+        logits = model(input_ids=ids[:, :-1]).logits  # right padding: causal attention needs no mask
+        loss = torch.nn.functional.cross_entropy(logits[spoken[:, 1:]], ids[:, 1:][spoken[:, 1:]])
+        for group in optimizer.param_groups:
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+            group["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * cosine
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == STEPS - 1:
+            print(f"step {step:4d}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def complete(model, tokenizer, questions, samples=0):
+    """Completions up to and including <|end|>: the greedy one of each question, or so many samples in sequence."""
+    texts = [prompt_text(tokenizer, a, b) for a, b in questions]
+    inputs = tokenizer(texts, return_tensors="pt", add_special_tokens=False)
+    longest = max(len(write_out(a, b)) + 1 for a, b in questions)
+    ways = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples else {"do_sample": False}
+    ids = model.generate(**inputs, max_new_tokens=int(1.3 * longest), **ways)[:, inputs["input_ids"].shape[1] :]
+    return [text.replace(PAD, "") for text in tokenizer.batch_decode(ids)]
+
+
+def measure(model, tokenizer, questions):
+    gold = [write_out(a, b) + END for a, b in questions]
+    greedy = complete(model, tokenizer, questions)
+    drawn = complete(model, tokenizer, questions, samples=8)
+    right = [[drawn[8 * i + k] == gold[i] for k in range(8)] for i in range(len(gold))]
+    wrong = [text for text, want in zip(greedy, gold, strict=True) if text != want]
+    wrong_drawn = [text for i, text in enumerate(drawn) if text != gold[i // 8]]
+
+    def formed(texts):
+        return sum(bool(WELL_FORMED.fullmatch(text.removesuffix(END))) and END in text for text in texts) / len(texts)
+
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "greedy accuracy": 1 - len(wrong) / len(gold),
+        "sampled accuracy": sum(map(sum, right)) / len(drawn),
+        "mixed groups of 8": sum(0 < sum(row) < 8 for row in right) / len(gold),
+        "greedy mistakes well-formed": formed(wrong),
+        "sampled mistakes well-formed": formed(wrong_drawn),
+        "samples without an end": sum(END not in text for text in drawn) / len(drawn),
+    }
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("common/tiny"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # another number of threads adds up in another order, and ends at other weights
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    held, test = make_data(args.out, rng)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+    pretrain(model, tokenizer, held, rng)
+    model = model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(args.out / "model")
+    tokenizer.save_pretrained(args.out / "model")
+    model = LlamaForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)  # what the scripts will load
+    for name, value in measure(model, tokenizer, test).items():
+        print(f"{name:30s} {value:.3f}" if isinstance(value, float) else f"{name:30s} {value}")
+
+
+if __name__ == "__main__":
+    main()

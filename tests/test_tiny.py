@@ -1,0 +1,172 @@
+"""The tiny lab is what its page says: small, free of leaks, right where it says right, and a model that half-knows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TINY = Path(__file__).resolve().parents[1] / "common" / "tiny"
+TRAIN = ("demonstrations", "pairs", "labelled", "prompts")
+COLUMNS = {
+    "demonstrations": {"prompt", "completion"},
+    "pairs": {"prompt", "chosen", "rejected"},
+    "labelled": {"prompt", "completion", "label"},
+    "prompts": {"prompt", "answer"},
+    "test": {"prompt", "completion", "chosen", "rejected", "answer"},
+}
+WELL_FORMED = re.compile(r"(\d\+\d(\+1)?=\d{1,2} ){3}#### \d{3,4}")
+
+
+def load(name):
+    return [json.loads(line) for line in (TINY / f"{name}.jsonl").read_text().splitlines()]
+
+
+def text(messages, role):
+    (message,) = messages
+    assert set(message) == {"role", "content"} and message["role"] == role
+    return message["content"]
+
+
+def operands(row):
+    a, b = re.fullmatch(r"What is (\d{3}) \+ (\d{3})\?", text(row["prompt"], "user")).groups()
+    return int(a), int(b)
+
+
+def adder(a, b):
+    """Addition as taught at school, digit strings only: independent of the generator's arithmetic."""
+    columns, result, carry = [], "", False
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = str(int(x) + int(y) + (1 if carry else 0))
+        columns.append(x + "+" + y + ("+1" if carry else "") + "=" + total)
+        carry = len(total) == 2
+        result = total[-1] + result
+    result = ("1" if carry else "") + result
+    assert int(result) == a + b
+    return " ".join([*columns, "####", result])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "model")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32).eval()
+
+
+def test_sizes(model, tokenizer):
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 4 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".jinja", ".safetensors"}  # data only
+    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.config.vocab_size == len(tokenizer)
+    assert len(load("test")) == 200
+    assert all(1500 <= len(load(name)) <= 2000 for name in TRAIN)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_and_questions(name):
+    rows = load(name)
+    assert all(set(row) == COLUMNS[name] for row in rows)
+    questions = [operands(row) for row in rows]
+    assert len(set(questions)) == len(questions)
+    if name != "test":
+        held = {operands(row) for row in load("test")}
+        assert not held & set(questions)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_right_is_right_and_wrong_is_wrong(name):
+    for row in load(name):
+        a, b = operands(row)
+        gold = adder(a, b)
+        assert row.get("answer", str(a + b)) == str(a + b)
+        if "chosen" in row:
+            wrong = text(row["rejected"], "assistant")
+            assert text(row["chosen"], "assistant") == gold
+            assert WELL_FORMED.fullmatch(wrong) and int(wrong.split()[-1]) != a + b
+        if "completion" in row:
+            completion = text(row["completion"], "assistant")
+            assert WELL_FORMED.fullmatch(completion)
+            assert (completion == gold) is (int(completion.split()[-1]) == a + b) is row.get("label", True)
+
+
+def test_both_labels_are_common():
+    labels = [row["label"] for row in load("labelled")]
+    assert 0.4 <= sum(labels) / len(labels) <= 0.6
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_tokenizer_round_trips_every_text(tokenizer, name):
+    texts = {m["content"] for row in load(name) for value in row.values() if isinstance(value, list) for m in value}
+    for content in texts:
+        ids = tokenizer(content)["input_ids"]
+        assert len(ids) == len(content)  # characters, and no special token is added
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == content
+
+
+def test_tokenizer_knows_ascii_and_only_ascii(tokenizer):
+    ascii_text = "".join(map(chr, range(32, 127))) + "\n\t"
+    ids = tokenizer(ascii_text)["input_ids"]
+    assert tokenizer.decode(ids) == ascii_text and len(set(ids)) == len(ascii_text)
+    assert tokenizer("\u00e9\u4e2d")["input_ids"] == [tokenizer.unk_token_id] * 2
+    specials = {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}
+    assert len(specials) == 3 and tokenizer.bos_token_id is None
+    for content in (" 1 , 2 ! don't", "  two  spaces  ", "a<|end|>b"):
+        assert tokenizer.decode(tokenizer(content)["input_ids"]) == content
+
+
+def test_chat_template_is_prefix_stable(tokenizer):
+    messages = [{"role": "system", "content": "Add."}]
+    for i in range(3):
+        messages += [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"#### {i}"}]
+    ids = [tokenizer.apply_chat_template(messages[:n], return_dict=False) for n in range(1, len(messages) + 1)]
+    for n, message in enumerate(messages[:-1], start=1):
+        assert ids[n][: len(ids[n - 1])] == ids[n - 1]
+        if message["role"] == "user":
+            prompt = tokenizer.apply_chat_template(messages[:n], add_generation_prompt=True, return_dict=False)
+            content = tokenizer(messages[n]["content"])["input_ids"]
+            assert ids[n] == prompt + content + [tokenizer.eos_token_id]  # the end of the turn is the eos
+    assert "generation %}" not in tokenizer.chat_template
+    with pytest.raises(Exception, match="unknown role"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "7"}])
+
+
+def test_presets():
+    presets = json.loads((TINY / "presets.json").read_text())
+    assert {"sft", "dpo", "grpo"} <= set(presets)
+    for flags in presets.values():
+        assert all(re.fullmatch("[a-z_]+", name) and isinstance(value, int | float) for name, value in flags.items())
+
+
+@torch.no_grad()
+def test_the_model_half_knows(model, tokenizer):
+    rows = load("test")
+    template = {"add_generation_prompt": True, "return_dict": False}
+    prompts = [tokenizer.apply_chat_template(row["prompt"], **template) for row in rows]
+    (length,) = {len(ids) for ids in prompts}  # all of one length, so that a batch needs no padding
+    gold = [text(row["completion"], "assistant") + tokenizer.eos_token for row in rows]
+    limit = int(1.3 * max(len(tokenizer(answer)["input_ids"]) for answer in gold))
+
+    def decode(ids):
+        return [out.replace(tokenizer.pad_token, "") for out in tokenizer.batch_decode(ids[:, length:])]
+
+    greedy = decode(model.generate(torch.tensor(prompts), do_sample=False, max_new_tokens=limit))
+    mistakes = [out for out, want in zip(greedy, gold, strict=True) if out != want]
+    assert 0.25 <= 1 - len(mistakes) / len(rows) <= 0.45
+    well_formed = [out for out in mistakes if WELL_FORMED.fullmatch(out.removesuffix(tokenizer.eos_token))]
+    assert len(well_formed) >= 0.8 * len(mistakes) and all(out.endswith(tokenizer.eos_token) for out in well_formed)
+
+    torch.manual_seed(0)
+    some = torch.tensor(prompts[:100])
+    sampled = decode(model.generate(some, do_sample=True, top_k=0, num_return_sequences=8, max_new_tokens=limit))
+    right = torch.tensor([out == gold[i // 8] for i, out in enumerate(sampled)]).view(-1, 8).sum(1)
+    assert ((right > 0) & (right < 8)).float().mean() >= 0.5  # something to learn from in most groups
+    assert 0.35 <= right.sum() / (8 * len(some)) <= 0.6
+    assert sum(not out.endswith(tokenizer.eos_token) for out in sampled) <= 0.01 * len(sampled)
