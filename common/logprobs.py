@@ -189,7 +189,9 @@ class ScoredHead(torch.autograd.Function):
                 d_z.scatter_add_(1, topk_ids[at], g_topk[at])
             if g_mean is not None:
                 d_z += g_mean[at, None] / len(weight)
-            d_z = d_z.mul_(slope).to(hidden.dtype if half else None)
+            if ctx.shape[1] or slope != 1:  # a cap: one number per logit
+                d_z.mul_(slope)
+            d_z = d_z.to(hidden.dtype) if half else d_z
             if d_bias is not None:
                 d_bias += d_z.sum(0, dtype=torch.float32)
             if d_hidden is not None:

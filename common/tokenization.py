@@ -84,7 +84,10 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
     rename: "old:new,old:new". Keys that hold None are dropped, nested ones too."""
     if split is None and ":" in name and not Path(name).exists():
         name, split = name.rsplit(":", 1)
-    path, split = Path(__file__).parent / "tiny" / f"{tiny}.jsonl" if name == "tiny" else Path(name), split or "train"
+    path = Path(name)
+    if name == "tiny":  # its splits are files of their own: tiny:test
+        path, split = Path(__file__).parent / "tiny" / f"{split or tiny}.jsonl", None
+    split = split or "train"
     files = [str(path)]
     if path.suffix in FILES and split != "train":
         raise problem(name, "a single file has no splits", split, "Give the file of that split as --dataset")

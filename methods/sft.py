@@ -8,7 +8,7 @@ Tokens  scored tokens only: the assistant's turns (messages), the completion (pr
 Norm    num_tokens: the scored tokens of the optimizer step, over all micro-batches and ranks
 Models  the policy (trained), sharded with FSDP2
 Data    {messages} | {conversations} | {prompt, completion} | {text}
-State   alerts, best
+State   alerts, streaks, before, last, best (evaluations)
 Parent: none
 Expect  tiny lab, 2 CPU cores: held-out accuracy 0.34 -> 0.9 within a minute (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/sft.py --model DIR --dataset rows.jsonl
@@ -33,6 +33,7 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -111,21 +112,11 @@ def parse_args(argv=None):
         preset = next((presets[name] for name in names if name in presets), {})
         args = tyro.cli(Args, args=argv, default=replace(Args(), **preset))
     for name, value in asdict(args).items():
-        positive = name in ("batch_size", "max_length", "tokens_per_microbatch", "keep_last", "learning_rate")
-        if not isinstance(value, (int, float)) or name in ("max_steps", "seed"):
-            continue
-        if not 0 <= value < float("inf") or (positive and value == 0 and name != "learning_rate"):
-            sys.exit(usage(f"--{name} {value}: must be {'at least 1' if positive else '0 or more'}"))
-    try:
-        json.loads(args.chat_template_kwargs)
-    except json.JSONDecodeError as e:
-        sys.exit(usage(f"--chat_template_kwargs is not JSON ({e.msg}): write '{{\"enable_thinking\": false}}'"))
+        least = 1 if name in ("batch_size", "max_length", "tokens_per_microbatch", "keep_last") else 0
+        if name not in ("max_steps", "seed") and isinstance(value, (int, float)) and not least <= value < math.inf:
+            print(f"error: --{name} {value}: must be at least {least}", file=sys.stderr)
+            sys.exit(2)
     return args
-
-
-def usage(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 args = parse_args() if __name__ == "__main__" else None  # flags are checked before the slow imports
@@ -141,7 +132,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
@@ -272,23 +263,24 @@ def load_model(args, run):
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(path, args.chat_template)
-    safe = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **safe)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        source = AutoConfig.from_pretrained(path, trust_remote_code=False).dtype or torch.float32
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"--model {args.model}: its weights lack {len(missing)} tensors, {missing[0]} for one.")
-    if len(tokenizer) > (vocab_size := lm.get_input_embeddings().num_embeddings):
-        raise InputError(f"--model {args.model}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}.")
+    if len(tokenizer) > (rows := lm.get_input_embeddings().num_embeddings):
+        raise InputError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows.")
     refuse_rotary(lm.config, args.max_length)
-    run.probe = probe_groups(len(tokenizer))
     for module in lm.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or name.endswith("dropout")):
                 setattr(module, name, 0.0)
-    source = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).dtype
-    run.save_dtype = (source or torch.float32) if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    run.save_dtype = source if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    run.probe = probe_groups(len(tokenizer))
     return tokenizer, lm.eval().to(run.device)
 
 
@@ -300,8 +292,8 @@ def shard(policy, run):
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module, mesh=run.mesh, mp_policy=precision)
-    # Without this a forward under no_grad leaves the root's parameters whole, and an optimizer or a checkpoint made then
-    # would hold tensors that nobody updates.
+    # Without the last argument a forward under no_grad leaves the root's parameters whole, and an optimizer or a
+    # checkpoint made then would hold tensors that nobody updates.
     return fully_shard(policy, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
 
 
@@ -309,67 +301,55 @@ def shard(policy, run):
 def check_model(policy, oracle, run):
     """MODEL001: what training will compute against the model's own logits, one sequence at a time."""
     gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - oracle).abs()
-    value, limit = (gap.mean().item(), 5e-2) if run.device.type == "cuda" else (gap.max().item(), 1e-3)  # bf16, fp32
-    if not value <= limit:
-        text = f"log-probs on the {policy.road} road differ from the model's own forward: this model is not supported"
-        alert(run, 0, "MODEL001", "error", "logprob difference", value, limit, text)
+    value, limit = (gap.mean(), 5e-2) if run.device.type == "cuda" else (gap.max(), 1e-3)  # bf16, fp32
+    text = f"log-probs on the {policy.road} road differ from the model's own forward: this model is not supported"
+    check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
 
 
 def all_sum(run, *values):
     """Numbers summed over all ranks, as floats, in one all-reduce: the only way a metric leaves its rank."""
-    values = [torch.as_tensor(value, dtype=torch.float64, device=run.device).detach() for value in values]
-    total = torch.stack(values)
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
     dist.all_reduce(total)
     return total.tolist()
 
 
-def number(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).item()
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def update(policy, optimizer, lr, metrics, groups, step, run):
     """Clip by the global gradient norm and step; returns the norm before clipping. A loss or norm that is not finite
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
-    limit, probe = run.args.max_grad_norm or math.inf, parameters[0]
-    grad_norm = number(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    limit, before = run.args.max_grad_norm or math.inf, parameters[0].detach().clone() if step == 4 else None
+    grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, limit)).item()
     finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if finite and not (step + 1) & step:  # at steps 1, 2, 4, 8, ...
-        clipped = number(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        if clipped > limit * 1.01:
-            alert(run, step + 1, "TRAIN003", "error", "norm after clipping", clipped, limit, "clipping did not clip")
+        clipped = full(torch.nn.utils.get_total_norm([p.grad for p in parameters])).item()
+        check(run, step + 1, "TRAIN003", "clipped norm", clipped, NEVER, limit * 1.01, "clipping did not clip")
         flags = [(c["scored"] or [True] * len(c["ids"]))[not g["prompt"] :] for g in groups for c in g["completions"]]
         (scored,) = all_sum(run, sum(map(sum, flags)))  # nothing predicts a first token; flat_batch has no part in this
-        if scored != metrics["num_tokens"]:
-            text = "the denominator is not the number of scored tokens"
-            alert(run, step + 1, "TRAIN003", "error", "num_tokens", metrics["num_tokens"], scored, text)
-    before = probe.detach().clone() if step == 4 else probe
+        text = "the denominator is not the number of scored tokens"
+        check(run, step + 1, "TRAIN003", "tokens too many", abs(scored - metrics["num_tokens"]), NEVER, 0, text)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    skipped = streak(run, "skipped", not finite)
     if not finite:
         rows = [[g["row"], [*g["prompt"]], [[*c["ids"]] for c in g["completions"]]] for g in groups]
-        write(run, f"debug-step-{step + 1:06d}.json", {"row, prompt, completions": rows})
-        text, halve = "loss or gradient is not finite: step skipped, its rows are in debug-step-*.json", lr / 2
-        fix = [("--learning_rate", run.args.learning_rate, halve)]
-        alert(run, step + 1, "TRAIN001", "error", "grad_norm", grad_norm, None, text, fix)
-        if skipped == 3:
-            raise HealthError("TRAIN001: three steps in a row were not finite")
-    still = grad_norm == 0 and metrics.get("signal_frac", 1) > 0
-    moved = number((probe != before).float().mean()) if step == 4 and finite and lr and not still else 1.0
-    if streak(run, "still", still) == 3 or moved < 0.05:
-        text = "the weights do not move: is everything frozen, or the learning rate too small for their precision?"
-        alert(run, step + 1, "TRAIN002", "error", "share of weights moved", moved if moved < 1 else 0.0, 0.05, text)
+        (run.out / f"debug-step-{step + 1}-rank-{run.rank}.json").write_text(json.dumps(rows))
+    text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug-step-*.json"
+    fix = [("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2)]
+    check(run, step + 1, "TRAIN001", "steps skipped", float(not finite), NEVER, 0, text, fix)
+    if streak(run, "skipped", not finite) == 3:
+        raise HealthError("TRAIN001: three steps in a row were not finite.")
+    still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
+    if step == 4 and finite and lr > 0 and grad_norm > 0:
+        still = 1 - full((parameters[0] != before).float().mean()).item()
+    text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
+    check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
     return grad_norm
-
-
-def streak(run, name, now):
-    """How many times in a row `now` held, counted in the state."""
-    run.state[name] = run.state.get(name, 0) + 1 if now else 0
-    return run.state[name]
 
 
 # ---- checkpoint ----------------------------------------------------------------------------------
@@ -380,7 +360,7 @@ def trainer_tensors(policy, optimizer):
     tensors = {f"model.{k}": v for k, v in policy.state_dict().items() if k in known}
     for name, p in named.items():
         if not optimizer.state[p]:  # as AdamW would make it at its first step: loading needs a place to load into
-            optimizer.state[p] |= {"step": torch.zeros((), device=p.device)}
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
             optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[p].items()}
     return tensors
@@ -389,34 +369,33 @@ def trainer_tensors(policy, optimizer):
 def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     """A Hugging Face folder that any tool loads, and trainer/ with the rest. meta.json is written last; all of it is on
     the disk before this returns."""
-    tensors, full = trainer_tensors(policy, optimizer), {}
+    tensors, weights, trainer = trainer_tensors(policy, optimizer), {}, folder / "trainer"
     if run.rank == 0:
-        (folder / "trainer").mkdir(parents=True)
+        trainer.mkdir(parents=True)
     dist.barrier()
-    writer = HuggingFaceStorageWriter(str(folder / "trainer"), save_distributed=True)  # one thread: more lose errors
     try:
-        dcp.save(tensors, storage_writer=writer)
-        for name in [k for k in tensors if k.startswith("model.")]:  # one gathered tensor at a time
-            tensor = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), save_distributed=True))  # one thread:
+        for name in [k for k in tensors if k.startswith("model.")]:  # with more it may swallow a full disk
+            tensor = full(tensors[name]).detach()  # one gathered tensor at a time
             if run.rank == 0:
-                full[name.removeprefix("model.lm.")] = tensor.detach().to("cpu", run.save_dtype)
+                weights[name.removeprefix("model.lm.")] = tensor.to("cpu", run.save_dtype)
         if run.rank == 0:
-            policy.lm.save_pretrained(folder, state_dict=full)
+            policy.lm.save_pretrained(folder, state_dict=weights)
             config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
             config.dtype = run.save_dtype  # save_pretrained writes that of the fp32 module
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            tensors = {k: v for k, v in run.state.items() if isinstance(v, torch.Tensor)}
-            save_file(tensors, folder / "trainer" / "state.safetensors")
+            held = {k: v for k, v in run.state.items() if isinstance(v, torch.Tensor)}
+            save_file(held, trainer / "state.safetensors")
             files = sorted(p for p in folder.rglob("*") if p.is_file())
             meta = {"step": step, "flags": asdict(run.args), "data": run.data, "versions": run.versions}
-            meta["state"] = {k: v for k, v in run.state.items() if k not in tensors}
+            meta["state"] = {k: v for k, v in run.state.items() if k not in held}
             meta["offsets"] = {p.name: p.stat().st_size for p in run.out.glob("*.jsonl")}
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
-            (folder / "trainer" / "meta.json").write_text(json.dumps(meta, indent=1))
-            for path in [*files, folder / "trainer" / "meta.json", folder / "trainer", folder]:
+            (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
+            for path in [*files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
-    except (OSError, CheckpointException, SafetensorError) as e:  # CheckpointException is a BaseException
+    except (OSError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
         raise InputError(f"could not save to {folder.parent}: {first_line(e)}. The checkpoint before is whole.") from e
     dist.barrier()
 
@@ -425,9 +404,7 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
     """checkpoint-<step> every save_every steps, every save_minutes by rank 0's clock, at the last step, and when any
     rank was told to stop (SIGTERM, Ctrl-C): then the run leaves with exit code 4. All ranks decide alike."""
     overdue = run.rank == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_minutes
-    flags = torch.tensor([bool(STOP["signal"]), overdue], dtype=torch.int32, device=run.device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    stop, overdue = flags.tolist()
+    stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
     if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
         write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
         if run.rank == 0:
@@ -443,78 +420,76 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
 def resume(policy, optimizer, tokenizer, run):
     """Load run.checkpoint, if there is one, and cut the run's files back to it: no doubles, no gaps. A fresh run saves
     once for practice, so that a full disk or a model that does not survive saving shows in minute one."""
-    offsets = {}
-    if run.checkpoint:
-        meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-        now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
-        free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes"
-        then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
-        differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
-        if differ and not run.args.allow_changes:
-            raise InputError(f"{run.checkpoint}: {'; '.join(differ)}. --allow_changes resumes nevertheless.")
-        if meta["versions"] != run.versions:
-            say(run, f"resume is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
-        try:
-            tensors = trainer_tensors(policy, optimizer)  # loaded in place
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(run.checkpoint / "trainer")))
-        except CheckpointException as e:
-            raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
-        run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
-        run.step, offsets = meta["step"], meta["offsets"]
-        say(run, f"resumed   {run.checkpoint}")
-    else:
-        weights = sum(p.numel() for p in policy.parameters())
-        need, free = 3 * weights * (12 + run.save_dtype.itemsize), shutil.disk_usage(run.out).free
-        if free < need:
+    if not run.checkpoint:
+        need = 3 * sum(p.numel() for p in policy.parameters()) * (12 + run.save_dtype.itemsize)
+        if (free := shutil.disk_usage(run.out).free) < need:
             raise InputError(f"{run.out}: three checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.")
         write_checkpoint(policy, optimizer, tokenizer, 0, run.out / ".tmp-rehearsal", run)
         check_export(policy, run.out / ".tmp-rehearsal", run)
+        return shutil.rmtree(run.out / ".tmp-rehearsal") if run.rank == 0 else None
+    meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
+    now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
+    free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes"
+    then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
+    differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
+    if differ and not run.args.allow_changes:
+        raise InputError(f"{run.checkpoint}: {'; '.join(differ)}. --allow_changes resumes nevertheless.")
+    if meta["versions"] != run.versions:
+        say(run, f"resume    is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
+    try:
+        tensors = trainer_tensors(policy, optimizer)  # loaded in place
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(run.checkpoint / "trainer")))
+    except CheckpointException as e:
+        raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
+    run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
+    run.step = meta["step"]
     if run.rank == 0:
-        for path in run.out.glob("*.jsonl") if run.checkpoint else []:
-            os.truncate(path, min(path.stat().st_size, offsets.get(path.name, 0)))
-        for newer in [p for p in checkpoints(run.out) if run.checkpoint and p.name > run.checkpoint.name]:
-            discard(newer)  # an older checkpoint was asked for
-        shutil.rmtree(run.out / ".tmp-rehearsal", ignore_errors=True)
+        for path in run.out.glob("*.jsonl"):
+            os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
+        for newer in [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]:
+            discard(newer)  # an older checkpoint was asked for, or the newer one is damaged
+    say(run, f"resumed   {run.checkpoint}")
 
 
 @torch.no_grad()
 def check_export(policy, folder, run):
-    """CKPT001: a saved folder loads with AutoModelForCausalLM, with nothing missing and ties tied, and says what the
-    policy says. Returns the reloaded model on rank 0. Models over 1 GB in fp32 are not reloaded."""
+    """CKPT001: a saved folder loads with AutoModelForCausalLM, nothing missing and ties tied, and says what the policy
+    says. Returns the reloaded model on rank 0. Models over 1 GB in fp32 are not reloaded."""
     reloaded, trained = None, policy(flat_batch(run.probe, run.device))["logprobs"].cpu()
     if run.rank == 0 and sum(p.numel() for p in policy.parameters()) < 250e6:
         reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         gap = (reference_logprobs(reloaded.eval(), run.probe, getattr(run.args, "temperature", 1.0)) - trained).abs()
         value, limit = (gap.max(), 1e-3) if run.save_dtype == torch.float32 else (gap.mean(), 5e-2)  # bf16 rounds
         tied = [lm.get_output_embeddings().weight is lm.get_input_embeddings().weight for lm in (reloaded, policy.lm)]
-        if info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or not value <= limit:
-            text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
-            alert(run, run.step, "CKPT001", "error", "logprob difference", value.item(), limit, text)
+        broken = info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1]
+        text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
+        check(run, run.step, "CKPT001", "logprob difference", math.inf if broken else value.item(), NEVER, limit, text)
     return reloaded
 
 
 def finish(policy, tokenizer, heldout, run):
     """final/: the model of the last checkpoint; reloaded, it completes two prompts for the eye."""
-    final, last = run.out / "final", checkpoints(run.out)
-    if run.rank == 0 and last:
-        shutil.copytree(last[-1], run.out / ".tmp-final", ignore=shutil.ignore_patterns("trainer"))
+    final = run.out / "final"
+    if run.rank == 0:
+        shutil.copytree(checkpoints(run.out)[-1], run.out / ".tmp-final", ignore=shutil.ignore_patterns("trainer"))
         (run.out / ".tmp-final" / "README.md").write_text(f"Made by `{run.command}`.\n")
         discard(final)
         os.rename(run.out / ".tmp-final", final)
-        fsync(run.out)
     dist.barrier()
-    reloaded = check_export(policy, final, run) if final.is_dir() else None
+    reloaded = check_export(policy, final, run)
     for group in heldout[:2] if reloaded else []:
-        ids, scored = ([*group["completions"][0]["ids"]], group["completions"][0]["scored"]) if group["completions"] else ([], None)
-        prompt = [*group["prompt"], *ids[: scored.index(True) if scored else 0]] or ids[:1]
-        out = reloaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)[0].tolist()
-        picture = {"prompt": prompt, "completions": [{"ids": out[len(prompt) :], "scored": None}]}
-        say(run, "sample    " + token_picture(picture, tokenizer, sys.stdout.isatty()))
+        completion = next(iter(group["completions"]), {"ids": [], "scored": None})
+        prompt = [*group["prompt"], *completion["ids"][: (completion["scored"] or [True]).index(True)]]
+        prompt = prompt or [*completion["ids"][:1]]
+        written = reloaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
+        completion = {"ids": written[0, len(prompt) :].tolist(), "scored": None}
+        say(run, picture("sample", {"prompt": prompt, "completions": [completion]}, tokenizer))
     for key, value in run.state.get("last", {}).items():
         say(run, f"{key:<20} {run.state['before'][key]:.4f} -> {value:.4f}")
     say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
-    record(run.rank, run.out, status="finished", exit_code=0, **{k: run.state.get(k) for k in ("best", "last", "alerts")})
+    summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
+    record(run.rank, run.out, status="finished", exit_code=0, **summary)
     if run.tracker:
         run.tracker.finish()
 
@@ -524,10 +499,9 @@ def checkpoints(out):
     return sorted(p for p in out.glob("checkpoint-*") if (p / "trainer" / "meta.json").is_file())
 
 
-def damage(folder):
-    """-> the first file of a checkpoint that is not as meta.json recorded it, or None."""
+def whole(folder):
     recorded = json.loads((folder / "trainer" / "meta.json").read_text())["crc32"]
-    return next((name for name, crc in recorded.items() if not (folder / name).is_file() or crc32(folder / name) != crc), None)
+    return all((folder / name).is_file() and crc32(folder / name) == crc for name, crc in recorded.items())
 
 
 def discard(folder):
@@ -552,6 +526,9 @@ def fsync(path):
 
 
 # ---- health --------------------------------------------------------------------------------------
+NEVER = math.inf  # a limit that no value passes
+
+
 class HealthError(Exception):
     """A run that cannot train: exit code 3."""
 
@@ -571,22 +548,22 @@ def setup(args):
     elif not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "world": world}
-    versions |= {"threads": torch.get_num_threads(), "device": torch.cuda.get_device_name() if cuda else platform.machine()}
     found = [prepare_folder(args, attempt) if rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
     args.output_dir, checkpoint, error = found[0]
     if error or args.batch_size < world:
         raise InputError(error or f"--batch_size {args.batch_size} is too small for {world} ranks: at least {world}.")
-    run = SimpleNamespace(args=args, rank=rank, world=world, device=device, mesh=mesh, versions=versions, step=0)
-    run.out, run.checkpoint, run.saved_at = Path(args.output_dir), checkpoint and Path(checkpoint), time.monotonic()
-    run.state, run.command, run.tracker = {"alerts": {}}, command_line(args), None
+    run = SimpleNamespace(args=args, rank=rank, world=world, out=Path(args.output_dir), checkpoint=checkpoint, step=0)
+    run.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    run.mesh = init_device_mesh(run.device.type, (world,), mesh_dim_names=("shard",))
+    run.state, run.command, run.saved_at, run.tracker = {"alerts": {}}, command_line(args), time.monotonic(), None
+    run.versions = {"torch": torch.__version__, "transformers": transformers.__version__, "world": world}
+    run.versions |= {"threads": torch.get_num_threads()}
+    run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    revision = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {"command": run.command, "flags": asdict(args), "versions": versions, "git": revision, "script_sha256": script}
-    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), **about)
+    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "data": None, "git": git}
+    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), script_sha256=script, **about)
     if rank == 0 and args.report_to != "none":
         try:
             run.tracker = importlib.import_module(args.report_to)
@@ -599,61 +576,68 @@ def setup(args):
 def prepare_folder(args, attempt):
     """Rank 0 -> output folder, checkpoint to resume from or None, what is wrong or None. Cleans what a kill left."""
     given = None if args.resume in ("never", "auto") else Path(args.resume)
-    again = args.resume != "never" or attempt != "0"
-    default = f"runs/{Path(__file__).stem}"
-    free = (name for name in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(name).exists())
-    out = Path(args.output_dir or (given.parent if given else next(free)))
+    again, default = args.resume != "never" or attempt != "0", f"runs/{Path(__file__).stem}"
+    unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
+    out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
     if ended and not again:
-        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it; or name another folder."
+        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
     if attempt != "0" and ended.get("exit_code") in (2, 3):
         sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
-    if given and (given not in checkpoints(given.parent) or damage(given)):
+    if given and not (given in checkpoints(given.parent) and whole(given)):
         return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
     try:
         out.mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
             shutil.rmtree(leftover)
-        candidates = [given] if given else reversed(checkpoints(out)) if again else []
-        whole = next((folder for folder in candidates if not damage(folder)), None)
-        for path in [] if whole else out.glob("*.jsonl"):
+        candidates = [given] if given else checkpoints(out)[::-1] if again else []
+        checkpoint = next((folder for folder in candidates if whole(folder)), None)
+        for path in [] if checkpoint else out.glob("*.jsonl"):
             os.truncate(path, 0)
-        return str(out), whole and str(whole), None
+        return str(out), checkpoint, None
     except OSError as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}"
 
 
 def command_line(args):
     """The command of this run with its presets spelled out: whatever differs from the defaults."""
-    words, default = ["python", os.path.relpath(__file__)], Args()
+    words = []
     for name, value in asdict(args).items():
-        if value != getattr(default, name) and name not in ("resume", "allow_changes"):
-            switch = isinstance(value, bool)
-            words += [f"--{'' if value or not switch else 'no-'}{name}"]
-            words += [] if switch else [str(v) for v in (value if isinstance(value, tuple) else [value])]
-    return shlex.join(words)
+        if value != getattr(Args(), name) and name not in ("resume", "allow_changes"):
+            words += [f"--no-{name}" if value is False else f"--{name}"]
+            words += map(str, value) if isinstance(value, tuple) else [] if isinstance(value, bool) else [str(value)]
+    return shlex.join(["python", os.path.relpath(__file__), *words])
 
 
 def record(rank, out, **fields):
     """run.json, from the first moment to the exit code; replaced whole."""
     if rank == 0:
-        path = out / "run.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
         (out / ".run.json").write_text(json.dumps(known | fields, indent=1))
-        os.replace(out / ".run.json", path)
+        os.replace(out / ".run.json", out / "run.json")
 
 
-def alert(run, step, code, level, metric, value, limit, message, fix=()):
-    """One coded line in alerts.jsonl and on stderr: the first time, then at powers of two. An error before step 1 ends
-    the run with exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read
-    alerts, and neither data nor model may speak to them."""
+def streak(run, name, now):
+    """How many times in a row `now` held, counted in the state."""
+    run.state[name] = run.state.get(name, 0) + 1 if now else 0
+    return run.state[name]
+
+
+def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
+    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row: one coded line
+    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with exit
+    code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
+    neither data nor model may speak to them."""
+    level, limit = ("error", error) if value > error else ("warn", warn)
+    if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
+        return
     count = run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
-    fix = [dict(zip(("flag", "from", "to"), f)) for f in fix]
-    known = run.checkpoint and step == 0  # the run that is resumed has said it already
+    known = run.checkpoint and step == 0  # said by the run that is resumed
     if run.rank == 0 and not known and not count & (count - 1):
+        hint = "".join(f"; try {flag} {to}" for flag, _, to in fix)
+        fix = [dict(zip(("flag", "from", "to"), f)) for f in fix]
         line = {"step": step, "code": code, "level": level, "metric": metric, "value": value, "limit": limit}
         write(run, "alerts.jsonl", line | {"message": message, "fix": fix, "count": count})
-        hint = "".join(f"; try {f['flag']} {f['to']}" for f in fix)
         print(f"[{code} {level} step {step}] {message} ({metric} {value:.4g}){hint}", file=sys.stderr, flush=True)
     if level == "error" and step == 0 and code not in run.args.allow:
         raise HealthError(f"{code}: {message}. --allow {code} goes on nevertheless.")
@@ -661,35 +645,29 @@ def alert(run, step, code, level, metric, value, limit, message, fix=()):
 
 def check_data(groups, counts, tokenizer, stops, generation_config, run):
     """DATA001-006: what would train on nothing, or on the wrong tokens, says so before step 1."""
-    total, bos = max(1, counts["rows"]), tokenizer.bos_token_id
-    if empty := counts["unscored"] / total:
-        text = "rows have no scored token: check their columns and the chat template"
-        alert(run, 0, "DATA001", "error" if empty > 0.01 else "warn", "share of rows", empty, 0.01, text)
-    starts = [[*g["prompt"][:2], *(c for x in g["completions"][:1] for c in x["ids"][:2])][:2] for g in groups[:100]]
+    rows, bos, eos = max(1, counts["rows"]), tokenizer.bos_token_id, generation_config.eos_token_id
+    starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if wrong := sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts):
-        text = "rows begin with two BOS tokens, or lack the one this tokenizer wants: check the chat template"
-        alert(run, 0, "DATA002", "error", "share of rows", wrong / len(starts), 0.0, text)
-    last = [c["ids"][max(i for i, s in enumerate(c["scored"] or [1] * len(c["ids"])) if s)] for g in groups for c in g["completions"]]
-    if (endless := sum(i not in stops for i in last) / max(1, len(last))) > 0.05:
-        text = "completions do not end in a stop token: the model would not learn to stop"
-        alert(run, 0, "DATA003", "error", "share of completions", endless, 0.05, text)
-    if split := len({g["row"] for g in groups if g.get("split")}) / total:
-        text = "the chat template rewrites earlier turns: those rows became one prompt and completion per assistant turn"
-        alert(run, 0, "DATA004", "warn", "share of rows", split, 0.0, text)
-    if (dropped := counts["overlong"] / total) > 0.01:
-        text, fix = "rows are longer than --max_length", [("--max_length", run.args.max_length, counts["p95"])]
-        alert(run, 0, "DATA005", "error" if dropped > 0.2 else "warn", "share of rows", dropped, 0.2, text, fix)
-    known = generation_config.eos_token_id
-    if missing := set(stops) - set(known if isinstance(known, list) else [known]):
-        text = "stop tokens of the chat template were not in the model's generation config: saved models will have them"
-        alert(run, 0, "DATA006", "warn", "tokens", len(missing), 0, text)
+    wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
+    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for g in groups for c in g["completions"]]
+    endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
+    new = set(stops) - set(eos if isinstance(eos, list) else [eos])
+    longer = [("--max_length", run.args.max_length, counts["p95"])]
+    for code, metric, value, warn, error, text, *fix in (
+        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows have no scored token: check columns"),
+        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens, or lack theirs"),
+        ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions do not end in a stop token"),
+        ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
+        ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
+        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: added in saved models"),
+    ):
+        check(run, 0, code, metric, value, warn, error, text, fix)
     if not groups:
-        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix the rows.")
+        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix rows.")
 
 
 def performance(started, groups):
-    """perf/...: seconds of the step, tokens per second with every prompt counted once, peak memory of the process."""
+    """perf/...: seconds of the step, this rank's tokens per second (a prompt counts once), its peak memory."""
     seconds = time.perf_counter() - started
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in groups)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -699,23 +677,19 @@ def performance(started, groups):
 
 def log(run, metrics, steps):
     """metrics.jsonl, the console, the tracker. Evaluations also go to the state: the first, the last, the best."""
-    evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/")}
-    if evaluated:
-        run.state |= {"before": run.state.get("before", evaluated), "last": evaluated}
-        best = run.state.get("best", {"accuracy": -math.inf})
-        if evaluated["eval/accuracy"] > best["accuracy"]:
-            run.state["best"] = {"accuracy": evaluated["eval/accuracy"], "step": metrics["step"]}
-    if run.rank:
-        return
+    if "eval/accuracy" in metrics:
+        last = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        run.state |= {"before": run.state.get("before", last), "last": last}
+        if last["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
+            run.state["best"] = {"accuracy": last["eval/accuracy"], "step": metrics["step"]}
     write(run, "metrics.jsonl", metrics)
     if run.tracker:
         run.tracker.log(metrics, step=metrics["step"])
-    line = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "perf/tokens_per_s")
-    bar = sys.stdout.isatty() and not evaluated
-    if bar:
-        done = 20 * metrics["step"] // steps
+    line, end = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "perf/tokens_per_s"), "\n"
+    if sys.stdout.isatty() and "eval/accuracy" not in metrics:
+        done, end = 20 * metrics["step"] // steps, "\n" if metrics["step"] == steps else ""
         line = f"\r\x1b[2K[{'=' * done}{' ' * (20 - done)}] {line}"[: shutil.get_terminal_size().columns]
-    print(line, end="" if bar and metrics["step"] < steps else "\n", flush=True)
+    say(run, line, end)
 
 
 def write(run, name, fields):
@@ -726,20 +700,24 @@ def write(run, name, fields):
             f.write(json.dumps(fields) + "\n")
 
 
-def say(run, text):
+def say(run, text, end="\n"):
     if run.rank == 0:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
+
+
+def picture(title, group, tokenizer):
+    return f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}"
 
 
 def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     """The first row token by token, and the run in numbers."""
     weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
-    say(run, f"first row {token_picture(train[0], tokenizer, sys.stdout.isatty())}")
+    say(run, picture("first row", train[0], tokenizer))
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
-    say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; {16 * weights / run.world / 1e9:.2f} GB "
-        "a rank for weights, gradients and Adam")
+    say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
+        f"{16 * weights / run.world / 1e9:.2f} GB a rank")
     say(run, f"command   {run.command}")
 
 

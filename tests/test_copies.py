@@ -378,6 +378,7 @@ FAULTS = {
     "machinery declared": ("dpo", "  Args.method:", "  save, Args.method:", "'save' stands below main"),
     "method's name": ("*", "# Two of them", "# Two x_DPO_x", "'collate' is shared with methods/sft.py but says"),
     "banner too short": ("*", "#= log", "# ---- log ----", "a banner is"),
+    "parent's banner too short": ("sft", "#= log", "# ---- log ----", "methods/sft.py: line 57: a banner is"),
     "banner of another form": ("*", "#= log", "#---- log ----", "a banner is"),
     "unknown banner": ("*", "#= checkpoint", "#= storage", "top-level banners are"),
     "banners out of order": ("*", "#= checkpoint", "#= rewards", "top-level banners are"),

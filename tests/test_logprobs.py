@@ -313,6 +313,10 @@ def test_roads():
         assert runs_flat(lm, "cuda") == (name not in ("Gemma2", "GptOss")), name
     for name in [*PADDED, "StableLm", "FalconH1", "Llama4Text"]:
         assert not runs_flat(build(name, **(MOE if name == "Llama4Text" else {})), "cpu"), name
+    for flag, value in (("_is_stateful", True), ("_supports_attention_backend", False)):  # each alone is reason enough
+        lm = build("Llama")
+        setattr(lm, flag, value)
+        assert not runs_flat(lm, "cpu"), flag
 
 
 def test_rotary_tables_that_depend_on_the_batch():

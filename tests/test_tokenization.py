@@ -109,7 +109,7 @@ def test_one_turn_ends_at_the_end_of_turn():
 def test_a_newline_after_the_turn_is_context_but_not_scored():
     (group,) = tok.encode_demonstration({"messages": says("a", "b", "c", "d", "e")}, make(CHATML), [EOS, IM_END])
     check(group, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-                 "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]")  # nothing after it is computed
+                 "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]")  # the rest is cut
 
 
 def test_scope_last_and_consecutive_assistant_turns():

@@ -1,0 +1,152 @@
+"""One training run, or one loss, of TRL 1.16.0. Run by trl_parity.py with the python of TRL's own environment:
+
+    PYTHON benchmarks/trl_worker.py SPEC.json
+
+SPEC: method (sft, dpo, grpo), model (folder), data (.jsonl whose rows are used in that order), config (arguments of TRL's
+config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and rewards are taken
+from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs: loss and gradients
+instead of a training run). Prints a line "step N" after every optimizer step, which is what trl_parity.py times.
+
+Nothing but `variety` may be needed by the other environment, so everything heavy is imported where it is used.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def variety(prompts, completions, **_):
+    """A reward that both sides can compute, cheap and never the same for a whole group: the share of distinct words, or
+    of distinct characters where there is only one word."""
+    texts = [c[-1]["content"] if isinstance(c, list) else c for c in completions]
+    parts = [text.split() if " " in text else [*text] for text in texts]
+    return [len(set(words)) / max(1, len(words)) for words in parts]
+
+
+def make_trainer(spec, **kwargs):
+    """The trainer of spec["method"], rows in the order of the file, with a record of every logged step."""
+    import transformers
+    import trl
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+
+    class Record(transformers.TrainerCallback):
+        """Logged values as TRL logs them (transformers 5 does not round the loss)."""
+
+        def __init__(self):
+            self.steps = []
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "grad_norm" in logs:
+                self.steps.append({k: v for k, v in logs.items() if isinstance(v, (int, float))})
+                print(f"step {state.global_step}", flush=True)
+
+    name = spec["method"].upper()
+    base = getattr(trl, f"{name}Trainer")
+
+    class InOrder(base):
+        def _get_train_sampler(self, dataset=None):
+            if spec["method"] == "grpo":  # it has to repeat prompts; shuffle_dataset=False turns the shuffling off
+                return super()._get_train_sampler(dataset)
+            return SequentialSampler(self.train_dataset if dataset is None else dataset)
+
+        def _generate_single_turn(self, prompt_ids, *args, **more):
+            if "replay" not in spec:
+                return super()._generate_single_turn(prompt_ids, *args, **more)
+            lines = self.replay[self.used : self.used + len(prompt_ids)]
+            self.used += len(prompt_ids)
+            for ids, line in zip(prompt_ids, lines, strict=True):
+                assert self._tokenizer.decode(ids) == line["prompt"], "the replayed rollout is of other prompts"
+            self.rewards = [line["reward"] for line in lines]
+            encoded = [self._tokenizer(line["completion"], add_special_tokens=False)["input_ids"] for line in lines]
+            for ids, line in zip(encoded, lines):
+                assert self._tokenizer.decode(ids) == line["completion"], "text does not survive tokenisation"
+            return encoded, None
+
+    if "replay" in spec:
+        lines = [json.loads(line) for line in Path(spec["replay"]).read_text().splitlines()]
+        InOrder.replay, InOrder.used = lines, 0
+        kwargs["reward_funcs"] = lambda prompts, completions, **_: trainer.rewards
+    elif spec["method"] == "grpo":
+        kwargs.setdefault("reward_funcs", variety)
+    rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
+    record = Record()
+    common = {  # both sides: fp32, linear decay from the first step, no warmup, no weight decay, clipping at 1
+        "output_dir": spec["scratch"], "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "bf16": False, "save_strategy": "no", "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0,
+        "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "seed": 42,
+    }  # fmt: skip
+    config = getattr(trl, f"{name}Config")(**common | spec["config"])
+    trainer = InOrder(model=spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[record], **kwargs)
+    return trainer, record
+
+
+def scored_ids(trainer, spec, limit):
+    """For the first rows, every sequence with the ids that TRL scores: [[ids, scored positions], ...], chosen before
+    rejected. Taken from the collated batch, the last thing that the loss sees."""
+    sequences = []
+    for i in range(min(limit, len(trainer.train_dataset))):
+        batch = trainer.data_collator([trainer.train_dataset[i]])
+        mask = batch["completion_mask"] == 1 if "completion_mask" in batch else batch["labels"] != -100
+        for ids, real, scored in zip(batch["input_ids"], batch["attention_mask"], mask):
+            keep = real.bool()
+            sequences.append([ids[keep].tolist(), scored[keep].nonzero()[:, 0].tolist()])
+    return sequences
+
+
+def grpo_batch(spec):
+    """Loss and gradients of one batch per case, through TRL's own path: its generation step is given the completions and
+    rewards, and computes masks, counts and advantages; old and reference log-probs are then put in its place."""
+    import torch
+    from safetensors.torch import save_file
+    from trl.trainer.utils import pad
+
+    batch, results = json.loads(Path(spec["batch"]).read_text()), []
+    completions = [ids for group in batch["groups"] for ids in group["completions"]]
+    rewards = [reward for group in batch["groups"] for reward in group["rewards"]]
+    rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
+    for number, case in enumerate(batch["cases"]):
+        local = spec | {"config": spec["config"] | case["trl"]}
+        trainer, _ = make_trainer(local, reward_funcs=lambda prompts, completions, **_: rewards)
+        trainer._generate_single_turn = lambda prompt_ids, *_, **__: (completions, None)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1  # set by the training loop, which does not run here
+        size = trainer.num_generations
+        inputs = trainer._generate_and_score_completions([row for row in rows for _ in range(size)])
+        wanted = [ids for group in batch["groups"] for ids in [group["prompt"]] * size]
+        given = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"])]
+        assert given == wanted, "the two sides tokenise a prompt differently"
+        for name, key in ("old", "old_per_token_logps"), ("ref", "ref_per_token_logps"):
+            inputs.pop(key, None)
+            if case[name]:
+                inputs[key] = pad([torch.tensor(x) for x in batch[name]], padding_value=0.0, padding_side="right")
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        save_file({n: p.grad.contiguous() for n, p in trainer.model.named_parameters()}, f"{spec['result']}.{number}")
+        results.append({"loss": loss.item(), "advantages": inputs["advantages"].tolist()})
+    return results
+
+
+def main(spec):
+    import torch
+    import transformers
+    import trl
+
+    transformers.utils.logging.disable_progress_bar()
+    versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    result = {"versions": versions | {"threads": torch.get_num_threads()}}
+    if "batch" in spec:
+        result["cases"] = grpo_batch(spec)
+    else:
+        trainer, record = make_trainer(spec)
+        if spec.get("tokens"):
+            result["tokens"] = scored_ids(trainer, spec, spec["tokens"])
+        trainer.train()
+        result["steps"] = record.steps
+    Path(spec["result"] + ".tmp").write_text(json.dumps(result))
+    os.replace(spec["result"] + ".tmp", spec["result"])
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

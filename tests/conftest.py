@@ -1,0 +1,173 @@
+"""What the tests share: every script by globbing, a table of fast flags, forked gloo ranks, and how to read a run.
+
+Scripts are used as their users use them: the command line, `parse_args`, `main`, and the files that a run leaves. Each
+training run lives in a forked child, so that a kill, a signal or a patched function touches nobody else.
+"""
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+torch.set_num_threads(1)  # two cores are shared by up to four ranks, and a fork does not survive an OpenMP pool
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ROOT / "methods"
+SCRIPTS = sorted(str(p.relative_to(METHODS).with_suffix("")) for p in METHODS.rglob("*.py"))  # "sft", "experimental/ppo"
+TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so more is a hang
+
+# Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
+# visits every branch that splits, saves or resumes (grpo: two optimizer steps from each of two prompts' halves of a
+# rollout, twice; a reference). `micro`: a token budget so small that every row, and half of every group, stands alone.
+FAST = {
+    "sft": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "1e-4"]},
+    "dpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "4e-5"]},
+    "grpo": {"data": "prompts", "micro": 90, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
+        "--max_completion_length", "40", "--beta", "0.01", "--eval_samples", "2", "--temperature", "1.2"]},
+}  # fmt: skip
+
+
+def tiny_flags(name):
+    """Fast flags of a script. A new script has to be entered above: test_split fails where this raises."""
+    if name not in FAST:
+        raise KeyError(f"methods/{name}.py has no fast flags: enter it in FAST of tests/conftest.py")
+    return ["--lr_scheduler_type", "constant", "--save_minutes", "999", *FAST[name]["flags"]]
+
+
+def tiny_rows(name, path, count, start=0):
+    """The first rows of the script's tiny data as a file; returns its path as a flag's value."""
+    lines = (ROOT / "common" / "tiny" / f"{FAST[name]['data']}.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[start : start + count]))
+    return str(path)
+
+
+@lru_cache(maxsize=None)
+def script(name):
+    """The module of methods/<name>.py under a name of its own. Importing one parses no flags."""
+    spec = importlib.util.spec_from_file_location("script_" + name.replace("/", "_"), METHODS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- forked ranks ----------------------------------------------------------------------------------------------------
+
+
+def _child(rank, world, folder, fn, args):
+    log = os.open(f"{folder}/log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    try:
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        value = fn(rank, world, *args)
+        torch.save(value, f"{folder}/value{rank}")
+        dist.destroy_process_group()
+    except BaseException as e:  # of any kind, SystemExit included: the parent shows it
+        traceback.print_exc()
+        with open(f"{folder}/error{rank}", "w") as f:
+            f.write(f"{type(e).__name__}: {e}")
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def try_ranks(world, fn, *args):
+    """fn(rank, world, *args) in `world` forked processes with gloo. Per rank: exit code (-9: killed), value, error
+    ("Kind: message"), log. When one rank fails the others get two seconds: their collectives can never end."""
+    folder, fork = tempfile.mkdtemp(prefix="ranks"), multiprocessing.get_context("fork")
+    workers = [fork.Process(target=_child, args=(rank, world, folder, fn, args)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    end, failed = time.monotonic() + TIMEOUT, None
+    while any(w.is_alive() for w in workers) and time.monotonic() < end:
+        next((w for w in workers if w.is_alive())).join(0.02)
+        if failed is None and any(w.exitcode for w in workers):
+            failed, end = True, min(end, time.monotonic() + 2)
+    hung = failed is None and [rank for rank, w in enumerate(workers) if w.is_alive()]
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+    def read(name, rank):
+        path = Path(folder, f"{name}{rank}")
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    results = [SimpleNamespace(code=w.exitcode, error=read("error", r), log=read("log", r)) for r, w in enumerate(workers)]
+    for rank, result in enumerate(results):
+        path = f"{folder}/value{rank}"
+        result.value = torch.load(path, weights_only=False) if os.path.exists(path) else None  # our own child wrote it
+    shutil.rmtree(folder)
+    assert not hung, f"ranks {hung} hang after {TIMEOUT} s:\n" + "\n".join(results[r].log[-2000:] for r in hung)
+    return results
+
+
+def ranks(world, fn, *args):
+    """As try_ranks, where every rank has to end well: their values."""
+    results = try_ranks(world, fn, *args)
+    bad = [f"rank {i} ended with {r.code}: {r.log[-3000:]}" for i, r in enumerate(results) if r.code]
+    assert not bad, "\n".join(bad)
+    return [result.value for result in results]
+
+
+def _main(_rank, _world, name, argv, patch):
+    module = script(name)
+    if patch:
+        patch(module)
+    module.main(module.parse_args(argv))
+
+
+def train(name, out, *flags, world=1, patch=None):
+    """A run of methods/<name>.py in forked ranks; patch(module) changes the script in the children first."""
+    script(name)  # imported here, once, so that forking is all a run costs
+    return ranks(world, _main, name, [*tiny_flags(name), "--output_dir", str(out), *map(str, flags)], patch)
+
+
+def try_train(name, out, *flags, world=1, patch=None):
+    """As train, where the run may fail: one result per rank, see try_ranks."""
+    script(name)
+    return try_ranks(world, _main, name, [*tiny_flags(name), "--output_dir", str(out), *map(str, flags)], patch)
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path):
+    """Lines of a run's file without what is about time, rate or memory. Broken JSON fails, a missing file is empty."""
+    path = Path(path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def trainer_tensors(checkpoint):
+    """trainer/*.safetensors of a checkpoint as whole tensors, however many ranks wrote them."""
+    reader = HuggingFaceStorageReader(str(Path(checkpoint) / "trainer"))
+    found = reader.read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items() if not k.startswith("rollout/")}
+    with contextlib.redirect_stderr(None):
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(checkpoint) / "trainer")), no_dist=True)
+    return tensors
+
+
+def newest(out):
+    """The newest checkpoint folder of a run."""
+    return max(Path(out).glob("checkpoint-*"))

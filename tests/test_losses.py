@@ -1,0 +1,480 @@
+"""Losses, advantages and rewards against numbers worked out by hand.
+
+Everything runs in float64, and the expected values are written out as arithmetic from the formulas of the docstrings,
+not from the code. TIGHT is what a dozen float64 operations on numbers of size 10 may lose: a wrong factor, sign or
+denominator is off by more than 1e-2.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+TIGHT = {"rtol": 0, "atol": 1e-12}
+NAN = math.nan
+
+
+def load(name):
+    """The script as a module of its own name; importing parses no flags."""
+    spec = importlib.util.spec_from_file_location(f"losses_{name}", ROOT / "methods" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sft, dpo, grpo = load("sft"), load("dpo"), load("grpo")
+
+
+def f64(*values, grad=False):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def close(actual, expected, **tolerance):
+    expected = expected if isinstance(expected, torch.Tensor) else torch.tensor(expected, dtype=torch.float64)
+    actual = actual.detach() if isinstance(actual, torch.Tensor) else torch.tensor(actual, dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, **(tolerance or TIGHT))
+
+
+@pytest.fixture(scope="module")
+def run():
+    """What compute_advantages needs of a run: a process group of one, gone again before another file forks."""
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
+    if mine:
+        dist.destroy_process_group()
+
+
+# ---- sft -----------------------------------------------------------------------------------------
+
+
+def test_sft_loss_is_the_sum_of_negative_logprobs():
+    logprobs = f64(-0.5, -1.25, -2.0, 0.0, grad=True)
+    loss = sft.sft_loss(logprobs)
+    close(loss, 3.75)  # 0.5 + 1.25 + 2 + 0: a sum, the division by num_tokens is main's
+    loss.backward()
+    close(logprobs.grad, f64(-1, -1, -1, -1))
+
+
+def test_sft_loss_adds_up_over_any_cut():
+    logprobs = torch.randn(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for cut in range(12):
+        close(sft.sft_loss(logprobs[:cut]) + sft.sft_loss(logprobs[cut:]), sft.sft_loss(logprobs))
+
+
+# ---- dpo -----------------------------------------------------------------------------------------
+#             chosen                     rejected
+# pair 0      pi -10, ref -12: +2        pi -11, ref -10: -1
+# pair 1      pi  -8, ref  -8:  0        pi  -9, ref -14: +5
+PAIRS = (-10.0, -11.0, -8.0, -9.0), (-12.0, -10.0, -8.0, -14.0)
+
+
+def dpo_args(beta=0.1, loss_type="sigmoid"):
+    return SimpleNamespace(beta=beta, loss_type=loss_type)
+
+
+def test_dpo_loss_value_metrics_and_gradient():
+    logprobs, ref = f64(*PAIRS[0], grad=True), f64(*PAIRS[1])
+    loss, metrics = dpo.dpo_loss(logprobs, ref, dpo_args())
+    # margins: 0.1 * (2 - -1) = 0.3 and 0.1 * (0 - 5) = -0.5
+    losses = math.log(1 + math.exp(-0.3)), math.log(1 + math.exp(0.5))
+    close(f64(*losses), [0.5543552444685271, 0.9740769841801067])
+    close(loss, sum(losses))
+    close(metrics["loss"], sum(losses))
+    close(metrics["reward_chosen"], 0.2 + 0.0)
+    close(metrics["reward_rejected"], -0.1 + 0.5)
+    close(metrics["reward_margin"], 0.3 - 0.5)
+    close(metrics["chosen_logprob"], -10.0 - 8.0)
+    assert metrics["reward_acc"].item() == 1  # the first pair only
+    assert not any(value.requires_grad for value in metrics.values())
+    loss.backward()
+    # d/dm -log sigmoid(m) = -sigmoid(-m); dm/d chosen = beta, dm/d rejected = -beta
+    first, second = 0.1 / (1 + math.exp(0.3)), 0.1 / (1 + math.exp(-0.5))
+    close(logprobs.grad, f64(-first, first, -second, second))
+
+
+def test_dpo_loss_is_ln2_where_policy_and_reference_agree():
+    loss, metrics = dpo.dpo_loss(f64(*PAIRS[0]), f64(*PAIRS[0]), dpo_args())
+    close(loss, 2 * math.log(2))
+    assert metrics["reward_margin"].item() == 0 and metrics["reward_acc"].item() == 0  # a tie is not a win
+
+
+def test_dpo_loss_is_finite_and_linear_far_out():
+    # -log sigmoid(m) -> -m for m -> -inf, 0 for +inf: 1 + e^1000 as written would overflow
+    logprobs = f64(-10_000.0, 0.0, 0.0, -10_000.0, grad=True)
+    loss, _ = dpo.dpo_loss(logprobs, f64(0, 0, 0, 0), dpo_args())
+    close(loss, 1000.0 + 0.0)
+    loss.backward()
+    close(logprobs.grad, f64(-0.1, 0.1, 0, 0))
+
+
+@pytest.mark.parametrize("loss_type", sorted(dpo.LOSSES))
+def test_every_dpo_loss_pushes_the_chosen_up_at_the_start(loss_type):
+    """At a margin of 0 each loss of the table falls with the chosen log-prob and rises with the rejected one."""
+    logprobs = f64(-3.0, -4.0, grad=True)
+    loss, _ = dpo.dpo_loss(logprobs, f64(-3.0, -4.0), dpo_args(loss_type=loss_type))
+    loss.backward()
+    chosen, rejected = logprobs.grad.tolist()
+    assert math.isfinite(loss.item()) and chosen < 0 < rejected
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(*[st.floats(-50, 0)] * 4), min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_dpo_loss_does_not_depend_on_the_order_of_pairs(pairs, random):
+    shuffled = list(pairs)
+    random.shuffle(shuffled)
+    sums = []
+    for rows in pairs, shuffled:
+        table = torch.tensor(rows, dtype=torch.float64)
+        loss, metrics = dpo.dpo_loss(table[:, :2].flatten(), table[:, 2:].flatten(), dpo_args())
+        sums.append([loss, *metrics.values()])
+    for a, b in zip(*sums, strict=True):
+        close(a, b, rtol=1e-12, atol=1e-9)  # sums of up to 5 numbers of up to 50, in two orders
+
+
+# ---- grpo ----------------------------------------------------------------------------------------
+# Six tokens in three sequences; A = 2, -1, 0.5; epsilon 0.2 on both sides.
+#   seq   ratio   A      ratio A   clipped A   min      token loss   d loss / d logprob
+#   0     1.5     2      3.0       2.4         2.4      -2.4         0        above 1.2 with A > 0: clipped
+#   1     1.5    -1     -1.5      -1.2        -1.5       1.5         1.5      above 1.2 with A < 0: must come back
+#   1     0.5    -1     -0.5      -0.8        -0.8       0.8         0        below 0.8 with A < 0: clipped
+#   1     1.1    -1     -1.1      -1.1        -1.1       1.1         1.1
+#   2     0.5     0.5    0.25      0.4         0.25     -0.25       -0.25     below 0.8 with A > 0: must come back
+#   2     1.0     0.5    0.5       0.5         0.5      -0.5        -0.5
+RATIOS, SEQ, ADVANTAGES = (1.5, 1.5, 0.5, 1.1, 0.5, 1.0), (0, 1, 1, 1, 2, 2), (2.0, -1.0, 0.5)
+TOKEN_LOSS, TOKEN_GRAD = (-2.4, 1.5, 0.8, 1.1, -0.25, -0.5), (0.0, 1.5, 0.0, 1.1, -0.25, -0.5)
+NORMS = {  # weight of each token: 10 tokens and 4 sequences in the whole step, max_completion_length 8
+    "dapo": [1 / 10] * 6,
+    "grpo": [1 / 4, 1 / 12, 1 / 12, 1 / 12, 1 / 8, 1 / 8],  # 1 / (own length x 4)
+    "dr_grpo": [1 / 32] * 6,  # 1 / (8 x 4)
+}
+
+
+def grpo_args(**more):
+    default = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "max_completion_length": 8}
+    return SimpleNamespace(**(default | more))
+
+
+def surrogate(ratios=RATIOS, seq=SEQ, advantages=ADVANTAGES, ref=None, num_tokens=10, num_seqs=4, **args):
+    """grpo_loss at the given ratios -> loss, metrics, d loss / d logprobs."""
+    old = torch.linspace(-3, -1, len(ratios), dtype=torch.float64)
+    logprobs = (old + f64(*ratios).log()).requires_grad_()
+    ref = None if ref is None else logprobs.detach() + f64(*ref)  # given as log(ref / pi)
+    seq = torch.tensor(seq)
+    loss, metrics = grpo.grpo_loss(logprobs, old, ref, f64(*advantages), seq, num_tokens, num_seqs, grpo_args(**args))
+    loss.backward()
+    assert not any(value.requires_grad for value in metrics.values())
+    return loss.item(), metrics, logprobs.grad
+
+
+@pytest.mark.parametrize("loss_type", sorted(NORMS))
+def test_grpo_loss_value_metrics_and_gradient(loss_type):
+    loss, metrics, grad = surrogate(loss_type=loss_type)
+    weights = NORMS[loss_type]
+    close(loss, sum(w * x for w, x in zip(weights, TOKEN_LOSS)))
+    close(grad, [w * x for w, x in zip(weights, TOKEN_GRAD)])
+    close(metrics["ratio_mean"], 6.1)
+    assert metrics["clip_frac"].item() == 2  # sums over tokens: main divides
+
+
+def test_grpo_normalisers_as_decimals():
+    """The same three sums in plain decimals, so that an error in the table above cannot hide in both."""
+    close(surrogate(loss_type="dapo")[0], 0.025)  # 0.25 / 10
+    close(surrogate(loss_type="grpo")[0], -0.4104166666666667)  # (-2.4 / 1 + 3.4 / 3 - 0.75 / 2) / 4
+    close(surrogate(loss_type="dr_grpo")[0], 0.0078125)  # 0.25 / 32
+
+
+def test_every_normaliser_of_the_table_is_covered():
+    assert set(grpo.NORMS) == set(NORMS)
+
+
+def test_grpo_normalisers_count_the_whole_step():
+    """Two micro-batches with the step's global counts add up to the step computed at once."""
+    for loss_type in NORMS:
+        whole = surrogate(loss_type=loss_type)[0]
+        first = surrogate(RATIOS[:4], SEQ[:4], ADVANTAGES[:2], loss_type=loss_type)[0]
+        second = surrogate(RATIOS[4:], (0, 0), ADVANTAGES[2:], loss_type=loss_type)[0]
+        close(first + second, whole)
+
+
+def test_clip_higher_moves_the_upper_side_only():
+    loss, metrics, grad = surrogate(epsilon_high=0.6, num_tokens=1)
+    close(loss, -3.0 + 1.5 + 0.8 + 1.1 - 0.25 - 0.5)  # 1.5 is inside 1.6 now
+    close(grad, [-3.0, 1.5, 0.0, 1.1, -0.25, -0.5])
+    assert metrics["clip_frac"].item() == 1
+
+
+def test_epsilon_high_of_zero_is_not_the_default():
+    """0 is a value: no ratio above 1 earns anything."""
+    loss, _, grad = surrogate((1.1, 0.9), (0, 0), (1.0,), epsilon_high=0.0, num_tokens=1)
+    close(loss, -1.0 - 0.9)
+    close(grad, [0.0, -0.9])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.floats(0.05, 5), st.floats(-3, 3).filter(lambda a: abs(a) > 0.01))
+def test_clipping_stops_the_gradient_on_one_side_only(ratio, advantage):
+    _, metrics, grad = surrogate((ratio,), (0,), (advantage,), num_tokens=1)
+    pushed_out = ratio > 1.2 if advantage > 0 else ratio < 0.8
+    close(grad, [0.0 if pushed_out else -advantage * ratio], rtol=1e-9, atol=1e-12)  # exp(log x) loses an ulp or two
+    assert metrics["clip_frac"].item() == pushed_out
+
+
+@pytest.mark.parametrize("loss_type", sorted(NORMS))
+def test_ratio_of_one_gives_the_gradient_of_reinforce(loss_type):
+    """On-policy, d loss / d logprob = -A times the token's weight: nothing is clipped, whatever epsilon."""
+    loss, _, grad = surrogate((1.0,) * 6, loss_type=loss_type, epsilon=0.0)
+    advantages = [ADVANTAGES[s] for s in SEQ]
+    close(grad, [-a * w for a, w in zip(advantages, NORMS[loss_type])])
+    close(loss, -sum(a * w for a, w in zip(advantages, NORMS[loss_type])))
+
+
+def test_k3_value_and_gradient():
+    # d = log(ref / pi):  k3 = e^d - d - 1,  d k3 / d logprob = 1 - e^d
+    ref = (0.0, 0.5, -0.5, 1.0, -2.0, 0.1)
+    kl = [math.exp(d) - d - 1 for d in ref]
+    close(f64(*kl[1:3]), [0.14872127070012819, 0.10653065971263342])
+    loss, metrics, grad = surrogate((1.0,) * 6, advantages=(0.0, 0.0, 0.0), ref=ref, beta=0.3)
+    close(metrics["kl"], sum(kl))
+    close(loss, 0.3 * sum(kl) / 10)
+    close(grad, [0.3 * (1 - math.exp(d)) / 10 for d in ref])
+
+
+def test_k3_joins_the_surrogate_under_every_normaliser():
+    for loss_type, weights in NORMS.items():
+        loss, _, grad = surrogate(ref=(0.5,) * 6, beta=0.2, loss_type=loss_type)
+        kl, slope = math.exp(0.5) - 1.5, 1 - math.exp(0.5)
+        close(loss, sum(w * (x + 0.2 * kl) for w, x in zip(weights, TOKEN_LOSS)))
+        close(grad, [w * (x + 0.2 * slope) for w, x in zip(weights, TOKEN_GRAD)])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=6))
+def test_k3_is_never_negative_and_zero_only_at_equality(ref):
+    ones, seq = (1.0,) * len(ref), (0,) * len(ref)
+    kl = surrogate(ones, seq, (0.0,), ref=ref, beta=1.0)[1]["kl"].item()
+    # e^d - d - 1 >= d^2 / (2 + 2 |d|) on both sides; 1e-14 a token: rounding of e^d near 1
+    assert kl >= sum(d * d / (2 + 2 * abs(d)) for d in ref) - 1e-14 * len(ref) - 1e-9 * kl
+    equal = surrogate(ones, seq, (0.0,), ref=(0.0,) * len(ref), beta=1.0)
+    assert equal[1]["kl"].item() == 0 and equal[0] == 0
+
+
+@pytest.mark.parametrize("loss_type", sorted(NORMS))
+@pytest.mark.parametrize("distance", (50.0, -50.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_far_log_ratios_stay_finite(loss_type, distance, dtype):
+    """e^50 = 5e21 squared would leave float32; one such token must not end a run."""
+    logprobs = torch.full((4,), -60.0 + distance, dtype=dtype, requires_grad=True)
+    old, ref = (torch.full((4,), value, dtype=dtype) for value in (-60.0, -60.0))
+    advantages, seq = torch.tensor([1.0, -1.0], dtype=dtype), torch.tensor([0, 0, 1, 1])
+    args = grpo_args(loss_type=loss_type, beta=0.1)
+    loss, metrics = grpo.grpo_loss(logprobs, old, ref, advantages, seq, 4, 2, args)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite().all()
+    assert all(value.isfinite() for value in metrics.values())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_grpo_loss_does_not_depend_on_the_order_of_tokens(data):
+    size = data.draw(st.integers(1, 8))
+    ratios = data.draw(st.lists(st.floats(0.3, 3), min_size=size, max_size=size))
+    seq = [*data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))]
+    ref = data.draw(st.lists(st.floats(-1, 1), min_size=size, max_size=size))
+    where = data.draw(st.permutations(range(size)))
+    for loss_type in NORMS:
+        plain = surrogate(ratios, seq, ADVANTAGES, ref, loss_type=loss_type, beta=0.1)
+        moved = surrogate(*([x[i] for i in where] for x in (ratios, seq)), ADVANTAGES, [ref[i] for i in where],
+                          loss_type=loss_type, beta=0.1)  # fmt: skip
+        close(moved[0], plain[0], rtol=1e-9, atol=1e-12)  # `old` differs by position, so log-ratios round apart
+        close(moved[2], plain[2][list(where)], rtol=1e-9, atol=1e-12)
+
+
+# ---- advantages ----------------------------------------------------------------------------------
+
+
+def advantages(rewards, scale, run, dtype=torch.float64):
+    table = torch.tensor(rewards, dtype=dtype)
+    result = grpo.compute_advantages(table, SimpleNamespace(scale_rewards=scale), run)
+    assert result.shape == table.shape and result.isfinite().all()
+    return result
+
+
+def test_group_advantages(run):
+    # (1, 0, 0, 1): mean 0.5, std sqrt(4 * 0.25 / 3); (0, 0, 0, 2): mean 0.5, std sqrt((3 * 0.25 + 2.25) / 3) = 1
+    got = advantages([[1, 0, 0, 1], [0, 0, 0, 2]], "group", run)
+    a, b = 0.5 / (math.sqrt(1 / 3) + 1e-4), 0.5 / (1 + 1e-4)
+    close(got, [[a, -a, -a, a], [-b, -b, -b, 3 * b]])
+
+
+def test_batch_advantages(run):
+    # centred by the group's mean, divided by the deviation of all 8: mean 0.5, squares 6 * 0.25 + 0.25 + 2.25 - ...
+    rewards = [[1, 0, 0, 1], [0, 0, 0, 2]]
+    flat = [1, 0, 0, 1, 0, 0, 0, 2]  # mean 0.5; sum of squares 2 * 0.25 + 5 * 0.25 + 2.25 = 4; over n - 1 = 7
+    assert sum((x - 0.5) ** 2 for x in flat) == 4
+    std = math.sqrt(4 / 7) + 1e-4
+    close(advantages(rewards, "batch", run), [[0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std],
+                                              [-0.5 / std, -0.5 / std, -0.5 / std, 1.5 / std]])  # fmt: skip
+
+
+def test_unscaled_advantages(run):
+    close(advantages([[1, 0, 0, 1], [0, 0, 0, 2]], "none", run), [[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]])
+
+
+def test_a_missing_reward_is_in_no_statistic(run):
+    # (1, 0, nan): mean 0.5 and std sqrt(0.5) of two values; the third learns nothing
+    a = 0.5 / (math.sqrt(0.5) + 1e-4)
+    close(advantages([[1, 0, NAN]], "group", run), [[a, -a, 0]])
+    close(advantages([[1, 0, NAN]], "none", run), [[0.5, -0.5, 0]])
+    # batch: four values 1 0 3 3, mean 1.75, squares 0.5625 + 3.0625 + 2 * 1.5625 = 6.75, over 3
+    std = math.sqrt(6.75 / 3) + 1e-4
+    close(advantages([[1, 0, NAN], [3, 3, NAN]], "batch", run), [[0.5 / std, -0.5 / std, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("scale", ("group", "batch", "none"))
+@pytest.mark.parametrize("rewards", (
+    [[NAN, 1.0, NAN]],  # one valid reward: it is its own mean
+    [[NAN, NAN, NAN]],  # none: a reward function that failed on everything; check_rollout must get to say so
+    [[2.0, 2.0, 2.0]],  # all equal
+    [[0.0, 0.0, 0.0], [NAN, NAN, NAN]],
+))  # fmt: skip
+def test_groups_without_differences_teach_nothing(rewards, scale, run):
+    close(advantages(rewards, scale, run), torch.zeros(len(rewards), 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", ("group", "batch"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_equal_rewards_that_no_float_holds_teach_nothing(scale, dtype, run):
+    """The mean of seven times 0.1 is not 0.1 in float32: divided by a deviation of 1e-8 + 1e-4, the rounding of the
+    mean would be an advantage of 1e-4. 1e-6 is a thousandth of what the smallest real difference (0.01) earns."""
+    got = advantages([[0.1] * 7, [0.7] * 7], scale, run, dtype)
+    close(got, torch.zeros(2, 7, dtype=dtype), rtol=0, atol=1e-6 if scale == "group" else 1e-6)
+
+
+reward_tables = st.integers(2, 5).flatmap(
+    lambda n: st.lists(st.lists(st.floats(-4, 4) | st.just(NAN), min_size=n, max_size=n), min_size=1, max_size=4)
+)
+
+
+@pytest.mark.parametrize("scale", ("group", "batch", "none"))
+@settings(deadline=None, max_examples=60)
+@given(rewards=reward_tables, shift=st.floats(-8, 8))
+def test_a_constant_added_to_all_rewards_changes_nothing(scale, run, rewards, shift):
+    if all(math.isnan(x) for row in rewards for x in row):
+        rewards = [[0.0] * len(row) for row in rewards]  # nothing valid at all is a test of its own above
+    plain = advantages(rewards, scale, run)
+    moved = advantages([[x + shift for x in row] for row in rewards], scale, run)
+    # x + shift rounds at 1e-15, and dividing by 1e-4 at the least makes that 1e-11
+    close(moved, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", ("group", "batch", "none"))
+@settings(deadline=None, max_examples=60)
+@given(rewards=reward_tables, data=st.data())
+def test_advantages_move_with_their_rows(scale, run, rewards, data):
+    if all(math.isnan(x) for row in rewards for x in row):
+        rewards = [[0.0] * len(row) for row in rewards]
+    rows = data.draw(st.permutations(range(len(rewards))))
+    columns = data.draw(st.permutations(range(len(rewards[0]))))
+    plain = advantages(rewards, scale, run)[list(rows)][:, list(columns)]
+    close(advantages([[rewards[i][j] for j in columns] for i in rows], scale, run), plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", ("group", "batch", "none"))
+def test_advantages_sum_to_zero_in_every_group(scale, run):
+    rewards = [[1.0, 0.25, NAN, -3.0], [0.0, 0.0, 0.0, 1.0]]
+    close(advantages(rewards, scale, run).sum(1), [0.0, 0.0])
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize("completion, answer, reward", (
+    ("48 + 24 = 72\n#### 72", "72", 1),
+    ("#### 1,234", "1234", 1),
+    ("#### 1234", "He has 5 * 2 = 10.\n#### 1,234", 1),  # GSM8K's answer column: reasoning, then ####
+    ("#### 1,234,567.50", "1234567.5", 1),
+    ("so \\boxed{7}", "7", 1),
+    ("\\boxed{8} ... no, \\boxed{7}", "7", 1),  # the last box counts
+    ("\\boxed{7} is what I said, and 9 I did not", "7", 1),
+    ("\\boxed{9}\n#### 7", "7", 1),  # #### goes before a box
+    ("The answer is 7.", "7", 1),
+    ("The answer is 7.", "7.0", 1),
+    ("first 5, then 6, in all 11", "11", 1),
+    ("first 5, then 6, in all 11", "6", 0),
+    ("#### -3", "-3", 1),
+    ("#### -3", "3", 0),
+    ("#### 0.5", "0.5", 1),
+    ("#### 0.50", ".5", 1),  # a decimal without its zero
+    ("#### .5", "0.5", 1),
+    ("#### $12", "12", 1),
+    ("#### 12 apples", "12", 1),
+    ("#### 72 or #### 73", "73", 1),
+    ("no number", "7", 0),
+    ("", "7", 0),
+    ("#### seven", "7", 0),  # an empty mark is an answer without a number, not a licence to search elsewhere
+    ("7 #### ", "7", 0),
+    ("7", 7, 1),  # columns may hold numbers
+    ("7.5", 7.5, 1),
+    ("anything 3", None, None),  # no gold, no reward: not 0
+    ("anything 3", "no number here", None),
+))  # fmt: skip
+def test_accuracy(completion, answer, reward):
+    for wrap in str, chat:
+        got = grpo.accuracy(["?"], [wrap(completion)], answer=[answer])
+        assert got == [reward], (wrap, got)
+    gold = chat(answer) if isinstance(answer, str) else answer
+    assert grpo.accuracy(["?"], [completion], solution=[gold]) == [reward]
+
+
+def test_accuracy_takes_lists_and_ignores_other_columns():
+    prompts, completions = [chat("?")] * 3, ["#### 1", "#### 2", "#### 3"]
+    assert grpo.accuracy(prompts, completions, answer=["1", "0", None], level=["a", "b", "c"]) == [1.0, 0.0, None]
+    assert grpo.accuracy(prompts=prompts, completions=completions) == [None] * 3  # no column with the answer
+    assert grpo.accuracy(prompts, completions, answer=["1"] * 3, solution=["9"] * 3) == [1.0, 0.0, 0.0]
+    assert grpo.accuracy([], [], answer=[]) == []
+
+
+@pytest.mark.parametrize("completion, reward", (
+    ("4+4=8 #### 1458", 1),
+    ("#### 1,458\n", 1),
+    ("####-3.5", 1),
+    ("#### 1458 and more", 0),
+    ("1458", 0),
+    ("####", 0),
+    ("#### ,", 0),  # punctuation is no number: a policy would find this out
+    ("#### .", 0),
+    ("### 7", 0),
+    ("", 0),
+))  # fmt: skip
+def test_format(completion, reward):
+    assert grpo.format(["?"], [completion]) == [reward]
+    assert grpo.format(["?"], [chat(completion)], answer=["1458"]) == [reward]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=60), st.text(max_size=60) | st.none() | st.integers() | st.floats())
+def test_rewards_survive_any_text(completion, answer):
+    for completions in [completion], [chat(completion)]:
+        assert grpo.accuracy(["?"], completions, answer=[answer])[0] in (None, 0.0, 1.0)
+        assert grpo.format(["?"], completions)[0] in (0.0, 1.0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(-(10**9), 10**9))
+def test_accuracy_finds_an_integer_however_it_is_written(n):
+    for text in f"#### {n}", f"#### {n:,}", f"\\boxed{{{n}}}", f"it is {n}.", f"#### {n}.00":
+        assert grpo.accuracy(["?"], [text], answer=[str(n)]) == [1.0], text
+        assert grpo.accuracy(["?"], [text], answer=[str(n + 1)]) == [0.0], text
