@@ -6,21 +6,19 @@ Loss    L = - log sigmoid( beta * [ (log pi - log ref)(y_w|x) - (log pi - log re
 Tokens  completions only; log pi(y|x) is the SUM over the completion's tokens, its end-of-turn token included
 Norm    mean over the pairs of the optimizer step, over all micro-batches and ranks
 Models  the policy (trained), sharded with FSDP2. The reference is the policy before its first step: its log-probs are
-        computed once, kept in ref_logprobs.safetensors, and no second model is in memory
+        computed once and kept in ref_logprobs.safetensors; no second model is in memory
 Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike
 State   alerts, streaks, before, last, best (evaluations)
 Parent: methods/sft.py
 Delta:
-  imports: encode_preference
+  args: imports of encode_preference and F
   Args.method: beta, loss_type, TRL's learning rate
-  dpo_loss, evaluate: the loss of a pair; margins and pair accuracy held out
-  data: pairs of the tiny lab
-  load_groups: a row becomes a prompt with two completions that share it
-  loss: the table of losses
+  loss, dpo_loss, evaluate: the table of losses; the loss of a pair; margins and pair accuracy held out
   seq_sums, attach_reference: log-probs summed over completions, and once for the reference
-  main.reference: reference log-probs before the first step
+  data, load_groups: a row becomes a prompt with two completions that share it
+  main.reference: reference log-probs, before a checkpoint is loaded
   main.step: the loss of pairs, PREF001
-Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.6 in two minutes (benchmarks/README.md)
+Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.95 in about a minute (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/dpo.py --model DIR --dataset pairs.jsonl --beta 0.1
         python methods/dpo.py                                        (no flags: the tiny lab, on any machine)
 """
@@ -135,6 +133,7 @@ args = parse_args() if __name__ == "__main__" else None  # flags are checked bef
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -147,12 +146,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
-from common.tokenization import InputError, balance, encode_demonstration, fingerprint, fit, flat_batch, load_rows
+from common.tokenization import InputError, balance, encode_preference, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- loss ----------------------------------------------------------------------------------------
-LOSSES = {  # of beta times the difference of the two log-ratios, (pairs,)
+LOSSES = {  # of the difference of the two implicit rewards, (pairs,)
     "sigmoid": lambda margin: -F.logsigmoid(margin),  # equation 7
 }
 
@@ -163,7 +162,8 @@ def dpo_loss(seq_logprobs, ref_logprobs, args):
     chosen, rejected = (args.beta * (seq_logprobs - ref_logprobs)).view(-1, 2).unbind(1)  # implicit rewards
     loss = LOSSES[args.loss_type](chosen - rejected)  # ln 2 where policy and reference agree
     metrics = {"loss": loss, "reward_margin": chosen - rejected, "reward_acc": (chosen > rejected).float()}
-    metrics |= {"reward_chosen": chosen, "reward_rejected": rejected, "chosen_logprob": seq_logprobs[::2]}
+    metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
+    metrics |= {"chosen_logprob": seq_logprobs[::2], "rejected_logprob": seq_logprobs[1::2]}
     return loss.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
 
@@ -173,23 +173,25 @@ def seq_sums(values, batch):
 
 
 @torch.no_grad()
-def attach_reference(policy, groups, stem, key, args, run):
-    """Give every completion its log pi_ref, by one pass of the untrained policy over the rows that will be used. Kept in
-    a file under `key` (starting weights, rows): a resumed run reads it, or computes the same before it loads."""
-    path = run.out / f"{stem}.safetensors"
-    ref = load_file(path) if path.is_file() else {}
-    if key not in ref:
+def attach_reference(policy, groups, name, args, run):
+    """Give every completion its log pi_ref: one pass of the untrained policy over the rows that will be used, kept in a
+    file under a digest of the rows and of what the starting weights say of the probe. A resumed run reads it."""
+    path, probe = run.out / f"ref_logprobs_{name}.safetensors", policy(flat_batch(run.probe, run.device))["logprobs"]
+    about = repr((run.data, [g["row"] for g in groups], args.max_length, [round(x, 3) for x in probe.tolist()]))
+    key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
+    known = load_file(path) if path.is_file() else {}
+    if key not in known:
         values = torch.zeros(len(groups), 2, dtype=torch.float64, device=run.device)
         numbered = [group | {"at": i} for i, group in enumerate(groups)]
         for batch, members, weight in rank_batches(share(numbered, run), numbered[0], args, run):
             at = torch.tensor([group["at"] for group in members], device=run.device)
             values[at] += weight * seq_sums(policy(batch)["logprobs"], batch).view(-1, 2)
         dist.all_reduce(values)
-        ref = {key: values.float().cpu()}
+        known = {key: values.float().cpu()}
         if run.rank == 0:
-            save_file(ref, run.out / f".tmp-{stem}")
-            os.replace(run.out / f".tmp-{stem}", path)
-    for group, pair in zip(groups, ref[key].tolist()):
+            save_file(known, run.out / f".tmp-{name}")
+            os.replace(run.out / f".tmp-{name}", path)
+    for group, pair in zip(groups, known[key].tolist()):
         for completion, value in zip(group["completions"], pair):
             completion["ref_logprob"] = value
 
@@ -206,8 +208,7 @@ def evaluate(policy, heldout, args, run):
         wrong = seq_sums((~out["correct"]).float(), batch)
         metrics["accuracy"] = (wrong[::2] == 0).float().sum()
         totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-    means = [value / len(heldout) for value in all_sum(run, *totals.values())]
-    return {f"eval/{name}": value for name, value in zip(totals, means)}
+    return {f"eval/{name}": value / len(heldout) for name, value in zip(totals, all_sum(run, *totals.values()))}
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -272,9 +273,9 @@ def main(args):
     )
     # ---- reference -------------------------------------------------------------------------------
     used = sorted(set(order(len(train), args.seed, 0, steps * args.batch_size)))
-    attach_reference(policy, [train[i] for i in used], "ref_logprobs", run.data, args, run)
+    attach_reference(policy, [train[i] for i in used], "train", args, run)
     if heldout:
-        attach_reference(policy, heldout, "ref_logprobs_heldout", run.data, args, run)
+        attach_reference(policy, heldout, "heldout", args, run)
     # ---- resume ----------------------------------------------------------------------------------
     resume(policy, optimizer, tokenizer, run)
     print_plan(policy, tokenizer, train, heldout, counts, steps, run)
@@ -287,19 +288,21 @@ def main(args):
         rows = order(len(train), args.seed, step * args.batch_size, args.batch_size)
         groups = share([train[i] for i in rows], run)
         batches = rank_batches(groups, train[0], args, run)
-        counts = [weight * x for batch, g, weight in batches for x in (len(batch["labels"]), len(g))]
-        num_tokens, num_pairs = all_sum(run, sum(counts[::2]), sum(counts[1::2]))
+        num_tokens, num_pairs = all_sum(run, *(sum(weight * n for n, weight in counts) for counts in (
+            [(len(batch["labels"]), weight) for batch, _, weight in batches],
+            [(len(members), weight) for _, members, weight in batches],
+        )))
         totals = {}
         for batch, members, weight in batches:
             ref = torch.tensor([c["ref_logprob"] for g in members for c in g["completions"]], device=run.device)
             loss, metrics = dpo_loss(seq_sums(policy(batch)["logprobs"], batch), ref, args)
             (loss * weight * run.world / num_pairs).backward()  # a part of a global mean; FSDP2 averages over ranks
             totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-        metrics = dict(zip(totals, (value / num_pairs for value in all_sum(run, *totals.values()))))
+        metrics = {name: value / num_pairs for name, value in zip(totals, all_sum(run, *totals.values()))}
         metrics["num_tokens"] = num_tokens
-        if step == 0 and abs(metrics["loss"] - math.log(2)) > 0.01:
+        if step == 0:
             text = "the reference is not the starting policy: the first loss must be ln 2"
-            alert(run, 0, "PREF001", "error", "loss", metrics["loss"], math.log(2), text)
+            check(run, 0, "PREF001", "loss - ln 2", abs(metrics["loss"] - math.log(2)), NEVER, 0.01, text)
         # ---- update ------------------------------------------------------------------------------
         lr = args.learning_rate * schedule(step, steps, args)
         metrics |= {"grad_norm": update(policy, optimizer, lr, metrics, groups, step, run), "lr": lr}
@@ -546,7 +549,8 @@ def finish(policy, tokenizer, heldout, run):
         say(run, f"{key:<20} {run.state['before'][key]:.4f} -> {value:.4f}")
     say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
-    record(run.rank, run.out, status="finished", exit_code=0, **{k: run.state.get(k) for k in ("best", "last", "alerts")})
+    summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
+    record(run.rank, run.out, status="finished", exit_code=0, **summary)
     if run.tracker:
         run.tracker.finish()
 
@@ -619,8 +623,8 @@ def setup(args):
     run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "git": git, "script_sha256": script}
-    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), **about)
+    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "data": None, "git": git}
+    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), script_sha256=script, **about)
     if rank == 0 and args.report_to != "none":
         try:
             run.tracker = importlib.import_module(args.report_to)
@@ -638,7 +642,7 @@ def prepare_folder(args, attempt):
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
     if ended and not again:
-        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it; or name another folder."
+        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
     if attempt != "0" and ended.get("exit_code") in (2, 3):
         sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
     if given and not (given in checkpoints(given.parent) and whole(given)):
@@ -681,10 +685,10 @@ def streak(run, name, now):
 
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
-    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row. It is one coded line
-    in alerts.jsonl and on stderr, the first time and then at powers of two; an error before step 1 ends the run with exit
-    code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and neither
-    data nor model may speak to them."""
+    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row: one coded line
+    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
+    exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
+    neither data nor model may speak to them."""
     level, limit = ("error", error) if value > error else ("warn", warn)
     if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
         return
@@ -706,21 +710,22 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for g in groups for c in g["completions"]]
+    completions = [c for g in groups for c in g["completions"]]
+    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
     longer = [("--max_length", run.args.max_length, counts["p95"])]
     for code, metric, value, warn, error, text, *fix in (
-        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows without a scored token: check columns"),
-        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens, or lack theirs"),
+        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows have no scored token: check columns"),
+        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
         ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions do not end in a stop token"),
         ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
-        ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows are longer than --max_length", *longer),
-        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: saved models have them"),
+        ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
+        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: added in saved models"),
     ):
         check(run, 0, code, metric, value, warn, error, text, fix)
     if not groups:
-        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix the rows.")
+        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix rows.")
 
 
 def performance(started, groups):

@@ -1,35 +1,32 @@
 """
 GRPO: sample a group of completions per prompt, reward each, and raise the likelihood of those above their group's mean.
 
-Paper   Shao et al. 2024, https://arxiv.org/abs/2402.03300, equation 3; the default normaliser, clip-higher: Yu et al. 2025
-        (DAPO), https://arxiv.org/abs/2503.14476, equation 8; dr_grpo: Liu et al. 2025, https://arxiv.org/abs/2503.20783
+Paper   Shao et al. 2024, https://arxiv.org/abs/2402.03300, equation 3. Default normaliser and clip-higher: Yu et al.
+        2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 8; dr_grpo: Liu et al. 2025, https://arxiv.org/abs/2503.20783
 Loss    l_t = - min(ratio_t A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A) + beta (ref/pi - log(ref/pi) - 1)
         ratio_t = pi(y_t) / pi_old(y_t),   A = (r - mean of the group) / (std of the group + 1e-4)
 Tokens  every sampled token, the stop token included
 Norm    dapo: sum of l / num_tokens; grpo: mean over sequences of their token means; dr_grpo: sum / (num_seqs x
-        max_completion_length); always over the whole optimizer step, all micro-batches and ranks
-Models  the policy (trained), sharded with FSDP2; an unsharded copy to sample from; with beta > 0 a frozen reference
+        max_completion_length). Always over the whole optimizer step: all micro-batches and ranks
+Models  the policy (trained), sharded with FSDP2; an unsharded copy that samples; with beta > 0 a frozen reference
 Data    {prompt, any columns}: the columns go to the reward functions
-State   alerts, before, last, best, skipped, still, streaks of GRPO001-002; rollout/...: the rollout in use, when it spans
-        several optimizer steps
+State   alerts, streaks, before, last, best (evaluations); rollout/...: the rollout in use, if it spans several steps
 Parent: methods/sft.py
 Delta:
-  args: imports for rewards, sampling and encode_prompt
+  imports, args: array; DynamicCache and encode_prompt
   Args.method: sampling, clipping, advantages, rewards
   rewards, accuracy, format, load_rewards, reward_groups: what is maximised
-  grpo_loss, compute_advantages: the clipped surrogate, group-relative advantages
-  loss: the table of normalisers
-  data: prompts of the tiny lab
-  load_groups: a row becomes a prompt, its columns and no completion yet
-  rollout, generate, sample, uniforms, refresh, attach_logprobs, all_groups, pack, unpack: completions, their log-probs
-  evaluate: greedy accuracy and pass@k
-  main.data: prompts, steps per epoch
-  main.sampler: the copy that samples, the reference, the rewards
+  loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
+  data, load_groups: a row becomes a prompt and its columns; completions come later
+  share: prompts are dealt in turn, so that a rank keeps its rollout
+  uniforms, generate, sample, refresh, attach_logprobs, rollout, pack, unpack: completions and their log-probs
+  main.data: an epoch takes num_iterations times as many steps
+  main.model: the copy that samples, the reference, temperature
   main.rollout, main.step: new completions, then the surrogate
 Paper differences
-        groups stay whole: one optimizer step takes whole groups of a rollout, where TRL shuffles completions over steps
-        the first step after a rollout takes old = pi (the ratio is exactly 1) instead of a second forward
-Expect  tiny lab, 2 CPU cores: held-out greedy accuracy 0.30 -> 0.9 in two minutes (benchmarks/README.md)
+  the first step after a rollout takes pi_old = pi: the ratio is exactly 1 and a second forward is saved (as TRL does)
+  one optimizer step takes whole groups, and counts their tokens only; TRL shuffles completions over a rollout's steps
+Expect  tiny lab, 2 CPU cores: held-out greedy accuracy 0.30 -> 0.99 in about a minute (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/grpo.py --model DIR --dataset prompts.jsonl --reward accuracy
         python methods/grpo.py                                       (no flags: the tiny lab, on any machine)
 """
@@ -119,16 +116,16 @@ class Args:
     batch_size: int = 8  # prompts per optimizer step, all ranks together
     num_generations: Annotated[int, arg(aliases=["--group-size"])] = 8  # completions per prompt (TRL: 8)
     max_completion_length: Annotated[int, arg(aliases=["--max-new-tokens"])] = 512  # tokens (TRL: 512)
-    temperature: float = 1.0  # divides logits: sampling, policy and reference alike
+    temperature: float = 1.0  # divides logits: of the sampler, the policy and the reference
     steps_per_generation: int = 1  # a rollout covers the prompts of so many optimizer steps
     num_iterations: int = 1  # passes over a rollout (mu in the paper)
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # normaliser (TRL: dapo)
-    epsilon: float = 0.2  # lower clip, and upper where epsilon_high is not given
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # a key of NORMS (TRL: dapo)
+    epsilon: float = 0.2  # lower clip, and upper where epsilon_high is not given (TRL: 0.2)
     epsilon_high: float | None = None  # upper clip (DAPO: 0.28)
     beta: float = 0.0  # weight of the KL to the starting policy (TRL: 0, no reference in memory)
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (dr_grpo: none)
-    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format or file.py:function; several are added
-    reward_weights: tuple[float, ...] = ()  # one per reward; default 1
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
+    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format or FILE.py:FUNCTION; several are added
+    reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
     reward_timeout: float = 60.0  # seconds a reward function may take per rollout
     eval_samples: int = 4  # completions per held-out prompt for pass@k; 0: greedy only
 
@@ -169,62 +166,61 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
-from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
+from common.tokenization import InputError, encode_prompt, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
 def accuracy(prompts, completions, answer=None, solution=None, **_):
-    """1 when the completion's number is the answer's: the one after ####, else in \\boxed{}, else the last. No answer: None."""
+    """1 where the completion's number is the answer's: the one after ####, else in \\boxed{}, else the last one. None
+    where the row has no answer."""
 
     def final(text):
         text = text[-1]["content"] if isinstance(text, list) else str(text)
-        marked = re.findall(r"####\s*([^\n]*)", text) or re.findall(r"\\boxed\{([^{}]*)\}", text)
-        numbers = re.findall(r"-?\d[\d,]*\.?\d*", marked[-1] if marked else text)
-        return float(numbers[-1].replace(",", "").rstrip(".")) if numbers else None
+        marked = re.findall(r"####([^\n]*)", text) or re.findall(r"\\boxed\{([^{}]*)\}", text) or [text]
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", marked[-1])
+        return float(numbers[-1].replace(",", "")) if numbers else None
 
-    gold = [final(text) for text in (answer if answer is not None else solution or [""] * len(completions))]
+    gold = [final(text or "") for text in answer or solution or [None] * len(completions)]
     return [None if g is None else float(final(c) == g) for c, g in zip(completions, gold)]
 
 
 def format(prompts, completions, **_):
-    """1 when the completion ends in `#### number`."""
+    """1 where the completion ends in `#### number`."""
     texts = [c[-1]["content"] if isinstance(c, list) else c for c in completions]
     return [float(bool(re.search(r"####\s*-?[\d,.]+\s*$", text))) for text in texts]
 
 
 def load_rewards(args):
-    """--reward names -> functions reward(prompts, completions, **columns) -> list of numbers or None, TRL's signature."""
+    """--reward -> functions reward(prompts, completions, **columns) -> list of numbers or None: TRL's signature."""
     functions = []
     for name in args.reward:
-        path, _, attribute = name.rpartition(":")
-        if name in ("accuracy", "format"):
-            functions.append({"accuracy": accuracy, "format": format}[name])
-            continue
+        path, _, function = name.rpartition(":")
         try:
-            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            functions.append(getattr(module, attribute))
-        except Exception as e:  # user code may raise anything
+            if path:
+                spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+            functions.append(getattr(module, function) if path else {"accuracy": accuracy, "format": format}[name])
+        except (Exception, SystemExit) as e:  # user code may raise anything
             text = f"--reward {name}: {type(e).__name__}: {first_line(e)}. Give accuracy, format or FILE.py:FUNCTION."
             raise InputError(text) from e
     if len(args.reward_weights) not in (0, len(functions)):
-        raise InputError(f"--reward_weights has {len(args.reward_weights)} values for {len(functions)} rewards.")
+        raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(functions)} rewards.")
     return functions
 
 
 def reward_groups(groups, run):
-    """Set completion["parts"] (one per reward function) and completion["reward"], their weighted sum, NaN when none could
-    be had. A function that raises or takes too long gives None for all its completions, and GRPO003 counts them: an
-    error is not a reward of 0. A wrong type or length ends the run."""
+    """Set completion["parts"], one number per reward function, and completion["reward"], their weighted sum. NaN where
+    there is none: a function that raises, hangs or says None gave no reward, which is not a reward of 0. What is no list
+    of numbers ends the run, on all ranks."""
     pairs = [(group, completion) for group in groups for completion in group["completions"]]
+    columns = {k: [g["columns"].get(k) for g, _ in pairs] for group in groups for k in group["columns"]}
+    prompts, columns = columns["prompt"], {k: v for k, v in columns.items() if k not in ("prompt", "completion")}
     texts = [run.tokenizer.decode(c["ids"], skip_special_tokens=True) for _, c in pairs]
-    chat = [isinstance(group["columns"]["prompt"], list) for group, _ in pairs]
-    completions = [[{"role": "assistant", "content": t}] if is_chat else t for t, is_chat in zip(texts, chat)]
-    names = {name for group in groups for name in group["columns"]} - {"prompt", "completions"}
-    columns = {name: [group["columns"].get(name) for group, _ in pairs] for name in names - {"completion"}}
-    prompts, parts, wrong = [group["columns"]["prompt"] for group, _ in pairs], [], None
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
+    parts, wrong = [], None
 
     def expire(*_):
         raise TimeoutError(f"no answer after {run.args.reward_timeout:g} s")
@@ -233,31 +229,30 @@ def reward_groups(groups, run):
         before = signal.signal(signal.SIGALRM, expire)
         signal.setitimer(signal.ITIMER_REAL, run.args.reward_timeout)
         try:
-            values = function(prompts=prompts, completions=completions, **copy.deepcopy(columns))
+            values = function(prompts=prompts, completions=answers, **copy.deepcopy(columns))
         except (Exception, SystemExit) as e:  # user code may raise anything
             print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr, flush=True)
             values = [None] * len(pairs)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        if not isinstance(values, (list, tuple)) or len(values) != len(pairs):
-            wrong = f"--reward {name} returned {type(values).__name__} for {len(pairs)} completions: a list of as many."
-        elif bad := [v for v in values if v is not None and type(v) not in (int, float)]:
-            wrong = f"--reward {name} returned a {type(bad[0]).__name__}: numbers or None are wanted."
+        fits = isinstance(values, list) and len(values) == len(pairs)
+        if not fits or {*map(type, values)} - {int, float, type(None)}:
+            wrong = f"--reward {name} must return a list of {len(pairs)} numbers (or None), one for each completion."
         else:
             parts.append([math.nan if v is None or not math.isfinite(v) else float(v) for v in values])
     everyone = [None] * run.world
     dist.all_gather_object(everyone, wrong)
     if any(everyone):
         raise InputError(next(filter(None, everyone)))
-    weights = torch.tensor(run.args.reward_weights or [1.0] * len(parts))
-    for (_, completion), values in zip(pairs, torch.tensor(parts).T):
+    weights = torch.tensor(run.args.reward_weights or [1.0] * len(parts), dtype=torch.float64)
+    for (_, completion), values in zip(pairs, torch.tensor(parts, dtype=torch.float64).T):
         completion["parts"] = values.tolist()
         completion["reward"] = math.nan if values.isnan().all() else (weights * values).nansum().item()
 
 
 # ---- loss ----------------------------------------------------------------------------------------
-NORMS = {  # weight of a token's loss: lengths (M,) of its sequence, global counts, the length limit
+NORMS = {  # weight of a token in the loss, by the length of its sequence (M,), global counts and the length limit
     "dapo": lambda lengths, num_tokens, num_seqs, limit: 1 / num_tokens,
     "grpo": lambda lengths, num_tokens, num_seqs, limit: 1 / (lengths * num_seqs),
     "dr_grpo": lambda lengths, num_tokens, num_seqs, limit: 1 / (limit * num_seqs),
@@ -269,33 +264,46 @@ def compute_advantages(rewards, args, run):
     the standard deviation (n - 1) of the group or of all ranks' batch; 0 for NaN, which no statistic includes."""
     count = (~rewards.isnan()).sum(1, keepdim=True)
     centered = rewards - rewards.nanmean(1, keepdim=True)
-    if args.scale_rewards == "none":
-        return centered.nan_to_num(0.0)
-    if args.scale_rewards == "group":
-        std = (centered.square().nansum(1, keepdim=True) / (count - 1)).sqrt()
-    else:
-        n, total = all_sum(run, count.sum(), rewards.nansum())
-        (squares,) = all_sum(run, (rewards - total / n).square().nansum())
-        std = math.sqrt(squares / max(1, n - 1))
-    return (centered / (std + 1e-4)).nan_to_num(0.0)
+    std = (centered.square().nansum(1, keepdim=True) / (count - 1)).sqrt()
+    if args.scale_rewards == "batch":
+        total, n = all_sum(run, rewards.nansum(), count.sum())
+        std = math.sqrt(all_sum(run, (rewards - total / max(1, n)).square().nansum())[0] / max(1, n - 1))
+    return (centered if args.scale_rewards == "none" else centered / (std + 1e-4)).nan_to_num(0.0)
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, seq, num_tokens, num_seqs, args):
-    """logprobs, old_logprobs, ref_logprobs (or None), seq (M,) per token; advantages (S,); num_tokens, num_seqs: global.
+    """logprobs, old_logprobs, ref_logprobs (or None), seq (M,) per token; advantages (S,); num_tokens, num_seqs global.
     Returns this micro-batch's part of the normalised loss, and metrics as sums over its tokens."""
-    log_ratio = logprobs - old_logprobs
-    ratio, advantage = log_ratio.clamp(-20, 20).exp(), advantages[seq]
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    clipped = ratio.clamp(1 - args.epsilon, 1 + high)
+    ratio, advantage = (logprobs - old_logprobs).clamp(-20, 20).exp(), advantages[seq]
+    clipped = ratio.clamp(1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high))
     loss = -torch.min(ratio * advantage, clipped * advantage)
     metrics = {"ratio_mean": ratio, "clip_frac": (clipped * advantage < ratio * advantage).float()}
     if ref_logprobs is not None:
-        log_ref_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
-        metrics["kl"] = log_ref_ratio.exp() - log_ref_ratio - 1  # k3: unbiased, never negative
+        log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
+        metrics["kl"] = log_ratio.exp() - log_ratio - 1  # k3: unbiased, never negative
         loss = loss + args.beta * metrics["kl"]
     lengths = torch.bincount(seq, minlength=len(advantages))[seq]
     loss = (loss * NORMS[args.loss_type](lengths, num_tokens, num_seqs, args.max_completion_length)).sum()
     return loss, {name: value.detach().sum() for name, value in metrics.items()}
+
+
+def evaluate(policy, heldout, args, run):
+    """Held-out accuracy of greedy decoding, and pass@k of eval_samples: the first reward function gives 1 or more."""
+    refresh(run.sampler, policy)
+    mine = [g | {"weight": 1} for i, g in enumerate(heldout) if i % run.world == run.rank]
+    mine = mine or [heldout[0] | {"weight": 0}]  # rewards are collective: nobody stays away
+    result = {}
+    for name, copies in {"eval/accuracy": 1, f"eval/pass@{args.eval_samples}": args.eval_samples}.items():
+        if copies:
+            sample(mine, copies, ("eval",) if "pass" in name else None, run)
+            reward_groups(mine, run)
+            right = sum(g["weight"] * any(c["parts"][0] >= 1 for c in g["completions"]) for g in mine)
+            length = sum(g["weight"] * len(c["ids"]) / copies for g in mine for c in g["completions"])
+            right, length = all_sum(run, right, length)
+            result = {name: right / len(heldout), "eval/completion_len": length / len(heldout)} | result
+            for group in mine[:2] if copies == 1 else []:
+                say(run, picture("greedy", group, run.tokenizer))
+    return result
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -304,19 +312,12 @@ TINY = "prompts"  # the file of common/tiny that --dataset tiny reads
 
 def load_groups(name, tokenizer, stops, args):
     """Rows of a dataset -> (groups without completions, counts of what was dropped, fingerprint of the rows)."""
-    rows = load_rows(name, args.dataset_split or None, args.rename, TINY)
-    kwargs, groups = json.loads(args.chat_template_kwargs), []
-    for i, row in enumerate(rows):
-        prompt = encode_prompt(row, tokenizer, kwargs)
-        groups.append({"prompt": prompt, "completions": [], "row": i, "columns": row})
-    groups, counts = fit(groups, args.max_length - args.max_completion_length, "error" if args.overlong == "error" else "drop")
+    rows, kwargs = load_rows(name, args.dataset_split or None, args.rename, TINY), json.loads(args.chat_template_kwargs)
+    prompts = [encode_prompt(row, tokenizer, kwargs) for row in rows]
+    groups = [{"prompt": p, "completions": [], "columns": row, "row": row.index} for p, row in zip(prompts, rows)]
+    room = args.max_length - args.max_completion_length  # a prompt is never cut
+    groups, counts = fit(groups, room, args.overlong.replace("truncate_prompt", "drop"))
     return groups, counts, fingerprint(rows)
-
-
-def share(groups, run):
-    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares."""
-    costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
-    return [groups[i] for i in balance(costs, run.world)[run.rank]]
 
 
 def rank_batches(mine, spare, args, run):
@@ -340,189 +341,125 @@ def schedule(step, steps, args):
 
 
 # ---- rollout -------------------------------------------------------------------------------------
-def uniforms(seed, *where, count):
+def uniforms(place, seed, count):
     """The noise of one completion, from its place alone: the same on any rank, in any batch, after any resume."""
-    key = int.from_bytes(hashlib.blake2b(repr((seed, *where)).encode(), digest_size=8).digest(), "little") >> 1
+    key = int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest(), "little") >> 1
     return torch.rand(count, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
 
 
 @torch.no_grad()
 def generate(lm, prompts, copies, noise, stops, args):
-    """prompts (B, P) of one length -> `copies` completions each: lists of ids, log-probs (L,), stopped. Each prompt is
-    computed once; finished rows leave the batch. noise (B * copies, max_completion_length) uniform, or None: greedy."""
-    cache = DynamicCache(config=lm.config)
+    """prompts (B, P) of one length, `copies` completions each -> B * copies of (ids, log-probs, stopped). A prompt is
+    computed once; finished rows leave the batch. noise: uniform (B * copies, max_completion_length), or None: greedy."""
+    cache, stops = DynamicCache(config=lm.config), torch.tensor(stops, device=prompts.device)
     z = lm(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    rows = torch.arange(len(prompts), device=z.device).repeat_interleave(copies)
-    cache.reorder_cache(rows)
-    z, live, total = z[rows], torch.arange(len(rows), device=z.device), len(rows)
-    ids = torch.zeros(total, args.max_completion_length, dtype=torch.long, device=z.device)
-    logprobs = torch.zeros(ids.shape, device=z.device)
-    lengths, stopped = torch.zeros(total, dtype=torch.long, device=z.device), torch.zeros(total, dtype=torch.bool)
-    stopped, stops = stopped.to(z.device), torch.tensor(stops, device=z.device)
+    live = torch.arange(len(prompts), device=z.device).repeat_interleave(copies)
+    cache.reorder_cache(live)  # index_select on the rows of every layer, recurrent ones too: expands here, drops below
+    z, live = z[live], torch.arange(len(live), device=z.device)
+    ids = torch.zeros(len(live), args.max_completion_length, dtype=torch.long, device=z.device)
+    logprobs, lengths = torch.zeros(ids.shape, device=z.device), torch.zeros(len(ids), dtype=torch.long, device=z.device)
+    stopped = torch.zeros(len(ids), dtype=torch.bool, device=z.device)
     for t in range(args.max_completion_length):
         logp = (z.float() / args.temperature).log_softmax(-1)
         if noise is None:
             token = z.argmax(-1)
-        else:  # inverse CDF; float64, or the tail of a large vocabulary would be lost in rounding
+        else:  # inverse CDF, in float64: fp32 sums would lose the tail of a large vocabulary
             cdf = logp.double().exp().cumsum(-1)
             token = torch.searchsorted(cdf, noise[live, t, None] * cdf[:, -1:])[:, 0].clamp(max=cdf.shape[1] - 1)
-        ids[live, t], logprobs[live, t], lengths[live] = token, logp.gather(1, token[:, None])[:, 0], t + 1
         ended = torch.isin(token, stops)
+        ids[live, t], logprobs[live, t], lengths[live] = token, logp.gather(1, token[:, None])[:, 0], t + 1
         stopped[live] = ended
         if t + 1 == args.max_completion_length or ended.all():
             break
         if ended.any():
             keep = (~ended).nonzero()[:, 0]
-            cache.reorder_cache(keep)  # index_select: works for attention and for recurrent layers alike
+            cache.reorder_cache(keep)
             live, token = live[keep], token[keep]
         at = torch.full((len(token), 1), prompts.shape[1] + t, device=z.device)
         z = lm(input_ids=token[:, None], position_ids=at, past_key_values=cache, use_cache=True).logits[:, -1]
-    ids, logprobs, lengths, stopped = ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist()
-    return [(ids[i, :n].tolist(), logprobs[i, :n].clone(), stopped[i]) for i, n in enumerate(lengths)]
+    pieces = zip(ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist())
+    return [(array("i", ids[:n].tolist()), logprobs[:n].clone(), stop) for ids, logprobs, n, stop in pieces]
 
 
 def sample(groups, copies, place, run):
-    """Fill group["completions"] with `copies` samples each, or one greedy one where `place` is None. Prompts of equal
-    length go together: no padding, no mask."""
-    lm, args, by_length = run.sampler, run.args, {}
+    """Fill every group["completions"]: `copies` samples, or greedy ones where place is None. Prompts of one length go
+    together, so there is no padding and no mask."""
+    args, by_length = run.args, {}
     for group in groups:
         by_length.setdefault(len(group["prompt"]), []).append(group)
-    for same in by_length.values():
-        size = max(1, 256 // copies)  # sequences decoded together
-        for batch in (same[i : i + size] for i in range(0, len(same), size)):
-            noise = place and [uniforms(args.seed, *place, g["row"], k, count=args.max_completion_length)
-                               for g in batch for k in range(copies)]
-            noise = noise and torch.stack(noise).to(run.device)
-            prompts = torch.tensor([list(group["prompt"]) for group in batch], device=run.device)
-            drawn = iter(generate(lm, prompts, copies, noise, run.stops, args))
-            for group in batch:
-                group["completions"] = [
-                    {"ids": array("i", ids), "scored": None, "sampler_logprobs": logprobs, "stopped": stopped}
-                    for ids, logprobs, stopped in (next(drawn) for _ in range(copies))
-                ]
+    size = max(1, 256 // copies)  # 256 sequences at a time
+    for batch in [same[i : i + size] for same in by_length.values() for i in range(0, len(same), size)]:
+        noise = None
+        if place:
+            places = [(*place, group["row"], k) for group in batch for k in range(copies)]
+            noise = torch.stack([uniforms(p, args.seed, args.max_completion_length) for p in places]).to(run.device)
+        prompts = torch.tensor([list(group["prompt"]) for group in batch], device=run.device)
+        drawn = generate(run.sampler, prompts, copies, noise, run.stops, args)
+        keys = "ids", "sampler_logprobs", "stopped"
+        for i, group in enumerate(batch):
+            mine = drawn[i * copies : (i + 1) * copies]
+            group["completions"] = [dict(zip(keys, values)) | {"scored": None} for values in mine]
 
 
 @torch.no_grad()
 def refresh(sampler, policy):
-    """The policy's weights into the sampler, in place. full_tensor() is a collective: all ranks, same order."""
+    """The policy's weights into the sampler, in place. full_tensor() is a collective: all ranks, in the same order."""
     for mine, weight in zip(sampler.parameters(), policy.lm.parameters(), strict=True):
-        mine.copy_(weight.full_tensor())
+        mine.copy_(full(weight))
 
 
 @torch.no_grad()
 def attach_logprobs(model, groups, name, args, run):
-    """Set completion[name] (L,) to the model's log-probs, in one pass without gradients."""
+    """Set completion[name] (L,): the model's log-probs, from one pass without gradients."""
     for batch, members, weight in rank_batches(groups, groups[0], args, run):
         lengths = torch.bincount(batch["seq"], minlength=len(batch["seq_segment"])).tolist()
         pieces = model(batch)["logprobs"].cpu().split(lengths)
         for completion, piece in zip((c for g in members for c in g["completions"]), pieces):
-            completion[name] = piece if weight else completion.get(name)
+            completion[name] = piece if weight else completion[name]
 
 
 def rollout(policy, prompts, index, step, run):
-    """Completions, rewards and advantages for this rank's prompts of rollout `index`; what later steps need of the
-    policy as it is now. Returns the groups; the whole rollout is in samples.jsonl, and in the state if it is to last."""
-    args = run.args
-    groups = [g | {"at": i} for i, g in enumerate(prompts) if i % run.world == run.rank]
+    """Completions, rewards and advantages for this rank's prompts of rollout `index`, with the log-probs that later
+    steps will need of the policy as it is now. All of it goes to samples.jsonl, and to the state if it is to last."""
+    args, groups = run.args, [g | {"at": i} for i, g in enumerate(prompts) if i % run.world == run.rank]
+    lasting = args.steps_per_generation * args.num_iterations > 1
     refresh(run.sampler, policy)
     sample(groups, args.num_generations, ("train", index), run)
     reward_groups(groups, run)
-    rewards = torch.tensor([[c["reward"] for c in g["completions"]] for g in groups])
+    rewards = torch.tensor([[c["reward"] for c in g["completions"]] for g in groups], dtype=torch.float64)
     for group, advantages in zip(groups, compute_advantages(rewards, args, run).tolist()):
         for completion, advantage in zip(group["completions"], advantages):
             completion["advantage"] = advantage
-    if args.steps_per_generation * args.num_iterations > 1:
-        attach_logprobs(policy, groups, "old_logprobs", args, run)
-    if run.ref:
-        attach_logprobs(run.ref, groups, "ref_logprobs", args, run)
-    everyone = all_groups(groups, run)
-    for group in everyone:
-        for c in group["completions"]:
-            line = {"step": step + 1, "row": group["row"], "prompt": run.tokenizer.decode(group["prompt"])}
-            line |= {"completion": run.tokenizer.decode(c["ids"]), "reward": c["reward"], "parts": c["parts"]}
-            write(run, "samples.jsonl", line | {"advantage": c["advantage"], "stop": "stop" if c["stopped"] else "length"})
-    if args.steps_per_generation * args.num_iterations > 1:
-        run.state |= pack(everyone)
+    for name, model in ("old_logprobs", policy if lasting else None), ("ref_logprobs", run.ref):
+        if model:
+            attach_logprobs(model, groups, name, args, run)
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, groups)
+    everyone = sorted((g for share in everyone for g in share), key=lambda g: g["at"])
+    for group, c in [(g, c) for g in everyone for c in g["completions"]]:
+        line = {"step": step + 1, "row": group["row"], "prompt": run.tokenizer.decode(group["prompt"])}
+        line |= {"completion": run.tokenizer.decode(c["ids"]), "reward": c["reward"], "advantage": c["advantage"]}
+        write(run, "samples.jsonl", line | {"parts": c["parts"], "stop": "stop" if c["stopped"] else "length"})
+    run.state |= pack(everyone) if lasting else {}
     return groups
 
 
-def all_groups(groups, run):
-    """The groups of all ranks, in the order of the rollout."""
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, groups)
-    return sorted((group for share in everyone for group in share), key=lambda group: group["at"])
-
-
-TOKEN_KEYS, SEQ_KEYS = ("sampler_logprobs", "old_logprobs", "ref_logprobs"), ("reward", "advantage", "stopped")
-
-
 def pack(groups):
-    """A rollout as tensors for the state: a kill between its optimizer steps must not sample it anew from later weights."""
-    completions = [c for group in groups for c in group["completions"]]
-    tensors = {"rollout/ids": torch.tensor([i for c in completions for i in c["ids"]], dtype=torch.int32)}
-    tensors["rollout/lengths"] = torch.tensor([len(c["ids"]) for c in completions])
-    for key in SEQ_KEYS:
-        tensors[f"rollout/{key}"] = torch.tensor([float(c[key]) for c in completions], dtype=torch.float64)
-    for key in TOKEN_KEYS:
-        if key in completions[0]:
-            tensors[f"rollout/{key}"] = torch.cat([c[key] for c in completions])
-    return tensors
+    """A rollout as tensors for the state: a kill between its steps must not lead to one from later weights."""
+    each = ((f"rollout/{g['at']}/{k}/", c) for g in groups for k, c in enumerate(g["completions"]))
+    return {at + key: torch.as_tensor(value) for at, c in each for key, value in c.items() if value is not None}
 
 
 def unpack(prompts, run):
-    """The inverse, for this rank's prompts, on any number of ranks."""
-    state, size = run.state, run.args.num_generations
-    lengths = state["rollout/lengths"].tolist()
-    fields = {key: state[f"rollout/{key}"].split(lengths) for key in TOKEN_KEYS if f"rollout/{key}" in state}
-    fields |= {"ids": [array("i", ids.tolist()) for ids in state["rollout/ids"].split(lengths)]}
-    fields |= {key: state[f"rollout/{key}"].tolist() for key in SEQ_KEYS}
-    each = [dict(zip(fields, values)) | {"scored": None} for values in zip(*fields.values())]
-    return [prompts[i] | {"at": i, "completions": each[i * size : (i + 1) * size]}
-            for i in range(run.rank, len(prompts), run.world)]
-
-
-def check_rollout(groups, metrics, step, run):
-    """GRPO001-003 on a fresh rollout, from numbers that are global."""
-    args, first = run.args, step == 0
-    silent, endless, lost = 1 - metrics["signal_frac"], metrics["truncated_frac"], metrics["no_reward_frac"]
-    fix = [("--num_generations", args.num_generations, 2 * args.num_generations)]
-    text = "groups have no reward differences: nothing to learn from. Easier or harder prompts, or check the reward"
-    if streak(run, "all_silent", silent == 1) == 5:
-        alert(run, step + 1, "GRPO001", "error", "share of groups", silent, 1.0, text, fix)
-    elif streak(run, "silent", silent >= 0.8) == 10:
-        alert(run, step + 1, "GRPO001", "warn", "share of groups", silent, 0.8, text, fix)
-    fix = [("--max_completion_length", args.max_completion_length, 2 * args.max_completion_length)]
-    text = "completions end without a stop token"
-    if first and endless == 1 or streak(run, "all_endless", endless >= 0.95) == 3:
-        alert(run, step if first else step + 1, "GRPO002", "error", "share of completions", endless, 0.95, text, fix)
-    elif streak(run, "endless", endless > 0.5) == 10:
-        alert(run, step + 1, "GRPO002", "warn", "share of completions", endless, 0.5, text, fix)
-    if lost > 0.1:
-        text = "completions got no reward: the reward function raised, took too long or returned None"
-        alert(run, step, "GRPO003", "error", "share of completions", lost, 0.1, text)
-        if lost == 1:
-            raise HealthError("GRPO003: no completion of this rollout got a reward")
-
-
-def evaluate(policy, heldout, args, run):
-    """Held-out accuracy (greedy) and pass@k (eval_samples at the training temperature): by the first reward, 1 or more."""
-    mine = [g | {} for i, g in enumerate(heldout) if i % run.world == run.rank] or [heldout[0] | {"spare": True}]
-    refresh(run.sampler, policy)
-    result = {}
-    for name, copies, place in ("accuracy", 1, None), ("pass@k", args.eval_samples, ("eval",)):
-        if copies:
-            sample(mine, copies, place, run)
-            reward_groups(mine, run)
-            real = [g["completions"] for g in mine if "spare" not in g]
-            right = [any(c["parts"][0] >= 1 for c in completions) for completions in real]
-            length = sum(len(c["ids"]) for completions in real for c in completions) / copies
-            right, length, total = all_sum(run, sum(right), length, len(real))
-            result |= {f"eval/{name.replace('k', str(copies))}": right / total}
-            result |= {"eval/completion_len": length / total} if copies == 1 else {}
-            if copies == 1:
-                for group in mine[:2]:
-                    say(run, picture("sample", group, run.tokenizer))
-    return result
+    """The inverse, for this rank's prompts; the number of ranks may be another one."""
+    size, mine = run.args.num_generations, range(run.rank, len(prompts), run.world)
+    groups = {i: prompts[i] | {"at": i, "completions": [{"scored": None} for _ in range(size)]} for i in mine}
+    for name, value in run.state.items():
+        head, at, k, key = (*name.split("/"), "", "", "")[:4]
+        if head == "rollout" and int(at) in groups:
+            value = value if key.endswith("logprobs") else array("i", value) if key == "ids" else value.tolist()
+            groups[int(at)]["completions"][int(k)][key] = value
+    return [*groups.values()]
 
 
 def main(args):
@@ -538,10 +475,10 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    oracle = reference_logprobs(lm, run.probe, args.temperature)
     run.tokenizer, run.stops, run.rewards = tokenizer, stops, load_rewards(args)
+    oracle = reference_logprobs(lm, run.probe, args.temperature)
     run.sampler = copy.deepcopy(lm).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-    run.ref = shard(Policy(copy.deepcopy(lm).requires_grad_(False), args.temperature), run) if args.beta else None
+    run.ref = shard(Policy(copy.deepcopy(lm), args.temperature), run) if args.beta else None
     policy = shard(Policy(lm, args.temperature), run)
     check_model(policy, oracle, run)
     # ---- optimizer -------------------------------------------------------------------------------
@@ -559,9 +496,9 @@ def main(args):
     for step in range(run.step, steps):
         started = time.perf_counter()
         # ---- rollout -----------------------------------------------------------------------------
-        per_rollout = args.batch_size * args.steps_per_generation
         index, inner = divmod(step, args.steps_per_generation * args.num_iterations)
-        prompts = [train[i] for i in order(len(train), args.seed, index * per_rollout, per_rollout)]
+        size = args.batch_size * args.steps_per_generation
+        prompts = [train[i] for i in order(len(train), args.seed, index * size, size)]
         if inner == 0:
             mine = rollout(policy, prompts, index, step, run)
         elif step == run.step:  # resumed inside a rollout
@@ -569,44 +506,46 @@ def main(args):
         sampled = time.perf_counter()
         # ---- step --------------------------------------------------------------------------------
         groups = [g for g in mine if g["at"] // args.batch_size == inner % args.steps_per_generation]
-        completions = [c for group in groups for c in group["completions"]]
         batches = rank_batches(groups, mine[0], args, run)
+        completions = [c for group in groups for c in group["completions"]]
         num_tokens, num_seqs = all_sum(run, sum(len(c["ids"]) for c in completions), len(completions))
-        totals, worst, gap = {}, torch.zeros((), device=run.device), torch.zeros((), device=run.device)
+        totals = {}
         for batch, members, weight in batches:
             part = [c for group in members for c in group["completions"]]
-            tokens = {k: torch.cat([c[k] for c in part]).to(run.device) for k in TOKEN_KEYS if k in part[0]}
+            tokens = {k: torch.cat([c[k] for c in part]).to(run.device) for k in part[0] if k.endswith("logprobs")}
             advantages = torch.tensor([c["advantage"] for c in part], device=run.device)
             out = policy(batch, want=("entropy",))
-            logprobs = out["logprobs"]
-            old = logprobs.detach() if inner == 0 else tokens["old_logprobs"]
-            ref = tokens.get("ref_logprobs")
-            loss, metrics = grpo_loss(logprobs, old, ref, advantages, batch["seq"], num_tokens, num_seqs, args)
+            now = out["logprobs"].detach()
+            old, ref = now if inner == 0 else tokens["old_logprobs"], tokens.get("ref_logprobs")
+            loss, metrics = grpo_loss(out["logprobs"], old, ref, advantages, batch["seq"], num_tokens, num_seqs, args)
             (loss * weight * run.world).backward()  # a part of a global mean; FSDP2 averages over ranks
-            metrics |= {"entropy": out["entropy"].detach().sum(), "loss": loss.detach() * num_tokens}
+            metrics |= {"loss": loss.detach() * num_tokens, "entropy": out["entropy"].detach().sum()}
+            metrics["sampler_gap"] = (now - tokens["sampler_logprobs"]).abs().sum()
+            metrics["unequal"] = ((now - tokens.get("old_logprobs", now)).abs() > 1e-3).sum()
             totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-            gap += weight * (logprobs.detach() - tokens["sampler_logprobs"]).abs().sum()
-            if "old_logprobs" in tokens:
-                worst = torch.maximum(worst, (logprobs.detach() - tokens["old_logprobs"]).abs().max())
-        totals = dict(zip(totals, (value / num_tokens for value in all_sum(run, *totals.values()))))
-        rewards = torch.tensor([[c["reward"] for c in group["completions"]] for group in groups], dtype=torch.float64)
-        has, signal_frac = ~rewards.isnan(), (rewards.nan_to_num(-math.inf).amax(1) > rewards.nan_to_num(math.inf).amin(1))
-        sums = all_sum(run, rewards.nansum(), has.sum(), signal_frac.sum(), len(groups), gap, worst > 1e-3,
-                       sum(not c["stopped"] for c in completions))  # fmt: skip
-        reward, scored, signals, num_groups, gap, unequal, endless = sums
-        metrics = {"reward": reward / max(1, scored), "signal_frac": signals / num_groups}
-        metrics |= {"completion_len": num_tokens / num_seqs, "truncated_frac": endless / num_seqs}
-        metrics |= {"no_reward_frac": 1 - scored / num_seqs, "sampler_gap": gap / num_tokens} | totals
-        metrics |= {"num_tokens": num_tokens, "perf/rollout_seconds": sampled - started}
+        means = {name: value / num_tokens for name, value in zip(totals, all_sum(run, *totals.values()))}
+        rewards = [[c["reward"] for c in g["completions"] if not math.isnan(c["reward"])] for g in groups]
+        equal, cut = sum(len({*r}) < 2 for r in rewards), sum(not c["stopped"] for c in completions)
+        sums = sum(map(sum, rewards)), sum(map(len, rewards)), equal, cut, len(groups)
+        total, scored, silent, endless, num_groups = all_sum(run, *sums)
+        metrics = {"reward": total / max(1, scored), "silent_frac": silent / num_groups}
+        metrics |= {"no_reward_frac": 1 - scored / num_seqs, "truncated_frac": endless / num_seqs}
+        metrics |= {"completion_len": num_tokens / num_seqs, "num_tokens": num_tokens, **means}
+        metrics["perf/rollout_seconds"] = sampled - started
+        unequal, at = metrics.pop("unequal"), step + (step > 0)  # the first rollout is judged before step 1
         if inner == 0:
-            check_rollout(groups, metrics, step, run)
-            if metrics["sampler_gap"] > 0.02:
-                text = "the sampler's log-probs are not the trainer's: same temperature, attention and weights?"
-                level = "error" if metrics["sampler_gap"] > 0.1 else "warn"
-                alert(run, step, "GRPO004", level, "mean difference", metrics["sampler_gap"], 0.02, text)
-            if unequal:
-                text = "the same weights gave other log-probs than a moment ago: dropout, or a module in train mode?"
-                alert(run, step, "GRPO005", "error", "ranks", unequal, 0, text)
+            longer = [("--max_completion_length", args.max_completion_length, 2 * args.max_completion_length)]
+            for code, key, warn, error, patience, text, *fix in (
+                ("GRPO001", "silent_frac", 0.8, 0.999, 5, "groups have equal rewards: nothing to learn from"),
+                ("GRPO002", "truncated_frac", 0.5, 0.95, 1 if endless == num_seqs else 3, "no stop token", *longer),
+                ("GRPO003", "no_reward_frac", 0, 0.1, 1, "completions got no reward: it raised, hung or was None"),
+                ("GRPO004", "sampler_gap", 0.02, 0.1, 1, "sampler and trainer disagree on the same tokens"),
+            ):
+                check(run, at, code, key, metrics[key], warn, error, text, fix, patience)
+            text = "the same weights gave other log-probs than a moment ago: dropout, or train mode?"
+            check(run, at, "GRPO005", "share of tokens", unequal, NEVER, 0, text)
+            if not scored:
+                raise HealthError("GRPO003: no completion of this rollout got a reward.")
         if inner + 1 == args.steps_per_generation * args.num_iterations:
             run.state = {k: v for k, v in run.state.items() if not k.startswith("rollout/")}
         # ---- update ------------------------------------------------------------------------------
@@ -855,7 +794,8 @@ def finish(policy, tokenizer, heldout, run):
         say(run, f"{key:<20} {run.state['before'][key]:.4f} -> {value:.4f}")
     say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
-    record(run.rank, run.out, status="finished", exit_code=0, **{k: run.state.get(k) for k in ("best", "last", "alerts")})
+    summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
+    record(run.rank, run.out, status="finished", exit_code=0, **summary)
     if run.tracker:
         run.tracker.finish()
 
@@ -928,8 +868,8 @@ def setup(args):
     run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "git": git, "script_sha256": script}
-    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), **about)
+    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "data": None, "git": git}
+    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), script_sha256=script, **about)
     if rank == 0 and args.report_to != "none":
         try:
             run.tracker = importlib.import_module(args.report_to)
@@ -947,7 +887,7 @@ def prepare_folder(args, attempt):
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
     if ended and not again:
-        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it; or name another folder."
+        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
     if attempt != "0" and ended.get("exit_code") in (2, 3):
         sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
     if given and not (given in checkpoints(given.parent) and whole(given)):
@@ -990,10 +930,10 @@ def streak(run, name, now):
 
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
-    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row. It is one coded line
-    in alerts.jsonl and on stderr, the first time and then at powers of two; an error before step 1 ends the run with exit
-    code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and neither
-    data nor model may speak to them."""
+    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row: one coded line
+    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
+    exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
+    neither data nor model may speak to them."""
     level, limit = ("error", error) if value > error else ("warn", warn)
     if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
         return
@@ -1015,21 +955,22 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for g in groups for c in g["completions"]]
+    completions = [c for g in groups for c in g["completions"]]
+    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
     longer = [("--max_length", run.args.max_length, counts["p95"])]
     for code, metric, value, warn, error, text, *fix in (
-        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows without a scored token: check columns"),
-        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens, or lack theirs"),
+        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows have no scored token: check columns"),
+        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
         ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions do not end in a stop token"),
         ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
-        ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows are longer than --max_length", *longer),
-        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: saved models have them"),
+        ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
+        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: added in saved models"),
     ):
         check(run, 0, code, metric, value, warn, error, text, fix)
     if not groups:
-        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix the rows.")
+        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix rows.")
 
 
 def performance(started, groups):

@@ -625,8 +625,8 @@ def streak(run, name, now):
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
     """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row: one coded line
-    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with exit
-    code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
+    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
+    exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
     neither data nor model may speak to them."""
     level, limit = ("error", error) if value > error else ("warn", warn)
     if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
@@ -649,13 +649,14 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for g in groups for c in g["completions"]]
+    completions = [c for g in groups for c in g["completions"]]
+    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
     longer = [("--max_length", run.args.max_length, counts["p95"])]
     for code, metric, value, warn, error, text, *fix in (
         ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows have no scored token: check columns"),
-        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens, or lack theirs"),
+        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
         ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions do not end in a stop token"),
         ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
         ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),

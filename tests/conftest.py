@@ -74,6 +74,7 @@ def _child(rank, world, folder, fn, args):
     log = os.open(f"{folder}/log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # pytest has its own
     torch.set_num_threads(1)
     try:
         store = f"file://{folder}/store"

@@ -5,31 +5,19 @@ not from the code. TIGHT is what a dozen float64 operations on numbers of size 1
 denominator is off by more than 1e-2.
 """
 
-import importlib.util
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[1]
 TIGHT = {"rtol": 0, "atol": 1e-12}
 NAN = math.nan
-
-
-def load(name):
-    """The script as a module of its own name; importing parses no flags."""
-    spec = importlib.util.spec_from_file_location(f"losses_{name}", ROOT / "methods" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sft, dpo, grpo = load("sft"), load("dpo"), load("grpo")
+sft, dpo, grpo = script("sft"), script("dpo"), script("grpo")
 
 
 def f64(*values, grad=False):
@@ -93,6 +81,7 @@ def test_dpo_loss_value_metrics_and_gradient():
     close(metrics["reward_rejected"], -0.1 + 0.5)
     close(metrics["reward_margin"], 0.3 - 0.5)
     close(metrics["chosen_logprob"], -10.0 - 8.0)
+    close(metrics["rejected_logprob"], -11.0 - 9.0)
     assert metrics["reward_acc"].item() == 1  # the first pair only
     assert not any(value.requires_grad for value in metrics.values())
     loss.backward()
@@ -151,6 +140,7 @@ def test_dpo_loss_does_not_depend_on_the_order_of_pairs(pairs, random):
 #   2     1.0     0.5    0.5       0.5         0.5      -0.5        -0.5
 RATIOS, SEQ, ADVANTAGES = (1.5, 1.5, 0.5, 1.1, 0.5, 1.0), (0, 1, 1, 1, 2, 2), (2.0, -1.0, 0.5)
 TOKEN_LOSS, TOKEN_GRAD = (-2.4, 1.5, 0.8, 1.1, -0.25, -0.5), (0.0, 1.5, 0.0, 1.1, -0.25, -0.5)
+WEIGHT = {"rtol": 0, "atol": 1e-7}  # the grpo normaliser divides by lengths, which are integers: torch makes that float32
 NORMS = {  # weight of each token: 10 tokens and 4 sequences in the whole step, max_completion_length 8
     "dapo": [1 / 10] * 6,
     "grpo": [1 / 4, 1 / 12, 1 / 12, 1 / 12, 1 / 8, 1 / 8],  # 1 / (own length x 4)
@@ -179,8 +169,8 @@ def surrogate(ratios=RATIOS, seq=SEQ, advantages=ADVANTAGES, ref=None, num_token
 def test_grpo_loss_value_metrics_and_gradient(loss_type):
     loss, metrics, grad = surrogate(loss_type=loss_type)
     weights = NORMS[loss_type]
-    close(loss, sum(w * x for w, x in zip(weights, TOKEN_LOSS)))
-    close(grad, [w * x for w, x in zip(weights, TOKEN_GRAD)])
+    close(loss, sum(w * x for w, x in zip(weights, TOKEN_LOSS)), **WEIGHT)
+    close(grad, [w * x for w, x in zip(weights, TOKEN_GRAD)], **WEIGHT)
     close(metrics["ratio_mean"], 6.1)
     assert metrics["clip_frac"].item() == 2  # sums over tokens: main divides
 
@@ -188,7 +178,7 @@ def test_grpo_loss_value_metrics_and_gradient(loss_type):
 def test_grpo_normalisers_as_decimals():
     """The same three sums in plain decimals, so that an error in the table above cannot hide in both."""
     close(surrogate(loss_type="dapo")[0], 0.025)  # 0.25 / 10
-    close(surrogate(loss_type="grpo")[0], -0.4104166666666667)  # (-2.4 / 1 + 3.4 / 3 - 0.75 / 2) / 4
+    close(surrogate(loss_type="grpo")[0], -0.4104166666666667, **WEIGHT)  # (-2.4 / 1 + 3.4 / 3 - 0.75 / 2) / 4
     close(surrogate(loss_type="dr_grpo")[0], 0.0078125)  # 0.25 / 32
 
 
@@ -233,8 +223,8 @@ def test_ratio_of_one_gives_the_gradient_of_reinforce(loss_type):
     """On-policy, d loss / d logprob = -A times the token's weight: nothing is clipped, whatever epsilon."""
     loss, _, grad = surrogate((1.0,) * 6, loss_type=loss_type, epsilon=0.0)
     advantages = [ADVANTAGES[s] for s in SEQ]
-    close(grad, [-a * w for a, w in zip(advantages, NORMS[loss_type])])
-    close(loss, -sum(a * w for a, w in zip(advantages, NORMS[loss_type])))
+    close(grad, [-a * w for a, w in zip(advantages, NORMS[loss_type])], **WEIGHT)
+    close(loss, -sum(a * w for a, w in zip(advantages, NORMS[loss_type])), **WEIGHT)
 
 
 def test_k3_value_and_gradient():
@@ -252,8 +242,8 @@ def test_k3_joins_the_surrogate_under_every_normaliser():
     for loss_type, weights in NORMS.items():
         loss, _, grad = surrogate(ref=(0.5,) * 6, beta=0.2, loss_type=loss_type)
         kl, slope = math.exp(0.5) - 1.5, 1 - math.exp(0.5)
-        close(loss, sum(w * (x + 0.2 * kl) for w, x in zip(weights, TOKEN_LOSS)))
-        close(grad, [w * (x + 0.2 * slope) for w, x in zip(weights, TOKEN_GRAD)])
+        close(loss, sum(w * (x + 0.2 * kl) for w, x in zip(weights, TOKEN_LOSS)), **WEIGHT)
+        close(grad, [w * (x + 0.2 * slope) for w, x in zip(weights, TOKEN_GRAD)], **WEIGHT)
 
 
 @settings(deadline=None, max_examples=100)
@@ -316,7 +306,7 @@ def test_group_advantages(run):
 
 
 def test_batch_advantages(run):
-    # centred by the group's mean, divided by the deviation of all 8: mean 0.5, squares 6 * 0.25 + 0.25 + 2.25 - ...
+    # centred by the group's mean, divided by the deviation of all eight
     rewards = [[1, 0, 0, 1], [0, 0, 0, 2]]
     flat = [1, 0, 0, 1, 0, 0, 0, 2]  # mean 0.5; sum of squares 2 * 0.25 + 5 * 0.25 + 2.25 = 4; over n - 1 = 7
     assert sum((x - 0.5) ** 2 for x in flat) == 4
@@ -353,10 +343,10 @@ def test_groups_without_differences_teach_nothing(rewards, scale, run):
 @pytest.mark.parametrize("scale", ("group", "batch"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_equal_rewards_that_no_float_holds_teach_nothing(scale, dtype, run):
-    """The mean of seven times 0.1 is not 0.1 in float32: divided by a deviation of 1e-8 + 1e-4, the rounding of the
-    mean would be an advantage of 1e-4. 1e-6 is a thousandth of what the smallest real difference (0.01) earns."""
+    """The mean of seven times 0.7 is not 0.7 in float32: divided by a deviation of 6e-8 + 1e-4, the rounding of the
+    mean would push all seven the same way, by 6e-4. In float64 it is 1e-12."""
     got = advantages([[0.1] * 7, [0.7] * 7], scale, run, dtype)
-    close(got, torch.zeros(2, 7, dtype=dtype), rtol=0, atol=1e-6 if scale == "group" else 1e-6)
+    close(got.double(), torch.zeros(2, 7, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
 reward_tables = st.integers(2, 5).flatmap(
@@ -427,6 +417,8 @@ def chat(text):
     ("#### seven", "7", 0),  # an empty mark is an answer without a number, not a licence to search elsewhere
     ("7 #### ", "7", 0),
     ("7", 7, 1),  # columns may hold numbers
+    ("0", 0, 1),  # also this one
+    ("7", 0, 0),
     ("7.5", 7.5, 1),
     ("anything 3", None, None),  # no gold, no reward: not 0
     ("anything 3", "no number here", None),

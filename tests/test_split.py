@@ -1,0 +1,165 @@
+"""How a step is cut, into micro-batches and over ranks, must not change what is computed.
+
+Equal means, over 10 steps at a constant learning rate at which a headline number moves by more than 5 %:
+    grad_norm       1e-5 relative
+    every metric    1e-5 relative, plus the absolute floors below where a number is a difference that cancels
+    weights         0.02 x learning rate per element, in fp32
+    completions     the same ids, where there are any
+Measured: 6e-6, 2e-6 and 0.003 x learning rate. A factor 2 anywhere moves grad_norm by 2 and Adam by whole steps.
+Five rows a step on 1, 2 and 4 ranks and three held-out rows: nothing divides evenly, and ranks run out of work.
+"""
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import FAST, ROOT, SCRIPTS, newest, read_jsonl, script, tiny_flags, tiny_rows, train, trainer_tensors
+
+STEPS, BATCH, ROWS, HELDOUT = 10, 5, 15, 3
+BIG = 4096  # tokens: the whole step in one micro-batch
+RELATIVE, PER_LR = 1e-5, 0.02
+
+# A log-prob of some -10 in fp32 is known to 10 x 2^-24 = 6e-7, and many metrics are differences of two (sampler_gap,
+# kl, reward_margin): below 1e-6 they are rounding. Losses are means of many such and 1e-7 is one bit of a term near 1:
+# grpo's advantages cancel within a group. The gradient norm is a sum of squares: nothing cancels, no floor.
+FLOOR = {"grad_norm": 0.0, "loss": 1e-7, "eval/loss": 1e-7}
+DEFAULT_FLOOR = 1e-6
+NOISE = {("reward_acc", 1), ("eval/reward_acc", 0)}  # policy = reference: the sign of a rounding error
+
+
+def run(name, tmp_path, world, budget, steps=STEPS, patch=None):
+    out = tmp_path / f"{world}x{budget}{'-patched' if patch else ''}"
+    test = (ROOT / "common" / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "heldout.jsonl").write_text("".join(test[:HELDOUT]))
+    flags = ["--dataset", tiny_rows(name, tmp_path / "rows.jsonl", ROWS), "--eval_dataset", tmp_path / "heldout.jsonl"]
+    flags += ["--batch_size", BATCH, "--max_steps", steps, "--eval_every", 0, "--save_every", 0]
+    train(name, out, *flags, "--tokens_per_microbatch", budget, world=world, patch=patch)
+    return out
+
+
+def metric_differences(a, b):
+    """Lines of two metrics.jsonl -> what differs, in words."""
+    out = [] if [x["step"] for x in a] == [x["step"] for x in b] else ["other steps"]
+    for x, y in zip(a, b):
+        out += [] if x.keys() == y.keys() else [f"step {x['step']}: other keys {x.keys() ^ y.keys()}"]
+        for key in x.keys() & y.keys():
+            if (key, x["step"]) in NOISE:
+                continue
+            if not math.isclose(x[key], y[key], rel_tol=RELATIVE, abs_tol=FLOOR.get(key, DEFAULT_FLOOR)):
+                out.append(f"step {x['step']}: {key} {x[key]!r} {y[key]!r}")
+    return out
+
+
+def weight_differences(a, b, lr):
+    """Two checkpoints -> their worst weight, when it is further apart than PER_LR learning rates."""
+    a, b = trainer_tensors(a), trainer_tensors(b)
+    assert a.keys() == b.keys()
+    apart = {k: (v - b[k]).abs().max().item() / lr for k, v in a.items() if k.startswith("model.")}
+    assert all(a[k].dtype == torch.float32 for k in apart) and len(apart) > 10
+    worst = max(apart, key=apart.get)
+    return [f"{worst}: {apart[worst]:.4f} learning rates apart"] if apart[worst] > PER_LR else []
+
+
+def sample_differences(name, a, b):
+    """Two runs -> the first completion that differs, with the distance of its first other token from the edge of the
+    token's interval: what rounding moved over an edge is a hair away from it, what is wrong is anywhere."""
+    module, flags = script(name), script(name).parse_args(tiny_flags(name))
+    rows, others = read_jsonl(a / "samples.jsonl"), read_jsonl(b / "samples.jsonl")
+    if len(rows) != len(others):
+        return [f"{len(rows)} samples, {len(others)} samples"]
+    for i, (x, y) in enumerate(zip(rows, others)):
+        if x["completion"] == y["completion"]:
+            continue
+        again = a.with_name(a.name + "-again")  # the weights that sampled it: the same run up to its step
+        if x["step"] > 1:
+            run(name, a.parent, 1, BIG, x["step"] - 1).rename(again)
+        source = newest(again) if x["step"] > 1 else ROOT / "common" / "tiny" / "model"
+        lm = module.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = module.load_tokenizer(str(source))
+        prompt, *ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (x["prompt"], x["completion"], y["completion"]))
+        at = next(t for t, (p, q) in enumerate(zip(*ids)) if p != q)
+        logits = lm(torch.tensor([prompt + ids[0][:at]])).logits[0, -1] / flags.temperature
+        cdf = logits.double().softmax(-1).cumsum(-1)
+        index = (x["step"] - 1) // (flags.steps_per_generation * flags.num_iterations)
+        noise = module.uniforms(flags.seed, "train", index, x["row"], i % flags.num_generations, count=at + 1)[at]
+        edge = (cdf / cdf[-1] - noise).abs().min().item()
+        return [f"sample {i}, token {at}: {ids[0][at]} or {ids[1][at]}, {edge:.1e} from the edge of its interval"]
+    return []
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """name -> the run on one rank with one micro-batch per step, made once."""
+    made = {}
+
+    def reference(name):
+        if name not in made:
+            made[name] = run(name, tmp_path_factory.mktemp(name.replace("/", "_")), 1, BIG)
+        return made[name]
+
+    return reference
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_fast_flags(name):
+    """Every script is in conftest's table: a new one without coverage fails here."""
+    assert script(name).parse_args(tiny_flags(name)).learning_rate > 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_learning_rate_moves(name, references):
+    """The comparison sees training, not three digits of noise: from the first pass over the rows to the last a headline
+    number moves by more than 5 %. Three steps are a pass, so both means are over the same rows."""
+    lines = [x for x in read_jsonl(references(name) / "metrics.jsonl") if "grad_norm" in x]
+    assert len(lines) == STEPS and ROWS == 3 * BATCH
+    online = "num_generations" in FAST[name]["flags"] or "--num_generations" in FAST[name]["flags"]
+    moved = {}
+    for key in ("reward", "entropy") if online else ("loss",):
+        first, last = (sum(x[key] for x in part) / 3 for part in (lines[:3], lines[6:9]))
+        moved[key] = abs(last - first) / abs(first)
+    assert max(moved.values()) > 0.05, moved
+
+
+@pytest.mark.parametrize("world, small", [(1, True), (2, False), (4, True)])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_split(name, world, small, references, tmp_path):
+    reference = references(name)
+    out = run(name, tmp_path, world, FAST[name]["micro"] if small else BIG)
+    lines = read_jsonl(reference / "metrics.jsonl")
+    assert len(lines) == STEPS + 2 and sum("grad_norm" in x for x in lines) == STEPS  # an evaluation before and after
+    wrong = metric_differences(lines, read_jsonl(out / "metrics.jsonl"))
+    lr = script(name).parse_args(tiny_flags(name)).learning_rate
+    wrong += weight_differences(newest(reference), newest(out), lr)
+    wrong += sample_differences(name, reference, out) if (reference / "samples.jsonl").is_file() else []
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def local_denominators(module):
+    """Counts are summed over this rank only: the denominators of two ranks become half of what they are."""
+    whole = dist.all_reduce
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM, **kwargs):
+        return None if op == dist.ReduceOp.SUM and tensor.ndim == 1 else whole(tensor, op=op, **kwargs)
+
+    dist.all_reduce = all_reduce
+
+
+def double_on_one_rank(module):
+    """The loss of rank 1's micro-batches counts twice."""
+    name = next(name for name in vars(module) if name == f"{module.__name__.rpartition('_')[2]}_loss")
+    loss = getattr(module, name)
+
+    def doubled(*args):
+        value, factor = loss(*args), 1 + dist.get_rank()
+        return (value[0] * factor, *value[1:]) if isinstance(value, tuple) else value * factor
+
+    setattr(module, name, doubled)
+
+
+@pytest.mark.parametrize("plant", [local_denominators, double_on_one_rank], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_planted_factor_is_seen(name, plant, references, tmp_path):
+    """The comparison bites: with a factor 2 in a denominator the very first gradient norm differs."""
+    out = run(name, tmp_path, 2, BIG, steps=2, patch=plant)
+    lines = [[x for x in read_jsonl(o / "metrics.jsonl") if "grad_norm" in x][:2] for o in (references(name), out)]
+    assert any(text.startswith("step 1: grad_norm") for text in metric_differences(*lines))
