@@ -3,16 +3,17 @@
 Scripts are used as their users use them: the command line, `parse_args`, `main`, and the files that a run leaves. Each
 training run lives in a forked child, so that a kill, a signal or a patched function touches nobody else.
 """
-import contextlib
 import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,7 @@ TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so
 # rollout, twice; a reference). `micro`: a token budget so small that every row, and half of every group, stands alone.
 FAST = {
     "sft": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "1e-4"]},
-    "dpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "4e-5"]},
+    "dpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "8e-5"]},
     "grpo": {"data": "prompts", "micro": 90, "flags": [
         "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
         "--max_completion_length", "40", "--beta", "0.01", "--eval_samples", "2", "--temperature", "1.2"]},
@@ -149,6 +150,46 @@ def try_train(name, out, *flags, world=1, patch=None):
     return try_ranks(world, _main, name, [*tiny_flags(name), "--output_dir", str(out), *map(str, flags)], patch)
 
 
+def _command(name, argv, log):
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv, code = [f"methods/{name}.py", *argv], 0
+    try:
+        runpy.run_path(str(METHODS / f"{name}.py"), run_name="__main__")
+    except SystemExit as e:
+        code = e.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
+
+
+def command(name, out, *flags):
+    """`python methods/<name>.py ...` as a process that runs: the whole script as __main__, with its signal handlers and
+    exit codes, but in a fork, which saves the seconds of its imports. ended() waits for it."""
+    script(name)
+    argv = [*tiny_flags(name), "--output_dir", str(out), *map(str, flags)]
+    log = tempfile.mktemp(prefix="command")
+    worker = multiprocessing.get_context("fork").Process(target=_command, args=(name, argv, log))
+    worker.start()
+    worker.log = log
+    return worker
+
+
+def ended(worker):
+    """-> exit code and output of a command."""
+    worker.join(TIMEOUT)
+    hung = worker.exitcode is None
+    worker.kill()
+    worker.join()
+    text = Path(worker.log).read_text(errors="replace")
+    os.remove(worker.log)
+    assert not hung, f"hangs after {TIMEOUT} s:\n{text[-2000:]}"
+    return worker.exitcode, text
+
+
 # ---- what a run leaves -----------------------------------------------------------------------------------------------
 
 
@@ -164,7 +205,8 @@ def trainer_tensors(checkpoint):
     reader = HuggingFaceStorageReader(str(Path(checkpoint) / "trainer"))
     found = reader.read_metadata().state_dict_metadata
     tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items() if not k.startswith("rollout/")}
-    with contextlib.redirect_stderr(None):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": as it should be here
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(checkpoint) / "trainer")), no_dist=True)
     return tensors
 

@@ -140,7 +140,7 @@ def test_dpo_loss_does_not_depend_on_the_order_of_pairs(pairs, random):
 #   2     1.0     0.5    0.5       0.5         0.5      -0.5        -0.5
 RATIOS, SEQ, ADVANTAGES = (1.5, 1.5, 0.5, 1.1, 0.5, 1.0), (0, 1, 1, 1, 2, 2), (2.0, -1.0, 0.5)
 TOKEN_LOSS, TOKEN_GRAD = (-2.4, 1.5, 0.8, 1.1, -0.25, -0.5), (0.0, 1.5, 0.0, 1.1, -0.25, -0.5)
-WEIGHT = {"rtol": 0, "atol": 1e-7}  # the grpo normaliser divides by lengths, which are integers: torch makes that float32
+WEIGHT = {"rtol": 0, "atol": 1e-7}  # the grpo normaliser divides by integer lengths, which torch does in float32
 NORMS = {  # weight of each token: 10 tokens and 4 sequences in the whole step, max_completion_length 8
     "dapo": [1 / 10] * 6,
     "grpo": [1 / 4, 1 / 12, 1 / 12, 1 / 12, 1 / 8, 1 / 8],  # 1 / (own length x 4)
@@ -344,9 +344,9 @@ def test_groups_without_differences_teach_nothing(rewards, scale, run):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_equal_rewards_that_no_float_holds_teach_nothing(scale, dtype, run):
     """The mean of seven times 0.7 is not 0.7 in float32: divided by a deviation of 6e-8 + 1e-4, the rounding of the
-    mean would push all seven the same way, by 6e-4. In float64 it is 1e-12."""
+    mean would push all seven the same way, by 6e-4. (Over the batch's deviation of 0.3 it is 2e-7.)"""
     got = advantages([[0.1] * 7, [0.7] * 7], scale, run, dtype)
-    close(got.double(), torch.zeros(2, 7, dtype=torch.float64), rtol=0, atol=1e-7)
+    close(got.double(), torch.zeros(2, 7, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 reward_tables = st.integers(2, 5).flatmap(

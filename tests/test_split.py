@@ -9,6 +9,7 @@ Measured: 6e-6, 2e-6 and 0.003 x learning rate. A factor 2 anywhere moves grad_n
 Five rows a step on 1, 2 and 4 ranks and three held-out rows: nothing divides evenly, and ranks run out of work.
 """
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def sample_differences(name, a, b):
         logits = lm(torch.tensor([prompt + ids[0][:at]])).logits[0, -1] / flags.temperature
         cdf = logits.double().softmax(-1).cumsum(-1)
         index = (x["step"] - 1) // (flags.steps_per_generation * flags.num_iterations)
-        noise = module.uniforms(flags.seed, "train", index, x["row"], i % flags.num_generations, count=at + 1)[at]
+        noise = module.uniforms(("train", index, x["row"], i % flags.num_generations), flags.seed, at + 1)[at]
         edge = (cdf / cdf[-1] - noise).abs().min().item()
         return [f"sample {i}, token {at}: {ids[0][at]} or {ids[1][at]}, {edge:.1e} from the edge of its interval"]
     return []
@@ -112,7 +113,7 @@ def test_learning_rate_moves(name, references):
     number moves by more than 5 %. Three steps are a pass, so both means are over the same rows."""
     lines = [x for x in read_jsonl(references(name) / "metrics.jsonl") if "grad_norm" in x]
     assert len(lines) == STEPS and ROWS == 3 * BATCH
-    online = "num_generations" in FAST[name]["flags"] or "--num_generations" in FAST[name]["flags"]
+    online = "--num_generations" in FAST[name]["flags"]
     moved = {}
     for key in ("reward", "entropy") if online else ("loss",):
         first, last = (sum(x[key] for x in part) / 3 for part in (lines[:3], lines[6:9]))
@@ -146,7 +147,7 @@ def local_denominators(module):
 
 def double_on_one_rank(module):
     """The loss of rank 1's micro-batches counts twice."""
-    name = next(name for name in vars(module) if name == f"{module.__name__.rpartition('_')[2]}_loss")
+    name = f"{Path(module.__file__).stem}_loss"
     loss = getattr(module, name)
 
     def doubled(*args):

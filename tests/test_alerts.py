@@ -1,0 +1,579 @@
+"""Every alert code is provoked, says what design section 11 promises, and stays silent in the healthy recipe.
+
+Inputs are real ones where a user can produce the trouble (rows, templates, models, rewards, flags); where only a bug in
+a fork could, the forked child replaces one function of the script.
+"""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, script, tiny_flags, tiny_rows
+from safetensors.torch import load_file, save_file
+from test_bad_input import leave
+
+MARKER = "obey-me-99"  # in every path, name, row and exception of this file; never in an alert
+MODEL = ROOT / "common" / "tiny" / "model"
+KEYS = ["step", "code", "level", "metric", "value", "limit", "message", "fix", "count"]
+WRITES = {"role": "assistant", "content": f"{MARKER} #### 7"}
+ASKS = {"role": "user", "content": f"{MARKER} What is 3 + 4?"}
+
+
+def strict(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def provoke(name, folder, *flags, patch=None, rows=8, steps=1):
+    """A short run on the first rows of its tiny data; later flags win. -> code, err, args, alerts, folder."""
+    here = folder / MARKER
+    here.mkdir(exist_ok=True)
+    out = here / f"out{len(list(here.iterdir()))}"
+    data = tiny_rows(name, here / "rows.jsonl", rows)
+    argv = [*tiny_flags(name), "--dataset", data, "--eval_dataset", "", "--batch_size", 2, "--max_steps", steps]
+    argv += ["--output_dir", out, *flags]
+    result = leave(name, *argv, patch=patch)
+    result.args, result.folder = script(name).parse_args([str(flag) for flag in argv]), out
+    text = (out / "alerts.jsonl").read_text() if (out / "alerts.jsonl").is_file() else ""
+    assert MARKER not in text
+    result.alerts = [strict(line) for line in text.splitlines()]
+    for alert in result.alerts:
+        check_form(alert, result)
+    return result
+
+
+def check_form(alert, result):
+    assert list(alert) == KEYS
+    assert alert["level"] in ("warn", "error") and re.fullmatch(r"[A-Z]+\d{3}", alert["code"])
+    assert all(isinstance(alert[key], str) and alert[key] for key in ("metric", "message"))
+    assert "\n" not in alert["message"] and alert["count"] & (alert["count"] - 1) == 0
+    for key in "value", "limit":  # null: not finite
+        assert alert[key] is None or isinstance(alert[key], (int, float))
+    if None not in (alert["value"], alert["limit"]):
+        assert alert["value"] > alert["limit"]
+    line = f"[{alert['code']} {alert['level']} step {alert['step']}] {alert['message']}"
+    assert line in result.err and all(len(text) < 300 for text in result.err.splitlines() if text.startswith("["))
+    for fix in alert["fix"]:
+        assert list(fix) == ["flag", "from", "to"] and fix["flag"].startswith("--")
+        assert fix["from"] == getattr(result.args, fix["flag"][2:])  # a flag that exists, at the value it has
+        assert fix["to"] != fix["from"]
+
+
+def codes(result):
+    return {(a["code"], a["level"]) for a in result.alerts}
+
+
+def stops_before_step_1(code, name, folder, *flags, **more):
+    """An error at step 0: exit code 3 and one line, nothing trained; with --allow CODE the run goes on to its end."""
+    result = provoke(name, folder, *flags, **more)
+    assert result.code == 3, result.err
+    found = [a for a in result.alerts if a["code"] == code]
+    assert [a["level"] for a in found] == ["error"] and found[0]["step"] == 0 and found[0]["count"] == 1
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {code}: ") and f"--allow {code}" in errors[0]
+    assert "Traceback" not in result.err
+    assert not list(result.folder.glob("checkpoint-*")) and not (result.folder / "final").exists()
+    assert not (result.folder / "metrics.jsonl").is_file() or '"loss"' not in (result.folder / "metrics.jsonl").read_text()
+    known = strict((result.folder / "run.json").read_text())
+    assert (known["status"], known["exit_code"]) == ("failed", 3)
+    allowed = provoke(name, folder, *flags, "--allow", code, **more)
+    assert allowed.code == 0, allowed.err
+    assert [a["level"] for a in allowed.alerts if a["code"] == code] == ["error"]
+    assert strict((allowed.folder / "run.json").read_text())["alerts"][code] == 1
+    return found[0]
+
+
+def only_warns(code, name, folder, *flags, **more):
+    result = provoke(name, folder, *flags, **more)
+    assert result.code == 0, result.err
+    found = [a for a in result.alerts if a["code"] == code]
+    assert [a["level"] for a in found] == ["warn"], result.alerts
+    return found[0]
+
+
+def rows_file(folder, *rows):
+    (folder / MARKER).mkdir(exist_ok=True)
+    path = folder / MARKER / f"mine{len(list((folder / MARKER).iterdir()))}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def template(folder, text):
+    path = folder / "template.jinja"
+    path.write_text(text)
+    return path
+
+
+def model(folder, config=(), generation=(), tokenizer=None, weights=None):
+    """A copy of the tiny model with other settings; tokenizer and weights are edited by a function."""
+    copy = folder / f"{MARKER}-model"
+    shutil.copytree(MODEL, copy)
+    edit_json(copy / "config.json", lambda settings: settings.update(config))
+    edit_json(copy / "generation_config.json", lambda settings: settings.update(generation))
+    if tokenizer:
+        edit_json(copy / "tokenizer.json", tokenizer)
+    if weights:
+        tensors = load_file(copy / "model.safetensors")
+        weights(tensors)
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def edit_json(path, edit):
+    settings = json.loads(path.read_text())
+    edit(settings)
+    path.write_text(json.dumps(settings))
+
+
+# ---- healthy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_healthy_recipe_raises_none(name, tmp_path):
+    """The first eleven steps of the default recipe, its own batch and data: TRAIN002 looks at step 5, the streaks of
+    GRPO001-002 end by then, TRAIN003 looks at 1, 2, 4, 8."""
+    flags = ["--max_steps", 11, "--eval_rows", 8, "--save_every", 0, "--output_dir", tmp_path / "out"]
+    result = leave(name, *flags)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    alerts = tmp_path / "out" / "alerts.jsonl"
+    assert not alerts.is_file() or alerts.read_text() == ""
+    assert strict((tmp_path / "out" / "run.json").read_text())["alerts"] == {}
+
+
+def test_every_code_of_the_scripts_is_provoked_here():
+    used = {code for name in SCRIPTS for code in re.findall(r'"([A-Z]+\d{3})"', source(name))}
+    assert used and used == set(re.findall(r'"([A-Z]+\d{3})"', open(__file__).read()))
+
+
+def source(name):
+    return (ROOT / "methods" / f"{name}.py").read_text()
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def test_data001_rows_without_a_scored_token(tmp_path):
+    empty, full = {"text": ""}, {"text": f"{MARKER} 3+4=7"}
+    found = stops_before_step_1("DATA001", "sft", tmp_path, "--dataset", rows_file(tmp_path, *[full] * 49, empty))
+    assert found["value"] == pytest.approx(0.02) and found["limit"] == 0.01
+    found = only_warns("DATA001", "sft", tmp_path, "--dataset", rows_file(tmp_path, *[full] * 149, empty))
+    assert found["value"] == pytest.approx(1 / 150)
+
+
+BOS = "<|system|>"  # a token that the tiny tokenizer has; here its texts begin with it
+
+
+def begins_with_bos(settings):
+    piece = {"SpecialToken": {"id": BOS, "type_id": 0}}
+    processor = settings["post_processor"]
+    processor["single"].insert(0, piece)
+    processor["pair"].insert(0, piece)
+    processor["special_tokens"] = {BOS: {"id": BOS, "ids": [3], "tokens": [BOS]}}
+
+
+CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begin", ("", BOS + BOS))
+def test_data002_no_bos_or_two(begin, tmp_path):
+    folder = model(tmp_path, tokenizer=begins_with_bos)
+    edit_json(folder / "tokenizer_config.json", lambda settings: settings.update(bos_token=BOS))
+    flags = ["--model", folder, "--max_length", 200, "--chat_template"]
+    found = stops_before_step_1("DATA002", "dpo", tmp_path, *flags, template(tmp_path, begin + CHAT))
+    assert found["value"] == 1.0
+    assert provoke("dpo", tmp_path, *flags, template(tmp_path, BOS + CHAT)).alerts == []
+
+
+def test_data003_completions_without_a_stop_token(tmp_path):
+    endless = template(tmp_path, CHAT.replace("<|end|>", "\n"))
+    for name in "sft", "dpo":
+        found = stops_before_step_1("DATA003", name, tmp_path, "--chat_template", endless)
+        assert found["value"] == 1.0
+
+
+def test_data004_a_template_that_rewrites_history(tmp_path):
+    forgets = CHAT.replace("m['content']", "('' if m['role'] == 'assistant' and not loop.last else m['content'])")
+    rows = rows_file(tmp_path, *[{"messages": [ASKS, WRITES, ASKS, WRITES]}] * 3, {"messages": [ASKS, WRITES]})
+    flags = ["--dataset", rows, "--chat_template", template(tmp_path, forgets)]
+    found = only_warns("DATA004", "sft", tmp_path, *flags)
+    # three rows of four; each of them becomes two groups
+    assert found["value"] == pytest.approx(0.75)
+
+
+LONG = {"prompt": "3+4=", "completion": "7" * 90, "chosen": "7" * 90, "rejected": "8" * 90}
+SHORT = {"prompt": "3+4=", "completion": "7", "chosen": "7", "rejected": "8"}
+
+
+@pytest.mark.parametrize("name", ("sft", "dpo"))
+def test_data005_rows_over_max_length(name, tmp_path):
+    flags = ["--max_length", 64, "--dataset"]
+    found = stops_before_step_1("DATA005", name, tmp_path, *flags, rows_file(tmp_path, *[SHORT] * 7, *[LONG] * 3))
+    assert found["value"] == pytest.approx(0.3)
+    (fix,) = found["fix"]
+    assert fix == {"flag": "--max_length", "from": 64, "to": 95}  # 4 of the prompt, 90, the end
+    found = only_warns("DATA005", name, tmp_path, *flags, rows_file(tmp_path, *[SHORT] * 97, *[LONG] * 3))
+    assert found["value"] == pytest.approx(0.03)
+    assert all(fix["to"] > fix["from"] for fix in found["fix"])  # the 95th percentile is below the limit here
+
+
+def test_data005_counts_the_completion_online(tmp_path):
+    """--max_length bounds prompt + completion: the fix has to leave room for both."""
+    rows = [{"prompt": "3" * 40, "answer": "7"}, *[{"prompt": "3+4=", "answer": "7"}] * 3]
+    flags = ["--max_length", 60, "--max_completion_length", 30, "--num_generations", 2, "--dataset"]
+    result = provoke("grpo", tmp_path, *flags, rows_file(tmp_path, *rows))
+    (found,) = [a for a in result.alerts if a["code"] == "DATA005"]
+    assert result.code == 3 and found["level"] == "error"
+    assert [fix["to"] for fix in found["fix"]] == [70]
+
+
+def test_data006_a_stop_token_the_generation_config_lacks(tmp_path):
+    folder = model(tmp_path, generation={"eos_token_id": 0})
+    for name in "sft", "grpo":
+        assert only_warns("DATA006", name, tmp_path, "--model", folder, "--max_length", 200)["value"] == 1
+
+
+# ---- model and training --------------------------------------------------------------------------
+
+
+def test_model001_a_config_that_lies(tmp_path):
+    """Llama's forward knows no logit_scale; a config that has one looks like a family that does."""
+    folder = model(tmp_path, config={"logit_scale": 2.0})
+    for name in "sft", "grpo":
+        # the export is compared with what was trained, so that it has to be allowed, too
+        flags = ["--model", folder, "--max_length", 200, "--allow", "CKPT001", "GRPO004"]
+        result = provoke(name, tmp_path, *flags)
+        assert result.code == 3 and ("MODEL001", "error") in codes(result)
+        result = provoke(name, tmp_path, *flags, "MODEL001")
+        assert result.code == 0 and ("MODEL001", "error") in codes(result)
+
+
+def plant_nan(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+
+
+@pytest.mark.parametrize("name", ("sft", "dpo", "grpo"))
+def test_model001_a_weight_that_is_not_a_number(name, tmp_path):
+    result = provoke(name, tmp_path, "--model", model(tmp_path, weights=plant_nan), "--max_length", 200)
+    assert result.code == 3, result.err
+    assert ("MODEL001", "error") in codes(result)
+
+
+def test_train001_three_steps_that_are_not_finite(tmp_path):
+    """A learning rate of 1e30: the first step makes weights whose logits are not finite, the next three are skipped."""
+    result = provoke("sft", tmp_path, "--learning_rate", 1e30, steps=9)
+    assert result.code == 3
+    found = [a for a in result.alerts if a["code"] == "TRAIN001"]
+    assert found[0]["level"] == "error" and found[0]["step"] == 2
+    assert found[0]["fix"] == [{"flag": "--learning_rate", "from": 1e30, "to": 5e29}]
+    steps = [strict(line)["step"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps in ([1, 2, 3], [1, 2, 3, 4])  # whether the last skipped step is still logged does not matter
+    dumps = sorted(result.folder.glob("debug-*"))
+    assert len(dumps) == 3
+    for path in dumps:  # the rows of the step: enough to look at it again
+        rows = strict(path.read_text())
+        assert len(rows) == 2 and all(len(row) == 3 for row in rows)
+    assert not (result.folder / "final").exists()
+
+
+def test_train001_a_single_bad_step_is_skipped_and_survived(tmp_path):
+    def patch(module):
+        calls, loss = [], module.sft_loss
+
+        def bad_once(logprobs):
+            calls.append(0)
+            return loss(logprobs) * (float("nan") if len(calls) == 2 else 1)
+
+        module.sft_loss = bad_once
+
+    result = provoke("sft", tmp_path, patch=patch, steps=4)
+    assert result.code == 0 and [a["step"] for a in result.alerts if a["code"] == "TRAIN001"] == [2]
+    losses = [strict(line)["loss"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[1] is None and None not in (losses[0], losses[2], losses[3])
+
+
+def test_train002_a_learning_rate_below_the_precision(tmp_path):
+    result = provoke("sft", tmp_path, "--learning_rate", 1e-20, steps=6)
+    assert result.code == 0
+    assert [(a["level"], a["step"]) for a in result.alerts if a["code"] == "TRAIN002"] == [("error", 5)]
+
+
+def test_train002_no_gradient(tmp_path):
+    def patch(module):
+        loss = module.sft_loss
+        module.sft_loss = lambda logprobs: 0 * loss(logprobs)
+
+    result = provoke("sft", tmp_path, patch=patch, steps=3)
+    assert [(a["level"], a["step"]) for a in result.alerts if a["code"] == "TRAIN002"] == [("error", 3)]
+
+
+def test_train002_not_with_a_learning_rate_of_0(tmp_path):
+    """Asked for, to see that nothing else moves the metrics."""
+    assert provoke("sft", tmp_path, "--learning_rate", 0, steps=6).alerts == []
+
+
+def test_train003_clipping_that_does_not_clip(tmp_path):
+    def patch(_):
+        norm = torch.nn.utils.get_total_norm
+        torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: norm([p.grad for p in parameters])
+
+    result = provoke("sft", tmp_path, "--max_grad_norm", 1e-3, patch=patch)
+    assert result.code == 0
+    (found,) = [a for a in result.alerts if a["code"] == "TRAIN003"]
+    assert found["level"] == "error" and found["limit"] == pytest.approx(1.01e-3)
+
+
+@pytest.mark.parametrize("name", ("sft", "dpo", "grpo"))
+def test_train003_a_denominator_that_is_not_the_scored_tokens(name, tmp_path):
+    """A fork that loses a scored token where the batch is made still divides by what is left."""
+
+    def patch(module):
+        rank_batches = module.rank_batches
+
+        def lossy(groups, *more):
+            made = rank_batches(groups, *more)
+            if all("sampler_logprobs" not in c for g in groups for c in g["completions"]):
+                for batch, *_ in made:
+                    for key in "rows", "labels", "seq":
+                        batch[key] = batch[key][:-1]
+            elif "attach" not in sys._getframe(1).f_code.co_name:
+                for _, members, _ in made:  # online num_tokens is counted from the completions: leave one out
+                    pass
+            return made
+
+        import sys
+
+        module.rank_batches = lossy
+
+    result = provoke(name, tmp_path, patch=patch)
+    assert ("TRAIN003", "error") in codes(result), result.err
+
+
+# ---- preferences ---------------------------------------------------------------------------------
+
+
+def test_pref001_a_reference_that_is_not_the_start(tmp_path):
+    def patch(module):
+        attach = module.attach_reference
+
+        def moved(policy, groups, *more):
+            attach(policy, groups, *more)
+            for group in groups:
+                group["completions"][0]["ref_logprob"] += 1.0  # beta 0.1: the loss moves by 0.05
+
+        module.attach_reference = moved
+
+    found = stops_before_step_1("PREF001", "dpo", tmp_path, patch=patch)
+    assert 0.04 < found["value"] < 0.06
+
+
+# ---- online --------------------------------------------------------------------------------------
+
+REWARDS = f'''
+import time
+calls = []
+def constant(prompts, completions, **columns):
+    return [0.5] * len(completions)
+def by_length(prompts, completions, **columns):
+    return [float(len(c[0]["content"])) for c in completions]
+def counts(prompts, completions, **columns):
+    calls.extend(completions)
+    return [float(i) for i in range(len(completions))]
+def lost(prompts, completions, **columns):
+    return [None if i % 4 == 0 else float(i) for i in range(len(completions))]
+def lost_one(prompts, completions, **columns):
+    return [None if i == 0 else float(i) for i in range(len(completions))]
+def lost_later(prompts, completions, **columns):
+    calls.append(0)
+    return [None if len(calls) > 2 and i % 2 else float(i) for i in range(len(completions))]
+def none(prompts, completions, **columns):
+    return [None] * len(completions)
+def raises(prompts, completions, **columns):
+    raise RuntimeError("{MARKER}")
+def hangs(prompts, completions, **columns):
+    time.sleep(60)
+def raises_later(prompts, completions, **columns):
+    calls.append(0)
+    if len(calls) > 2:
+        raise RuntimeError("{MARKER}")
+    return [float(i) for i in range(len(completions))]
+def mostly_constant(prompts, completions, **columns):
+    return [float(i == 0) for i in range(len(completions))]
+def constant_later(prompts, completions, **columns):
+    calls.append(0)
+    return [float(i == 0) if len(calls) <= 5 else 0.5 for i in range(len(completions))]
+'''
+ONLINE = ["--num_generations", 2, "--steps_per_generation", 1, "--num_iterations", 1, "--beta", 0]
+
+
+def reward(folder, function):
+    path = folder / f"{MARKER}.py"
+    path.write_text(REWARDS)
+    return [*ONLINE, "--reward", f"{path}:{function}"]
+
+
+def levels(result, code):
+    return [(a["step"], a["level"]) for a in result.alerts if a["code"] == code]
+
+
+def test_grpo001_rewards_that_never_differ(tmp_path):
+    result = provoke("grpo", tmp_path, *reward(tmp_path, "constant"), steps=6)
+    assert result.code == 0
+    assert levels(result, "GRPO001")[0] == (5, "error")
+
+
+def test_grpo001_warns_where_most_groups_are_silent(tmp_path):
+    """One group of six differs: 0.83 of the groups teach nothing."""
+    flags = [*reward(tmp_path, "mostly_constant"), "--batch_size", 6]
+    result = provoke("grpo", tmp_path, *flags, steps=10)
+    assert levels(result, "GRPO001") and {level for _, level in levels(result, "GRPO001")} == {"warn"}
+
+
+def test_grpo001_rises_to_an_error(tmp_path):
+    """Five steps with one live group of six, then none: the warning must not hide what comes after it."""
+    flags = [*reward(tmp_path, "constant_later"), "--batch_size", 6]
+    result = provoke("grpo", tmp_path, *flags, steps=11)
+    assert [level for _, level in levels(result, "GRPO001")][:1] == ["warn"]
+    assert "error" in [level for _, level in levels(result, "GRPO001")]
+
+
+def test_grpo002_no_room_to_stop(tmp_path):
+    flags = [*ONLINE, "--max_completion_length", 2, "--allow", "GRPO001"]
+    result = provoke("grpo", tmp_path, *flags)
+    assert result.code == 3 and levels(result, "GRPO002") == [(0, "error")]
+    (found,) = [a for a in result.alerts if a["code"] == "GRPO002"]
+    assert found["fix"] == [{"flag": "--max_completion_length", "from": 2, "to": 4}]
+    result = provoke("grpo", tmp_path, *flags, "GRPO002", steps=2)
+    assert result.code == 0 and ("GRPO002", "error") in codes(result)
+
+
+def test_grpo002_warns_where_many_do_not_stop(tmp_path):
+    """Answers have 28 to 33 characters and a stop token: 30 is too short for most of them."""
+    result = provoke("grpo", tmp_path, *ONLINE, "--max_completion_length", 30, "--batch_size", 8, rows=64, steps=10)
+    assert result.code == 0 and {level for _, level in levels(result, "GRPO002")} == {"warn"}
+
+
+@pytest.mark.parametrize("function, flags", (("none", []), ("raises", []), ("hangs", ["--reward_timeout", 1])))
+def test_grpo003_no_reward_at_all(function, flags, tmp_path):
+    for allow in [], ["--allow", "GRPO003"]:  # a run whose reward function never answers has nothing to go on with
+        result = provoke("grpo", tmp_path, *reward(tmp_path, function), *flags, *allow)
+        assert result.code == 3 and levels(result, "GRPO003") == [(0, "error")]
+
+
+def test_grpo003_some_without_reward(tmp_path):
+    found = stops_before_step_1("GRPO003", "grpo", tmp_path, *reward(tmp_path, "lost"))
+    assert found["value"] == 0.25
+    flags = [*reward(tmp_path, "lost_one"), "--batch_size", 8]
+    assert only_warns("GRPO003", "grpo", tmp_path, *flags)["value"] == pytest.approx(1 / 16)
+
+
+def test_grpo003_a_reward_that_breaks_later(tmp_path):
+    result = provoke("grpo", tmp_path, *reward(tmp_path, "lost_later"), steps=4)  # half of them: an error, but it runs
+    assert result.code == 0 and levels(result, "GRPO003")[0] == (3, "error")
+    result = provoke("grpo", tmp_path, *reward(tmp_path, "raises_later"), steps=4)  # all of them: the end
+    assert result.code == 3 and levels(result, "GRPO003")[0] == (3, "error")
+    assert not (result.folder / "final").exists()
+
+
+def test_alerts_are_counted_and_written_at_powers_of_two(tmp_path):
+    flags = [*reward(tmp_path, "lost"), "--allow", "GRPO003"]
+    result = provoke("grpo", tmp_path, *flags, steps=5)
+    assert [a["count"] for a in result.alerts if a["code"] == "GRPO003"] == [1, 2, 4]
+    assert strict((result.folder / "run.json").read_text())["alerts"]["GRPO003"] == 5
+
+
+def softer(factor, after=0):
+    """A sampler whose last norm is scaled: another temperature than the trainer's."""
+
+    def patch(module):
+        refresh, calls = module.refresh, []
+
+        def wrong(sampler, policy):
+            refresh(sampler, policy)
+            calls.append(0)
+            if len(calls) > after:
+                with torch.no_grad():
+                    sampler.model.norm.weight *= factor
+
+        module.refresh = wrong
+
+    return patch
+
+
+def test_grpo004_a_sampler_that_is_not_the_policy(tmp_path):
+    found = stops_before_step_1("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.3))
+    assert found["metric"] == "sampler_gap"
+    only_warns("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.7))
+
+
+def test_grpo004_rises_to_an_error(tmp_path):
+    def patch(module):
+        softer(0.7)(module)
+        softer(0.4, after=2)(module)
+
+    result = provoke("grpo", tmp_path, *ONLINE, patch=patch, steps=4)
+    assert levels(result, "GRPO004")[0] == (0, "warn") and "error" in {level for _, level in levels(result, "GRPO004")}
+
+
+def test_grpo005_the_same_weights_say_something_else(tmp_path):
+    def patch(module):
+        attach = module.attach_logprobs
+
+        def moved(model, groups, name, *more):
+            attach(model, groups, name, *more)
+            for completion in (c for g in groups for c in g["completions"] if name == "old_logprobs"):
+                completion[name] = completion[name] + 0.01
+
+        module.attach_logprobs = moved
+
+    stops_before_step_1("GRPO005", "grpo", tmp_path, *ONLINE, "--num_iterations", 2, patch=patch)
+
+
+# ---- checkpoint ----------------------------------------------------------------------------------
+
+
+def spoil(change):
+    def patch(module):
+        write = module.write_checkpoint
+
+        def spoiled(policy, optimizer, tokenizer, step, folder, run):
+            write(policy, optimizer, tokenizer, step, folder, run)
+            change(folder)
+
+        module.write_checkpoint = spoiled
+
+    return patch
+
+
+def other_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lost_weight(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def nan_weight(folder):
+    tensors = load_file(folder / "model.safetensors")
+    plant_nan(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def untied(folder):
+    edit_json(folder / "config.json", lambda settings: settings.update(tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("change", (other_weights, lost_weight, nan_weight, untied))
+def test_ckpt001_what_was_saved_is_not_what_was_trained(change, tmp_path):
+    result = provoke("sft", tmp_path, patch=spoil(change))
+    assert result.code == 3, result.err
+    assert codes(result) == {("CKPT001", "error")}
+    assert not list(result.folder.glob("checkpoint-*")) and not (result.folder / "final").exists()

@@ -1,0 +1,386 @@
+"""A run that is killed, stopped or moved ends with the bytes of one that was not.
+
+Equal means, against an undisturbed run of the same command: every tensor of every trainer/ folder bitwise, and
+metrics.jsonl (without perf/), samples.jsonl and alerts.jsonl line by line. No tolerance anywhere but where a run goes
+on with another number of ranks, which has test_split's.
+
+Eight steps, a checkpoint every three: grpo's rollouts span four steps, so that both fall inside a rollout.
+"""
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, SCRIPTS, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags, tiny_rows
+from conftest import train, trainer_tensors, try_train
+from test_split import metric_differences, weight_differences
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+STEPS, BATCH, KEPT = 8, 4, (3, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """name, world -> (flags, folder of the undisturbed run), made once."""
+    made = {}
+
+    def undisturbed(name, world=1):
+        if (name, world) not in made:
+            folder = tmp_path_factory.mktemp(name.replace("/", "_"))
+            lines = (ROOT / "common" / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)
+            (folder / "heldout.jsonl").write_text("".join(lines[:2]))
+            flags = ["--dataset", tiny_rows(name, folder / "rows.jsonl", 12), "--max_steps", STEPS]
+            flags += ["--eval_dataset", folder / "heldout.jsonl", "--eval_every", 4, "--batch_size", BATCH]
+            flags += ["--save_every", 3, "--keep_last", 99, "--save_dtype", "float32"]
+            if hasattr(script(name), "accuracy"):  # sums that are no fp32 numbers: a cast of the state would show
+                flags += ["--reward", "accuracy", "format", "--reward_weights", "0.7", "0.1"]
+            train(name, folder / "whole", *flags, world=world)
+            made[name, world] = flags, folder / "whole"
+        return made[name, world]
+
+    return undisturbed
+
+
+def hashes(checkpoint):
+    """sha256 of every tensor that training needs back, and of the state's."""
+    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in checkpoint.glob("trainer/state.safetensors")}
+    for key, tensor in trainer_tensors(checkpoint).items():
+        found[key] = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return found
+
+
+def assert_equal(out, reference, steps=KEPT):
+    for step in steps:
+        a, b = (hashes(folder / f"checkpoint-{step:06d}") for folder in (out, reference))
+        assert len(a) > 30 and a.keys() == b.keys()
+        wrong = [k for k in a if a[k] != b[k]]
+        assert not wrong, f"checkpoint-{step:06d}: {len(wrong)} of {len(a)} tensors differ, {wrong[0]} for one"
+    for name in ("metrics.jsonl", "samples.jsonl", "alerts.jsonl"):
+        ours, theirs = read_jsonl(out / name), read_jsonl(reference / name)
+        assert len(ours) == len(theirs), f"{name}: {len(ours)} lines, {len(theirs)} in the undisturbed run"
+        assert ours == theirs, next(f"{name}: {a} {b}" for a, b in zip(ours, theirs) if a != b)
+    assert not [*out.glob(".*")], "leftovers"
+    meta = json.loads((out / "run.json").read_text())
+    assert (meta["status"], meta["exit_code"]) == ("finished", 0) or "pid" in meta  # main alone: launch is tested below
+
+
+def interrupted(reference, out, last):
+    """A folder as a kill leaves it some time after the checkpoint of step `last`."""
+    shutil.copytree(reference, out)
+    shutil.rmtree(out / "final")
+    for folder in [p for p in out.glob("checkpoint-*") if int(p.name[-6:]) > last]:
+        shutil.rmtree(folder)
+    return out
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_loss(step, victim=0):
+    """Kill in the forward pass of optimizer step `step` of this process: each has one micro-batch."""
+
+    def patch(module):
+        name, calls = f"{Path(module.__file__).stem}_loss", []
+        loss = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            calls.extend([1] * torch.is_grad_enabled())  # an evaluation has none
+            if len(calls) == step and dist.get_rank() == victim:
+                die()
+            return loss(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    return patch
+
+
+def at_event(event, *parts):
+    """Kill at the first file-system event of this kind on a path that holds all parts."""
+
+    def patch(_module):
+        def hook(happened, args):
+            if happened == event and args and all(part in str(args[0]) for part in parts):
+                die()
+
+        sys.addaudithook(hook)
+
+    return patch
+
+
+def in_reward(number):
+    """Kill inside rollout `number` of this process, when its completions are there and their rewards are not."""
+
+    def patch(module):
+        accuracy, calls = module.accuracy, []
+
+        def counted(prompts, completions, **columns):
+            calls.extend([1] * (len(completions) == BATCH * 2 * 4))  # an evaluation has fewer
+            if len(calls) == number:
+                die()
+            return accuracy(prompts, completions, **columns)
+
+        module.accuracy = counted
+
+    return patch
+
+
+CHAINS = {  # kills of one run, one after the other; the counts are from the start of each process
+    "steps": [in_loss(2), in_loss(5), in_loss(1), in_loss(4)],  # before any save; 5; 4 again at once; 7
+    "saves": [
+        at_event("open", ".tmp-rehearsal", "model"),  # the practice save
+        at_event("open", ".tmp-checkpoint", "meta.json"),  # all but the marker
+        at_event("os.rename", ".tmp-checkpoint"),  # whole, under the wrong name
+        in_loss(2),
+        at_event("os.rename", ".tmp-final"),  # at the very end
+    ],
+    "rollouts": [in_reward(1), in_reward(2)],
+}
+
+
+@pytest.mark.parametrize("name, chain", [(n, c) for n in SCRIPTS for c in CHAINS if c != "rollouts" or n == "grpo"])
+def test_killed(name, chain, runs, tmp_path):
+    flags, whole = runs(name)
+    for i, patch in enumerate(CHAINS[chain]):
+        (result,) = try_train(name, tmp_path / "run", *flags, "--resume", "auto", patch=patch)
+        assert result.code == -signal.SIGKILL, f"kill {i} did not happen: {result.log[-2000:]}"
+    train(name, tmp_path / "run", *flags, "--resume", "auto")
+    assert_equal(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_of_two_ranks_killed(name, runs, tmp_path):
+    """The other rank cannot go on and says so; both together end with the bytes of two that were left alone."""
+    flags, whole = runs(name, 2)
+    results = try_train(name, tmp_path / "run", *flags, world=2, patch=in_loss(5, victim=1))
+    assert results[1].code == -signal.SIGKILL and results[0].code != 0
+    train(name, tmp_path / "run", *flags, "--resume", "auto", world=2)
+    assert_equal(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_other_number_of_ranks(name, runs, tmp_path):
+    """From one rank to two in the middle (grpo: of a rollout): equal as a step that is cut otherwise, see test_split."""
+    flags, whole = runs(name)
+    out = interrupted(whole, tmp_path / "run", 3)
+    train(name, out, *flags, "--resume", "auto", world=2)
+    wrong = metric_differences(*(read_jsonl(folder / "metrics.jsonl") for folder in (whole, out)))
+    wrong += weight_differences(newest(whole), newest(out), script(name).parse_args(tiny_flags(name)).learning_rate)
+    assert not wrong and read_jsonl(out / "samples.jsonl")[:32] == read_jsonl(whole / "samples.jsonl")[:32], wrong
+    assert json.loads((newest(out) / "trainer" / "meta.json").read_text())["versions"]["world"] == 2
+
+
+# ---- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+
+def when_it_trains(out, process_alive):
+    """Wait until the first step is logged."""
+    end = time.monotonic() + TIMEOUT
+    while not any("grad_norm" in line for line in read_complete(out / "metrics.jsonl")):
+        assert process_alive() and time.monotonic() < end
+        time.sleep(0.002)
+
+
+def read_complete(path):
+    """Whole lines of a file that is being written."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def stopped(out):
+    meta, step = json.loads((out / "run.json").read_text()), int(newest(out).name[-6:])
+    assert (meta["status"], meta["exit_code"]) == ("stopped", 4)
+    assert 1 <= step < STEPS and step == read_jsonl(out / "metrics.jsonl")[-1]["step"], "stopped between a step and a save"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sigterm(name, runs, tmp_path):
+    flags, whole = runs(name)
+    out = tmp_path / "run"
+    worker = command(name, out, *flags)
+    when_it_trains(out, worker.is_alive)
+    os.kill(worker.pid, signal.SIGTERM)
+    code, text = ended(worker)
+    assert code == 4, text[-2000:]
+    stopped(out)
+    code, text = ended(command(name, out, *flags, "--resume", "auto"))
+    assert code == 0, text[-2000:]
+    meta = json.loads((out / "run.json").read_text())
+    assert (meta["status"], meta["exit_code"]) == ("finished", 0)
+    assert_equal(out, whole)
+
+
+def test_sigterm_to_a_command(runs, tmp_path):
+    """The same with nothing forked: the command of the README, stopped during its slow imports."""
+    name, out = "sft", tmp_path / "run"
+    flags, whole = runs(name)
+    words = [sys.executable, ROOT / "methods" / f"{name}.py", *tiny_flags(name), "--output_dir", out, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    time.sleep(2)  # past the flags, where the handler stands; far from the first step
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=TIMEOUT)[0].decode()
+    assert process.returncode == 4, text[-2000:]
+    stopped(out)
+    train(name, out, *flags, "--resume", "auto")
+    assert_equal(out, whole)
+
+
+# ---- what may be resumed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_refused(name, runs, tmp_path):
+    """Another flag, other rows, another model: one line, exit code 2, and the folder as it was."""
+    flags, whole = runs(name)
+    out = interrupted(whole, tmp_path / "run", 6)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(ROOT / "common" / "tiny" / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    changes = {  # what the line must name -> flags
+        "seed": ["--seed", "7"],
+        "learning_rate": ["--learning_rate", "0.5"],
+        "data": ["--dataset", tiny_rows(name, tmp_path / "other" / "rows.jsonl", 12, start=50)],
+        "model": ["--model", tmp_path / "model", "--max_length", 256],  # tiny's presets need not apply
+    }
+    before = {p: p.read_bytes() for p in [*out.glob("*.jsonl"), *out.rglob("*.safetensors")]}
+    for what, change in changes.items():
+        code, text = ended(command(name, out, *flags, "--resume", "auto", *change))
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(errors) == 1 and what in errors[0] and "--allow_changes" in errors[0], text[-2000:]
+        assert "Traceback" not in text
+    code, text = ended(command(name, out, *flags))
+    assert code == 2 and "--resume auto" in text  # never a second run into the folder of a first
+    assert all(path.read_bytes() == data for path, data in before.items())
+    code, text = ended(command(name, out, *flags, "--resume", "auto", "--allow_changes", *changes["model"]))
+    assert code == 2 and "does not fit" in text and "Traceback" not in text  # allowed is not possible
+    code, text = ended(command(name, out, *flags, "--resume", "auto", "--allow_changes", *changes["seed"]))
+    assert code == 0 and [line["step"] for line in read_jsonl(out / "metrics.jsonl")][-1] == STEPS, text[-2000:]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "flipped weight": lambda folder: flip(next(folder.glob("trainer/shard*.safetensors"))),
+    "flipped export": lambda folder: flip(folder / "model.safetensors"),
+    "missing file": lambda folder: (folder / "config.json").unlink(),
+    "half of meta.json": lambda folder: cut(folder / "trainer" / "meta.json"),
+    "no meta.json": lambda folder: (folder / "trainer" / "meta.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", SCRIPTS[:1])  # shared machinery, byte-identical in every script (test_copies)
+def test_damaged_checkpoint_is_skipped(name, damage, runs, tmp_path):
+    """The newest whole checkpoint wins; the damaged one is named, and replaced on the way."""
+    flags, whole = runs(name)
+    out = interrupted(whole, tmp_path / "run", 6)
+    DAMAGE[damage](out / "checkpoint-000006")
+    code, text = ended(command(name, out, *flags, "--resume", "auto"))
+    assert code == 0 and "checkpoint-000003" in text and "Traceback" not in text, text[-2000:]
+    assert_equal(out, whole)
+    if damage != "no meta.json":  # what never got its marker was never a checkpoint
+        assert "checkpoint-000006" in text, "the damaged checkpoint was skipped without a word"
+    again = interrupted(whole, tmp_path / "again", 6)
+    DAMAGE[damage](again / "checkpoint-000006")
+    code, text = ended(command(name, again, *flags, "--resume", again / "checkpoint-000006"))
+    assert code == 2 and "checkpoint-000006" in text and "Traceback" not in text, text[-2000:]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_leftovers_are_cleaned(name, runs, tmp_path):
+    """What a kill leaves under a passing name goes at the next start: folders, and files too."""
+    flags, whole = runs(name)
+    out = interrupted(whole, tmp_path / "run", 6)
+    for leftover in (".tmp-checkpoint", ".tmp-rehearsal", ".tmp-final", ".old-checkpoint-000002"):
+        shutil.copytree(out / "checkpoint-000003", out / leftover)
+    (out / ".tmp-file").write_bytes(b"half")
+    (out / ".run.json").write_text("{")
+    code, text = ended(command(name, out, *flags, "--resume", "auto"))
+    assert code == 0, text[-2000:]
+    assert_equal(out, whole)
+
+
+@pytest.mark.parametrize("name", SCRIPTS[:1])
+def test_retention(name, runs, tmp_path):
+    """--keep_last counts whole checkpoints, also after a kill between a save and the removal of the oldest."""
+    flags, whole = runs(name)
+    flags = [*flags, "--keep_last", 1]
+    (result,) = try_train(name, tmp_path / "run", *flags, patch=at_event("os.rename", "checkpoint-000003"))
+    assert result.code == -signal.SIGKILL
+    train(name, tmp_path / "run", *flags, "--resume", "auto")
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-000008"]
+    assert_equal(tmp_path / "run", whole, steps=(8,))
+
+
+# ---- what is saved ---------------------------------------------------------------------------------------------------
+
+
+def assert_export(folder, checkpoint, dtype, tied):
+    """A Hugging Face folder says what the trainer's weights say, in `dtype`."""
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
+    lm, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert lm.dtype == dtype == AutoConfig.from_pretrained(folder).dtype
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    tensors = trainer_tensors(checkpoint)
+    trained = {k.removeprefix("model.lm."): v for k, v in tensors.items() if k.startswith("model.lm.")}
+    assert len(trained) == len(dict(lm.named_parameters())), "a tied alias appears once"
+    for name, weight in lm.named_parameters():
+        assert torch.equal(weight, trained[name].to(dtype)), name
+    moved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fresh = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float32).eval()
+    fresh.load_state_dict({k: v.to(dtype).float() for k, v in trained.items()}, strict=not tied)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(moved(ids).logits, fresh(ids).logits)  # the very same numbers through the very same code
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
+    end = tokenizer.apply_chat_template(turn, return_dict=False)[-1]
+    assert end in torch.tensor(lm.generation_config.eos_token_id).flatten().tolist() and end == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_saved_model(name, runs):
+    flags, whole = runs(name)
+    for folder in (whole / "final", whole / "checkpoint-000008"):
+        assert_export(folder, whole / "checkpoint-000008", torch.float32, tied=True)
+    tiny = AutoModelForCausalLM.from_pretrained(ROOT / "common" / "tiny" / "model", dtype=torch.float32)
+    trained = trainer_tensors(whole / "checkpoint-000008")["model.lm.model.norm.weight"]
+    assert not torch.equal(trained, tiny.model.norm.weight)  # or all of this would hold for a run that did nothing
+
+
+@pytest.mark.parametrize("tied, dtype, world", [(True, "bfloat16", 1), (False, "auto", 2)])
+@pytest.mark.parametrize("name", SCRIPTS[:1])
+def test_saved_model_of_another_kind(name, tied, dtype, world, runs, tmp_path):
+    """bf16 weights are the cast of the fp32 ones; an untied head is a matrix of its own; two ranks save one model."""
+    source = ROOT / "common" / "tiny" / "model"
+    shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("model.safetensors"))
+    config = AutoConfig.from_pretrained(source, tie_word_embeddings=tied, num_hidden_layers=1)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    flags, _ = runs(name)
+    flags = [*flags, "--model", tmp_path / "model", "--save_dtype", dtype, "--max_steps", 2]
+    flags += ["--max_completion_length", 8, "--allow", "GRPO002"] if name == "grpo" else []
+    train(name, tmp_path / "run", *flags, world=world)
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert_export(tmp_path / "run" / "final", newest(tmp_path / "run"), expected, tied)
