@@ -37,7 +37,7 @@ def one(script, seed, work):
         command = [sys.executable, f"methods/{script}.py", "--seed", str(seed), "--output_dir", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         with open(work / f"{script}-s{seed}.log", "a") as log:
-            done = subprocess.run([*command, "--resume", "auto"], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            done = subprocess.run([*command, "--resume", "auto"], env=environment, stdout=log, stderr=log)
         if done.returncode:
             sys.exit(f"{script} seed {seed}: exit code {done.returncode}, see {log.name}")
     shutil.rmtree(results, ignore_errors=True)
@@ -54,15 +54,15 @@ def one(script, seed, work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ladder")
+    parser.add_argument("--work", type=Path, default=Path("runs/ladder"), help="where the runs live; runs/ladder")
     every = sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
     parser.add_argument("scripts", nargs="*", default=every, metavar="script", help=" ".join(every))
     args = parser.parse_args()
-    work = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # so that the commands in run.json name nobody's folders
+    args.work.mkdir(parents=True, exist_ok=True)
     for script in args.scripts:
         for seed in SEEDS:
-            one(script, seed, work)
+            one(script, seed, args.work)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def commands(model, work):
                f"--eval_every 30 --max_steps 60 --batch_size 4 --learning_rate 2e-5 {few}",
         "dpo": f"dpo.py {gsm8k} --dataset {work}/pairs_train.jsonl --eval_dataset {work}/pairs_test.jsonl "
                f"--eval_rows {HELD_OUT} --eval_every 0 --max_steps 40 --batch_size 4 --learning_rate 1e-5 {few}",
-        "cold": f"sft.py {tiny} --dataset tiny --eval_dataset tiny:test --eval_rows 48 --eval_every 0 --max_steps 40 "
-                f"--batch_size 16 --learning_rate 1e-4 {few}",
+        "cold": f"sft.py {tiny} --dataset tiny --eval_dataset tiny:test --eval_rows 32 --eval_every 0 --max_steps 30 "
+                f"--batch_size 12 --learning_rate 2e-4 {few}",
         "grpo": f"grpo.py --model {work}/cold/final --max_length 128 --dataset tiny --eval_dataset tiny:test "
                 "--eval_rows 48 --eval_samples 0 --eval_every 0 --max_completion_length 48 --max_steps 24 "
                 f"--batch_size 6 --num_generations 8 --learning_rate 5e-6 --lr_scheduler_type constant {few}",

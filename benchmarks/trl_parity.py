@@ -7,13 +7,14 @@
 Run it with the python of our own requirements.txt. TRL runs in processes of its own (trl_worker.py); nothing of it is
 imported here, and the two sides exchange files only. All in fp32 on the CPU, on rows in one order.
 
-Parity      sft, dpo: 20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient norm
-            and (dpo) implicit rewards of every step, without and with gradient accumulation.
+Parity      sft, dpo: 20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient
+            norm and (dpo) implicit rewards of every step, without and with gradient accumulation.
             grpo, one batch: loss, every parameter's gradient and the advantages from the same completions, rewards and
             old and reference log-probs, over normalisers, KL, clipping and reward scaling; a None reward included.
             grpo, a run: TRL is given the completions and rewards of our run and must follow it, 20 updates long.
-Speed       rounds of ours, then TRL in each of its settings; seconds and CPU seconds per optimizer step from the arrival
-            of the lines "step N" on both sides, after the warm-up; peak resident memory and wall time of the process.
+Speed       rounds of ours, then TRL in each of its settings; seconds and CPU seconds per optimizer step from the
+            arrival of the lines "step N" on both sides, after the warm-up; peak resident memory and wall time of the
+            process. The ratio of CPU seconds is the one to trust on a machine that others use, too.
             A ratio is printed only where the first losses agree.
 
 Exit code 2, one line each, where a case cannot run or disagrees; the other cases still run. A result file is replaced
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "common" / "tiny"
+FOLDERS = ("model", "dataset")  # flags that the worker gets on its own
 FILES = {"sft": "demonstrations.jsonl", "dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 TRL, SEED, STEPS, BATCH = "1.16.0", 42, 20, 8
 WHOLE = 2**20  # --tokens_per_microbatch: a step in one micro-batch
@@ -71,11 +73,13 @@ def launch(command, options, what):
     """Run a process, note when each line "step N" arrives. -> wall seconds, peak MB, {step: (wall, CPU seconds)}. This
     process stays small and imports no torch: on Linux a child's peak starts at the size of whoever started it."""
     env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    env |= {"CUDA_VISIBLE_DEVICES": ""}
     started, steps = time.perf_counter(), {}
     with tempfile.TemporaryFile("w+") as errors:
         try:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True, cwd=options.scratch)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
+                                       cwd=options.scratch)  # fmt: skip
         except OSError as e:
             raise Problem(f"{what}: {e.strerror}: {command[0]}") from e
         for line in process.stdout:
@@ -154,16 +158,17 @@ def prepare(spec):
 
 def tokens(spec):
     """The ids of every row and the positions that our loss scores, in the form of trl_worker.scored_ids."""
+    from transformers import GenerationConfig
+
     from common.tokenization import encode_demonstration, encode_preference, flat_batch, load_tokenizer, stop_ids
 
     tokenizer, sequences = load_tokenizer(spec["model"]), []
-    from transformers import GenerationConfig
-
     stops = stop_ids(tokenizer, GenerationConfig.from_pretrained(spec["model"]))
     for row in read(spec["data"])[: spec["tokens"]]:
-        groups = [encode_preference(row, tokenizer, stops)] if "chosen" in row else encode_demonstration(row, tokenizer, stops)
-        for group in groups:
-            for completion in group["completions"]:  # one at a time: the shift by one is flat_batch's, not repeated here
+        encode = encode_preference if "chosen" in row else encode_demonstration
+        groups = encode(row, tokenizer, stops)
+        for group in groups if isinstance(groups, list) else [groups]:
+            for completion in group["completions"]:  # one at a time; the shift by one is flat_batch's
                 batch = flat_batch([group | {"completions": [completion]}])
                 sequences.append([batch["input_ids"].tolist(), (batch["rows"] + 1).tolist()])
     return sequences
@@ -340,15 +345,16 @@ def compare(method, mine, theirs):
 
 def replay_config(flags):
     """TRL's arguments for our grpo flags, all completions of an update in one micro-batch."""
-    size, same = flags["batch_size"] * flags["num_generations"], ("num_generations", "max_completion_length", "max_steps")
-    config = {name: flags[name] for name in (*same, "learning_rate", "beta", "loss_type", "epsilon_high", "scale_rewards")}
-    config |= {"epsilon": 0.2, "num_iterations": flags["num_iterations"], "temperature": 1.0, "shuffle_dataset": False}
-    return config | {"use_bias_correction_kl": False, "per_device_train_batch_size": size, "gradient_checkpointing": False}
+    config = {name: value for name, value in flags.items() if name not in ("batch_size", "max_length", *FOLDERS)}
+    config |= {"epsilon": 0.2, "temperature": 1.0, "shuffle_dataset": False, "use_bias_correction_kl": False}
+    size = flags["batch_size"] * flags["num_generations"]
+    return config | {"per_device_train_batch_size": size, "gradient_checkpointing": False}
 
 
 def rollouts(flags):
     """(start, count) of the prompts of each rollout of a grpo run, for `order`."""
-    return [(i * flags["batch_size"], flags["batch_size"]) for i in range(-(-flags["max_steps"] // flags["num_iterations"]))]
+    size, count = flags["batch_size"], -(-flags["max_steps"] // flags["num_iterations"])
+    return [(i * size, size) for i in range(count)]
 
 
 GRPO = {"batch_size": 4, "num_generations": 8, "max_completion_length": 48, "max_length": 256, "max_steps": STEPS,
@@ -380,15 +386,14 @@ def parity_offline(method, accumulate, options):
     moved = abs(mine["steps"][-1]["loss"] - mine["steps"][0]["loss"]) / mine["steps"][0]["loss"]
     if moved < 0.05:
         raise Problem(f"{method}: the loss moved by {moved:.1%} only, agreement would say little")
-    result = {"steps": STEPS, "worst": worst, "equal_sequences": len(scored), "scored_tokens": sum(len(s) for _, s in scored)}
-    return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]],
-                     "versions": theirs["versions"]}  # fmt: skip
+    result = {"steps": STEPS, "worst": worst, "equal_sequences": len(scored)}
+    result |= {"scored_tokens": sum(len(s) for _, s in scored), "versions": theirs["versions"]}
+    return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]]}
 
 
-def parity_replay(change, config, options, model=None, folder=TINY, steps=STEPS):
+def parity_replay(change, config, options, model=TINY / "model", folder=TINY):
     """grpo: our run samples; TRL is handed its completions and rewards in order and has to take the same updates."""
-    model, flags = model or TINY / "model", GRPO | {"max_steps": steps} | change
-    data, sorted_rows = folder / FILES["grpo"], options.scratch / "grpo.jsonl"
+    flags, data, sorted_rows = GRPO | change, folder / FILES["grpo"], options.scratch / "grpo.jsonl"
     mine = ours("grpo", flags | {"model": model, "dataset": data} | reward_flags(), options)
     here("prepare", {"data": str(data), "slices": rollouts(flags), "to": str(sorted_rows)}, options)
     spec = {"model": str(model), "data": str(sorted_rows), "replay": str(mine["folder"] / "samples.jsonl")}
@@ -415,8 +420,8 @@ def parity_batch(options, samples, rows):
             for old in (False, True):
                 same = {"loss_type": loss_type, "beta": beta, "epsilon_high": 0.28, "scale_rewards": scale}
                 words = [w for k, v in (same | {"max_completion_length": 48}).items() for w in (f"--{k}", str(v))]
-                cases.append({"name": f"{loss_type}, scaled by {scale}, beta {beta:g}, {'clipped' if old else 'ratio 1'}",
-                              "ours": words, "trl": same, "old": old, "ref": beta > 0})  # fmt: skip
+                name = f"{loss_type}, scaled by {scale}, beta {beta:g}, {'clipped' if old else 'ratio 1'}"
+                cases.append({"name": name, "ours": words, "trl": same, "old": old, "ref": beta > 0})
     policy, batch, data = (options.scratch / name for name in ("policy", "batch.json", "batch.jsonl"))
     write(data, read(rows)[:groups])
     here("perturbed", {"to": str(policy)}, options)
@@ -439,7 +444,8 @@ def parity_batch(options, samples, rows):
             wrong.append(f"{case['name']}: loss {loss:.1e}, gradient {gradient:.1e}, advantage {advantage:.1e}")
     if wrong:
         raise Problem(f"grpo batch: {'; '.join(wrong)} (limits 1e-5, 1e-4, 1e-6)")
-    return {"cases": results, "limits": {"loss": 1e-5, "gradient": 1e-4, "advantage": 1e-6}, "versions": theirs["versions"]}
+    limits = {"loss": 1e-5, "gradient": 1e-4, "advantage": 1e-6}
+    return {"cases": results, "limits": limits, "versions": theirs["versions"]}
 
 
 def parity(options):
@@ -508,8 +514,7 @@ def speed_case(method, size, options):
     rows = options.scratch / f"{method}-{size}.jsonl"
     if method == "grpo":
         flags = GRPO | flags | {"learning_rate": 1e-6, "max_completion_length": 48 if size == "tiny" else 64}
-        agree = parity_replay({k: flags[k] for k in ("batch_size", "max_length", "max_completion_length", "learning_rate")},
-                              {}, options, model, folder, 2)  # fmt: skip
+        agree = parity_replay(flags | {"max_steps": 2}, {}, options, model, folder)
         gap, slices = agree["worst"]["loss"]["worst"], rollouts(flags)
         config, flags = replay_config(flags), flags | reward_flags()
         del config["gradient_checkpointing"]
@@ -536,7 +541,8 @@ def speed_case(method, size, options):
                 if not gap <= 1e-4:
                     raise Problem(f"{method} {size}, TRL {name}: the first losses differ by {gap:.1e}: no ratio")
             (begin, busy), (end, busy_end) = run["at"][warm], run["at"][steps]
-            row = {"method": method, "size": size, "side": name if name == "ours" else f"TRL, {name}", "round": number + 1}
+            side = name if name == "ours" else f"TRL, {name}"
+            row = {"method": method, "size": size, "side": side, "round": number + 1}
             row |= {"seconds_per_step": (end - begin) / (steps - warm), "peak_mb": run["peak_mb"]}
             row |= {"cpu_seconds_per_step": (busy_end - busy) / (steps - warm), "process_seconds": run["wall"]}
             found.append(row | {"steps": steps, "warmup": warm, "batch": batch, "first_losses_differ_by": gap})
@@ -549,12 +555,14 @@ def speed_case(method, size, options):
 
 
 def table(rows):
-    """Markdown: medians with ranges over the rounds; ratios are taken within a round, TRL over ours (above 1: we win)."""
+    """Markdown: medians with ranges over the rounds; ratios within a round, TRL over ours (above 1: we win)."""
+
     def show(values, digits):
         return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
-    lines = ["| method | size | TRL setting | s/step ours | s/step TRL | time ratio | CPU-time ratio | MB ours | MB TRL | "
-             "memory ratio | process ratio |", "|" + "---|" * 11]  # fmt: skip
+    names = ["method", "size", "TRL setting", "s/step ours", "s/step TRL", "time ratio", "CPU time ratio"]
+    names += ["MB ours", "MB TRL", "memory ratio", "process ratio"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     key = lambda row: (row["method"], row["size"], row["side"])  # noqa: E731
     for method, size, side in dict.fromkeys(map(key, rows)):
         if side == "ours":
@@ -602,17 +610,20 @@ def make_venv(folder):
 
 def about(options):
     """What a reader needs to repeat this: revision and content of what ran, machine, threads. No paths."""
-    git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
-    cpu = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")] \
-        if Path("/proc/cpuinfo").is_file() else []  # fmt: skip
-    files = sorted([*(ROOT / "methods").glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "benchmarks").glob("trl_*.py")])
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
+    device = f"{platform.machine()} {found[1] if found else ''}, {os.cpu_count()} logical CPUs"
+    patterns = ("methods/*.py", "common/*.py", "benchmarks/trl_*.py")
+    files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     sha = {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
     words = ["--speed", f"--rounds {options.rounds}"] if options.speed else []
     words += [f"--threads {options.threads}"] + ([f"--only {' '.join(options.only)}"] if options.only else [])
-    return {"command": " ".join(["python benchmarks/trl_parity.py --trl_python TRL_PYTHON", *words]),
-            "git": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain", "methods", "common")),
-            "sha256": sha, "device": f"{platform.machine()} {cpu[0] if cpu else ''}, {os.cpu_count()} logical CPUs".strip(),
-            "threads": options.threads, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    result = {"command": " ".join(["python benchmarks/trl_parity.py --trl_python TRL_PYTHON", *words]), "sha256": sha}
+    result |= {"git": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "methods", "common"))}
+    return result | {"device": device, "threads": options.threads, "date": time.strftime("%Y-%m-%d")}
 
 
 def replace(path, text):

@@ -2,10 +2,10 @@
 
     PYTHON benchmarks/trl_worker.py SPEC.json
 
-SPEC: method (sft, dpo, grpo), model (folder), data (.jsonl whose rows are used in that order), config (arguments of TRL's
-config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and rewards are taken
-from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs: loss and gradients
-instead of a training run). Prints a line "step N" after every optimizer step, which is what trl_parity.py times.
+SPEC: method (sft, dpo, grpo), model (folder), data (.jsonl whose rows are used in that order), config (arguments of
+TRL's config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and rewards are
+taken from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs: loss and
+gradients instead of a training run). Prints a line "step N" after every optimizer step: what trl_parity.py times.
 
 Nothing but `variety` may be needed by the other environment, so everything heavy is imported where it is used.
 """
@@ -78,7 +78,8 @@ def make_trainer(spec, **kwargs):
         "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "seed": 42,
     }  # fmt: skip
     config = getattr(trl, f"{name}Config")(**common | spec["config"])
-    trainer = InOrder(model=spec["model"], args=config, train_dataset=Dataset.from_list(rows), callbacks=[record], **kwargs)
+    dataset = Dataset.from_list(rows)
+    trainer = InOrder(model=spec["model"], args=config, train_dataset=dataset, callbacks=[record], **kwargs)
     return trainer, record
 
 
@@ -96,8 +97,8 @@ def scored_ids(trainer, spec, limit):
 
 
 def grpo_batch(spec):
-    """Loss and gradients of one batch per case, through TRL's own path: its generation step is given the completions and
-    rewards, and computes masks, counts and advantages; old and reference log-probs are then put in its place."""
+    """Loss and gradients of one batch per case, through TRL's own path: its generation step is given the completions
+    and rewards, and computes masks, counts and advantages; then old and reference log-probs are put in its place."""
     import torch
     from safetensors.torch import save_file
     from trl.trainer.utils import pad

@@ -142,8 +142,10 @@ def parse_args(argv=None):
         preset = next((presets[name] for name in names if name in presets), {})
         args = tyro.cli(Args, args=argv, default=replace(Args(), **preset))
     for name, value in asdict(args).items():
-        least = 1 if name in ("batch_size", "max_length", "tokens_per_microbatch", "keep_last") else 0
-        if name not in ("max_steps", "seed") and isinstance(value, (int, float)) and not least <= value < math.inf:
+        zero = "save_minutes eval_every save_every warmup_steps eval_samples".split()  # these may be 0, as floats may
+        least = 1 if isinstance(value, int) and name not in zero else 0
+        given = isinstance(value, (int, float)) and not isinstance(value, bool) and value != getattr(Args(), name)
+        if given and name != "seed" and not least <= value < math.inf:
             print(f"error: --{name} {value}: must be at least {least}", file=sys.stderr)
             sys.exit(2)
     return args
@@ -212,11 +214,11 @@ def load_rewards(args):
 
 def reward_groups(groups, run):
     """Set completion["parts"], one number per reward function, and completion["reward"], their weighted sum. NaN where
-    there is none: a function that raises, hangs or says None gave no reward, which is not a reward of 0. What is no list
-    of numbers ends the run, on all ranks."""
+    there is none: a function that raises, hangs or says None gave no reward, which is not a reward of 0. What is no
+    list of numbers ends the run, on all ranks."""
     pairs = [(group, completion) for group in groups for completion in group["completions"]]
     columns = {k: [g["columns"].get(k) for g, _ in pairs] for group in groups for k in group["columns"]}
-    prompts, columns = columns["prompt"], {k: v for k, v in columns.items() if k not in ("prompt", "completion")}
+    prompts, own = columns["prompt"], ("prompt", "prompts", "completion", "completions")
     texts = [run.tokenizer.decode(c["ids"], skip_special_tokens=True) for _, c in pairs]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
@@ -229,7 +231,8 @@ def reward_groups(groups, run):
         before = signal.signal(signal.SIGALRM, expire)
         signal.setitimer(signal.ITIMER_REAL, run.args.reward_timeout)
         try:
-            values = function(prompts=prompts, completions=answers, **copy.deepcopy(columns))
+            others = {name: copy.deepcopy(values) for name, values in columns.items() if name not in own}
+            values = function(prompts=prompts, completions=answers, **others)
         except (Exception, SystemExit) as e:  # user code may raise anything
             print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr, flush=True)
             values = [None] * len(pairs)
@@ -350,15 +353,15 @@ def uniforms(place, seed, count):
 @torch.no_grad()
 def generate(lm, prompts, copies, noise, stops, args):
     """prompts (B, P) of one length, `copies` completions each -> B * copies of (ids, log-probs, stopped). A prompt is
-    computed once; finished rows leave the batch. noise: uniform (B * copies, max_completion_length), or None: greedy."""
+    computed once; finished rows leave the batch. noise: uniform (B * copies, max_completion_length); None: greedy."""
     cache, stops = DynamicCache(config=lm.config), torch.tensor(stops, device=prompts.device)
     z = lm(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     live = torch.arange(len(prompts), device=z.device).repeat_interleave(copies)
     cache.reorder_cache(live)  # index_select on the rows of every layer, recurrent ones too: expands here, drops below
     z, live = z[live], torch.arange(len(live), device=z.device)
     ids = torch.zeros(len(live), args.max_completion_length, dtype=torch.long, device=z.device)
-    logprobs, lengths = torch.zeros(ids.shape, device=z.device), torch.zeros(len(ids), dtype=torch.long, device=z.device)
-    stopped = torch.zeros(len(ids), dtype=torch.bool, device=z.device)
+    logprobs, lengths = torch.zeros(ids.shape, device=z.device), torch.zeros_like(live)
+    stopped = torch.zeros_like(live, dtype=torch.bool)
     for t in range(args.max_completion_length):
         logp = (z.float() / args.temperature).log_softmax(-1)
         if noise is None:
@@ -436,7 +439,7 @@ def rollout(policy, prompts, index, step, run):
     everyone = [None] * run.world
     dist.all_gather_object(everyone, groups)
     everyone = sorted((g for share in everyone for g in share), key=lambda g: g["at"])
-    for group, c in [(g, c) for g in everyone for c in g["completions"]]:
+    for group, c in [(g, c) for g in everyone for c in g["completions"]] if run.rank == 0 else []:
         line = {"step": step + 1, "row": group["row"], "prompt": run.tokenizer.decode(group["prompt"])}
         line |= {"completion": run.tokenizer.decode(c["ids"]), "reward": c["reward"], "advantage": c["advantage"]}
         write(run, "samples.jsonl", line | {"parts": c["parts"], "stop": "stop" if c["stopped"] else "length"})
@@ -475,7 +478,9 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    run.tokenizer, run.stops, run.rewards = tokenizer, stops, load_rewards(args)
+    if args.num_generations < 2 or args.temperature <= 0:
+        raise InputError("--num_generations must be at least 2 (a group needs a mean), and --temperature above 0.")
+    run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
     oracle = reference_logprobs(lm, run.probe, args.temperature)
     run.sampler = copy.deepcopy(lm).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
     run.ref = shard(Policy(copy.deepcopy(lm), args.temperature), run) if args.beta else None
@@ -501,7 +506,7 @@ def main(args):
         prompts = [train[i] for i in order(len(train), args.seed, index * size, size)]
         if inner == 0:
             mine = rollout(policy, prompts, index, step, run)
-        elif step == run.step:  # resumed inside a rollout
+        elif mine is None:  # resumed inside a rollout
             mine = unpack(prompts, run)
         sampled = time.perf_counter()
         # ---- step --------------------------------------------------------------------------------
@@ -536,7 +541,7 @@ def main(args):
         if inner == 0:
             longer = [("--max_completion_length", args.max_completion_length, 2 * args.max_completion_length)]
             for code, key, warn, error, patience, text, *fix in (
-                ("GRPO001", "silent_frac", 0.8, 0.999, 5, "groups have equal rewards: nothing to learn from"),
+                ("GRPO001", "silent_frac", 0.8, 0.999, 10, "groups have equal rewards: nothing to learn from"),
                 ("GRPO002", "truncated_frac", 0.5, 0.95, 1 if endless == num_seqs else 3, "no stop token", *longer),
                 ("GRPO003", "no_reward_frac", 0, 0.1, 1, "completions got no reward: it raised, hung or was None"),
                 ("GRPO004", "sampler_gap", 0.02, 0.1, 1, "sampler and trainer disagree on the same tokens"),
@@ -710,7 +715,7 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
     """checkpoint-<step> every save_every steps, every save_minutes by rank 0's clock, at the last step, and when any
     rank was told to stop (SIGTERM, Ctrl-C): then the run leaves with exit code 4. All ranks decide alike."""
     overdue = run.rank == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_minutes
-    stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
+    run.step, (stop, overdue) = step, all_sum(run, bool(STOP["signal"]), overdue)
     if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
         write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
         if run.rank == 0:
@@ -735,7 +740,8 @@ def resume(policy, optimizer, tokenizer, run):
         return shutil.rmtree(run.out / ".tmp-rehearsal") if run.rank == 0 else None
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
     now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
-    free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes"
+    free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes "
+    free += "keep_last report_to"
     then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
     differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
     if differ and not run.args.allow_changes:
@@ -759,17 +765,23 @@ def resume(policy, optimizer, tokenizer, run):
 
 @torch.no_grad()
 def check_export(policy, folder, run):
-    """CKPT001: a saved folder loads with AutoModelForCausalLM, nothing missing and ties tied, and says what the policy
-    says. Returns the reloaded model on rank 0. Models over 1 GB in fp32 are not reloaded."""
+    """CKPT001: a saved folder loads with AutoModelForCausalLM, no tensor missing, ties tied, every weight as we hold it
+    (in save_dtype), and says what the policy says. Returns the reloaded model on rank 0; up to 1 GB in fp32 only."""
     reloaded, trained = None, policy(flat_batch(run.probe, run.device))["logprobs"].cpu()
-    if run.rank == 0 and sum(p.numel() for p in policy.parameters()) < 250e6:
+    if sum(p.numel() for p in policy.parameters()) > 250e6:
+        return None
+    ours = {k: full(p).detach().to("cpu", run.save_dtype) for k, p in policy.lm.named_parameters()}
+    if run.rank == 0:
         reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        gap = (reference_logprobs(reloaded.eval(), run.probe, getattr(run.args, "temperature", 1.0)) - trained).abs()
-        value, limit = (gap.max(), 1e-3) if run.save_dtype == torch.float32 else (gap.mean(), 5e-2)  # bf16 rounds
         tied = [lm.get_output_embeddings().weight is lm.get_input_embeddings().weight for lm in (reloaded, policy.lm)]
-        broken = info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1]
+        same = all(k in ours and torch.equal(p, ours[k].float()) for k, p in reloaded.named_parameters())
+        broken = bool(info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or not same)
         text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
-        check(run, run.step, "CKPT001", "logprob difference", math.inf if broken else value.item(), NEVER, limit, text)
+        check(run, run.step, "CKPT001", "keys, ties or weights differ", broken, NEVER, 0, text)
+        if run.save_dtype == torch.float32 or run.step == 0:  # later, bf16 has rounded what was trained
+            says = reference_logprobs(reloaded.eval(), run.probe, getattr(run.args, "temperature", 1.0))
+            gap = (says - trained).abs().max().item()
+            check(run, run.step, "CKPT001", "logprob difference", gap, NEVER, 1e-3, text)
     return reloaded
 
 
@@ -868,7 +880,7 @@ def setup(args):
     run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "data": None, "git": git}
+    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "git": git}
     record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), script_sha256=script, **about)
     if rank == 0 and args.report_to != "none":
         try:
@@ -934,7 +946,7 @@ def check(run, step, code, metric, value, warn, error, message, fix=(), patience
     in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
     exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
     neither data nor model may speak to them."""
-    level, limit = ("error", error) if value > error else ("warn", warn)
+    level, limit = ("error", error) if not value <= error else ("warn", warn)
     if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
         return
     count = run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
@@ -961,7 +973,7 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
     longer = [("--max_length", run.args.max_length, counts["p95"])]
     for code, metric, value, warn, error, text, *fix in (
-        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "rows have no scored token: check columns"),
+        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "no scored token in them"),
         ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
         ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions do not end in a stop token"),
         ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
@@ -1018,6 +1030,9 @@ def picture(title, group, tokenizer):
 
 def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     """The first row token by token, and the run in numbers."""
+    if steps < 1:
+        raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
+    record(run.rank, run.out, data=run.data, steps=steps)
     weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
     say(run, picture("first row", train[0], tokenizer))

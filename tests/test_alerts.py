@@ -74,7 +74,8 @@ def stops_before_step_1(code, name, folder, *flags, **more):
     assert len(errors) == 1 and errors[0].startswith(f"error: {code}: ") and f"--allow {code}" in errors[0]
     assert "Traceback" not in result.err
     assert not list(result.folder.glob("checkpoint-*")) and not (result.folder / "final").exists()
-    assert not (result.folder / "metrics.jsonl").is_file() or '"loss"' not in (result.folder / "metrics.jsonl").read_text()
+    metrics = result.folder / "metrics.jsonl"
+    assert not metrics.is_file() or '"loss"' not in metrics.read_text()
     known = strict((result.folder / "run.json").read_text())
     assert (known["status"], known["exit_code"]) == ("failed", 3)
     allowed = provoke(name, folder, *flags, "--allow", code, **more)

@@ -1,0 +1,327 @@
+"""
+The generated parts of README.md and benchmarks/README.md, and the picture, from the committed results.
+
+    python benchmarks/plots.py            write them
+    python benchmarks/plots.py --check    say what is not current, exit code 1
+
+A generated part stands between <!-- generated: NAME --> and <!-- end -->. One whose results do not exist is empty. The
+picture carries a digest of the numbers that it shows, so that checking it takes no drawing.
+"""
+
+import argparse
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean, median
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = RESULTS / "tiny_curves.png"
+PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
+ORDER = ["sft", "dpo", "grpo"]  # scripts in reading order; others come after these
+SHOWN = {  # what each script optimises: metric, axis label
+    "sft": ("eval/loss", "held-out loss (nats a token)"),
+    "dpo": ("reward_margin", "reward margin of the step"),
+    "grpo": ("reward", "mean reward of the step"),
+}
+COLORS = {"sft": "#2f6f9f", "dpo": "#b5532a", "grpo": "#3c7d4f"}
+
+
+def module(path):
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def results(pattern):
+    """-> [(folder name, run.json, metrics)] of the committed runs, scripts in reading order."""
+    found = [(p.parent.name, json.loads(p.read_text()), lines(p.with_name("metrics.jsonl")))
+             for p in sorted(RESULTS.glob(f"{pattern}/run.json"))]
+    places = {script: i for i, script in enumerate(ORDER)}
+    return sorted(found, key=lambda r: places.get(r[0].split("-")[1].split("_")[0], len(places)))
+
+
+def tiny():
+    """-> {script: [(seed, run.json, metrics)]}"""
+    scripts = {}
+    for name, run, metrics in results("tiny-*-s*"):
+        _, script, seed = name.split("-")
+        scripts.setdefault(script, []).append((int(seed[1:]), run, metrics))
+    return scripts
+
+
+def seconds(metrics):
+    return sum(line.get("perf/seconds", 0) for line in metrics)
+
+
+def table(head, rows):
+    """Markdown; a column whose head ends in : is right-aligned."""
+    marks = ["--:" if h.endswith(":") else "---" for h in head]
+    cells = [[h.removesuffix(":") for h in head], marks, *rows]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells)
+
+
+def alerts(runs):
+    total = {}
+    for run in runs:
+        for code, count in (run.get("alerts") or {}).items():
+            total[code] = total.get(code, 0) + count
+    return ", ".join(f"{code} {count}x" for code, count in sorted(total.items())) or "none"
+
+
+def versions(run):
+    v = run["versions"]
+    return f"torch {v['torch']}, transformers {v['transformers']}, {v['device']}, {v['threads']} threads"
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def part_scripts():
+    return module(ROOT / "tests" / "test_copies.py").table(ROOT)
+
+
+def part_diff():
+    """How dpo.py differs from sft.py, in the loss and in the step of the loop."""
+    sides = []
+    for name in "sft", "dpo":
+        text = (ROOT / "methods" / f"{name}.py").read_text()
+        loss = re.search(rf"(?:LOSSES = .*?\n}}\n\n\n)?(def {name}_loss.*?\n)\n\n", text, re.S)[1]
+        step = re.search(r"\n( +for batch, [^\n]*in batches:\n.*?backward\(\)[^\n]*\n)", text, re.S)[1]
+        sides.append([*loss.splitlines(), "", *step.splitlines()])
+    diff = [line for line in difflib.unified_diff(*sides, n=99, lineterm="")][3:]
+    return "```diff\n" + "".join(f"{line.rstrip()}\n" for line in diff) + "```\n"
+
+
+def part_tiny():
+    """README: a line per script."""
+    rows = []
+    for script, runs in tiny().items():
+        before, after = ([run[key]["eval/accuracy"] for _, run, _ in runs] for key in ("before", "last"))
+        span = f"{mean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
+        times = sorted(seconds(metrics) for _, _, metrics in runs)
+        rows.append([f"`methods/{script}.py`", f"{mean(before):.3f}", span, runs[0][2][-1]["step"],
+                     f"{median(times):.0f}", alerts(run for _, run, _ in runs)])
+    head = "no flags", "accuracy before:", f"after, {len(rows and runs)} seeds:", "steps:", "seconds:", "alerts"
+    return table(head, rows) if rows else ""
+
+
+def part_tiny_runs():
+    """benchmarks/README: a line per run."""
+    rows = []
+    for script, runs in tiny().items():
+        for seed, run, metrics in runs:
+            before, after = run["before"], run["last"]
+            key, steps = SHOWN.get(script, ("loss", ""))[0], [m for m in metrics if "loss" in m]
+            shown = [m[key] for m in metrics if key in m]
+            rest = [f"{k.removeprefix('eval/')} {before[k]:.3f} -> {after[k]:.3f}" for k in after
+                    if k.startswith("eval/pass") or k in ("eval/token_accuracy", "eval/reward_acc")]
+            rows.append([script, seed, f"{before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f}",
+                         f"{key} {shown[0]:.4f} -> {shown[-1]:.4f}", "; ".join(rest), len(steps),
+                         f"{seconds(metrics):.0f}", f"{max(m['perf/peak_gb'] for m in steps):.2f}", alerts([run])])
+    head = "script", "seed:", "held-out accuracy", "what it optimises", "besides", "steps:", "s:", "GB:", "alerts"
+    made = {versions(run) for runs in tiny().values() for _, run, _ in runs}
+    return table(head, rows) + f"\nMade with {'; '.join(sorted(made))}.\n" if rows else ""
+
+
+REAL = {  # part of real_runs.py: what it is
+    "sft": "GSM8K demonstrations", "dpo": "pairs of right and wrong GSM8K solutions",
+    "cold": "tiny lab's demonstrations: a cold start", "grpo": "tiny lab's prompts, from the cold start",
+    "grpo_gsm8k": "GSM8K prompts, from the SFT model",
+}
+
+
+def part_real():
+    rows = []
+    for name, run, metrics in results("smollm2-*"):
+        part, flags = name.removeprefix("smollm2-"), run["flags"]
+        script = next(word for word in run["command"].split() if word.endswith(".py"))
+        steps = [m for m in metrics if "loss" in m]
+        if run["status"] != "finished" or not steps:
+            continue
+        key = "reward" if "reward" in steps[0] else "loss"
+        few = max(1, len(steps) // 5)  # single steps are noisy: the first and the last fifth
+        shown = [f"{key} of a step {mean(m[key] for m in steps[:few]):.3f} -> {mean(m[key] for m in steps[-few:]):.3f}"]
+        known = ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/reward_margin", "eval/reward_acc")
+        last = run.get("last") or {}
+        held = [f"{k.removeprefix('eval/')} {run['before'][k]:.3f} -> {last[k]:.3f}" for k in known if k in last]
+        rows.append([f"{REAL.get(part, part)}", f"`{script}`", "; ".join(held) or "-", shown[0], len(steps),
+                     flags["batch_size"], f"{seconds(metrics) / 60:.0f}", alerts([run])])
+    head = "run", "script", "held out, before -> after", "training", "steps:", "batch:", "minutes:", "alerts"
+    text = table(head, rows) if rows else ""
+    path = RESULTS / "smollm2-dpo" / "interval.json"
+    if rows and path.is_file():
+        i = json.loads(path.read_text())
+        text += (f"\nDPO's held-out margin: mean {i['mean_margin']:.4f}, 95 % interval {i['interval_95'][0]:.4f} to "
+                 f"{i['interval_95'][1]:.4f} over {i['questions']} questions ({i['bootstrap_draws']} bootstrap draws); "
+                 f"{i['pairs_right']:.0%} of pairs the right way round.\n")
+    return text
+
+
+def parity():
+    path = RESULTS / "trl_parity.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def part_trl():
+    """README: the worst differences, and the ratios of time and memory."""
+    found, speed, text = parity(), lines(RESULTS / "trl_speed.jsonl"), ""
+    if found:
+        rows = []
+        for name, result in found["results"].items():
+            if "worst" in result:
+                worst = {m: f"{w['worst']:.1e}" for m, w in result["worst"].items()}
+                what = f"{len(worst)} metrics, every step"
+            else:
+                worst = {f: f"{max(c[k] for c in result['cases']):.1e}" for f, k in
+                         (("loss", "loss_difference"), ("grad_norm", "gradient_difference"))}
+                what = f"{len(result['cases'])} settings, every parameter's gradient"
+            rows.append([name, what, worst.get("loss", "-"), worst.get("grad_norm", "-")])
+        text += "The largest difference of a loss (absolute) and of a gradient or its norm (relative), in fp32:\n\n"
+        text += table(("case", "compared", "loss:", "gradient:"), rows) + "\n"
+    if speed:
+        rows = []
+        key = lambda row: (row["method"], row["size"], row["side"])  # noqa: E731
+        for method, size, side in dict.fromkeys(key(row) for row in speed if row["side"] != "ours"):
+            mine, theirs = ([r for r in speed if key(r) == (method, size, s)] for s in ("ours", side))
+            cpu, memory = ([t[k] / m[k] for t, m in zip(theirs, mine)] for k in ("cpu_seconds_per_step", "peak_mb"))
+            rows.append([method, size, side.removeprefix("TRL, "), f"{median(cpu):.2f}", f"{median(memory):.2f}"])
+        text += ("TRL's CPU seconds a step and its peak memory, divided by ours (above 1: ours is lighter), in TRL's own "
+                 "settings:\n\n")
+        text += table(("method", "size", "TRL's setting", "CPU time:", "memory:"), rows)
+    return text
+
+
+def part_trl_full():
+    """benchmarks/README: every case and metric, and the table that the benchmark itself prints."""
+    found, speed, text = parity(), lines(RESULTS / "trl_speed.jsonl"), ""
+    if found:
+        rows = []
+        for name, result in found["results"].items():
+            for metric, w in result.get("worst", {}).items():
+                rows.append([name, metric, f"{w['worst']:.1e}", w["kind"], f"{w['limit']:g}"])
+            for case in result.get("cases", []):
+                for k, kind in (("loss", "absolute"), ("gradient", "relative"), ("advantage", "absolute")):
+                    limit = f"{result['limits'][k]:g}"
+                    rows.append([f"{name}: {case['case']}", k, f"{case[f'{k}_difference']:.1e}", kind, limit])
+        text += f"`{found['command']}`, {found['date']}, {found['device']}:\n\n"
+        text += table(("case", "metric", "largest difference:", "of what", "limit:"), rows) + "\n"
+    if speed:
+        commands = dict.fromkeys(f"`{row['command']}`, {row['date']}, {row['device']}" for row in speed)
+        text += "; ".join(commands) + ". Medians with the range over the rounds; ratios are TRL over ours:\n\n"
+        text += module(ROOT / "benchmarks" / "trl_parity.py").table(speed) + "\n"
+    return text
+
+
+def part_kills():
+    """A line per script: runs of the kill campaign, kills, and how many runs ended with other bytes."""
+    rows = []
+    found = lines(RESULTS / "kill_campaign.jsonl")
+    for script in dict.fromkeys(row["script"] for row in found):
+        mine = [row for row in found if row["script"] == script]
+        rows.append([script, len(mine), sum(row["kills"] for row in mine), sum(not row["equal"] for row in mine)])
+    return table(("script", "runs:", "kills:", "runs that ended differently:"), rows) if rows else ""
+
+
+PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}
+
+
+# ---- picture ---------------------------------------------------------------------------------------------------------
+
+
+def curves():
+    """-> {script: {metric: {seed: [(step, value)]}}}, what the picture shows."""
+    return {script: {metric: {seed: [(m["step"], m[metric]) for m in metrics if metric in m]
+                              for seed, _, metrics in runs}
+                     for metric in ("eval/accuracy", SHOWN[script][0])}
+            for script, runs in tiny().items() if script in SHOWN}
+
+
+def digest():
+    return hashlib.sha256(json.dumps(curves()).encode()).hexdigest()
+
+
+def draw():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {
+        "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
+        "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True,
+        "xtick.color": "#555555", "ytick.color": "#555555", "axes.labelcolor": "#333333", "lines.solid_capstyle": "round",
+    }
+    shown = curves()
+    figure, axes = plt.subplots(2, len(shown), figsize=(3.3 * len(shown), 4.9), sharex="col", squeeze=False)
+    for column, (script, metrics) in zip(axes.T, shown.items()):
+        for axis, (metric, seeds) in zip(column, metrics.items()):
+            color = COLORS[script]
+            for points in seeds.values():
+                axis.plot(*zip(*points), color=color, linewidth=0.9, alpha=0.4)
+            steps = [step for step, _ in next(iter(seeds.values()))]
+            average = [mean(values) for values in zip(*([v for _, v in points] for points in seeds.values()))]
+            axis.plot(steps, average, color=color, linewidth=2.4)
+            for step, value, side in (steps[0], average[0], "left"), (steps[-1], average[-1], "right"):
+                rising = average[-1] > average[0]
+                up = (value > 0.5) if metric == "eval/accuracy" else (side == "right") != (rising is False)
+                up = metric != "eval/accuracy" and ((side == "left") != rising)
+                axis.annotate(f"{value:.3g}", (step, value), textcoords="offset points", color=color,
+                              xytext=(4 if side == "left" else 0, 6 if up else -13), ha=side, fontweight="bold")
+            axis.margins(x=0.03)
+        column[0].set_title(f"{script}.py", color=COLORS[script], fontweight="bold", loc="left", fontsize=11)
+        column[0].set_ylim(0, 1.04)
+        column[1].set_ylabel(SHOWN[script][1])
+        column[1].set_xlabel("optimizer step")
+    axes[0][0].set_ylabel("held-out accuracy")
+    for axis in axes[0][1:]:
+        axis.tick_params(labelleft=False)
+    figure.align_ylabels(axes)
+    figure.tight_layout(h_pad=1.4, w_pad=1.8)
+    figure.savefig(PICTURE, dpi=130, metadata={"Description": digest(), "Software": None})
+    plt.close(figure)
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
+
+
+def stale():
+    """-> what is not current: the pages' text as it should be, by path, and the picture."""
+    wrong = {}
+    for page in PAGES:
+        text = page.read_text()
+        new = PART.sub(lambda m: m[1] + PARTS[m[2]]() + m[3], text)
+        if new != text:
+            wrong[page] = new
+    if curves() and (not PICTURE.is_file() or digest().encode() not in PICTURE.read_bytes()):
+        wrong[PICTURE] = None
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    wrong = stale()
+    for path, text in wrong.items():
+        print(f"{path.relative_to(ROOT)} {'is not current: python benchmarks/plots.py' if check else 'written'}")
+        if not check and text is None:
+            draw()
+        elif not check:
+            path.write_text(text)
+    return 1 if check and wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
