@@ -89,7 +89,7 @@ def versions(run):
 
 
 def part_scripts():
-    return module(ROOT / "tests" / "test_copies.py").table(ROOT)
+    return module(ROOT / "tests" / "test_copies.py").table(ROOT) + "\n"
 
 
 def part_diff():

@@ -141,13 +141,20 @@ def parse_args(argv=None):
         names = [Path(__file__).stem, *re.findall(r"^Parent: \S*?(\w+)\.py", __doc__, re.M)]
         preset = next((presets[name] for name in names if name in presets), {})
         args = tyro.cli(Args, args=argv, default=replace(Args(), **preset))
+    wrong = []
     for name, value in asdict(args).items():
-        zero = "save_minutes eval_every save_every warmup_steps eval_samples".split()  # these may be 0, as floats may
-        least = 1 if isinstance(value, int) and name not in zero else 0
-        given = isinstance(value, (int, float)) and not isinstance(value, bool) and value != getattr(Args(), name)
-        if given and name != "seed" and not least <= value < math.inf:
-            print(f"error: --{name} {value}: must be at least {least}", file=sys.stderr)
-            sys.exit(2)
+        zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
+        least = 0 if zero else 1
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
+        if number and value != getattr(Args(), name) and not least <= value < math.inf:
+            wrong.append(f"--{name} {value}: must be a number from {least} on.")
+    try:
+        json.loads(args.chat_template_kwargs)
+    except ValueError as e:
+        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs!r} is not JSON: {e}.")
+    if wrong:
+        print(f"error: {wrong[0]}", file=sys.stderr)
+        sys.exit(2)
     return args
 
 
@@ -315,7 +322,8 @@ TINY = "prompts"  # the file of common/tiny that --dataset tiny reads
 
 def load_groups(name, tokenizer, stops, args):
     """Rows of a dataset -> (groups without completions, counts of what was dropped, fingerprint of the rows)."""
-    rows, kwargs = load_rows(name, args.dataset_split or None, args.rename, TINY), json.loads(args.chat_template_kwargs)
+    rows = load_rows(name, None if ":" in name else args.dataset_split or None, args.rename, TINY)
+    kwargs = json.loads(args.chat_template_kwargs)
     prompts = [encode_prompt(row, tokenizer, kwargs) for row in rows]
     groups = [{"prompt": p, "completions": [], "columns": row, "row": row.index} for p, row in zip(prompts, rows)]
     room = args.max_length - args.max_completion_length  # a prompt is never cut
@@ -975,10 +983,10 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     for code, metric, value, warn, error, text, *fix in (
         ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "no scored token in them"),
         ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
-        ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions do not end in a stop token"),
+        ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions end in no stop token"),
         ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
         ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
-        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: added in saved models"),
+        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: saved ones get them"),
     ):
         check(run, 0, code, metric, value, warn, error, text, fix)
     if not groups:

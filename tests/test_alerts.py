@@ -32,7 +32,7 @@ def provoke(name, folder, *flags, patch=None, rows=8, steps=1):
     out = here / f"out{len(list(here.iterdir()))}"
     data = tiny_rows(name, here / "rows.jsonl", rows)
     argv = [*tiny_flags(name), "--dataset", data, "--eval_dataset", "", "--batch_size", 2, "--max_steps", steps]
-    argv += ["--output_dir", out, *flags]
+    argv += ["--output_dir", out, "--save_dtype", "float32", *flags]  # CKPT001 exact, without bf16's rounding
     result = leave(name, *argv, patch=patch)
     result.args, result.folder = script(name).parse_args([str(flag) for flag in argv]), out
     text = (out / "alerts.jsonl").read_text() if (out / "alerts.jsonl").is_file() else ""
@@ -202,7 +202,7 @@ def test_data004_a_template_that_rewrites_history(tmp_path):
     rows = rows_file(tmp_path, *[{"messages": [ASKS, WRITES, ASKS, WRITES]}] * 3, {"messages": [ASKS, WRITES]})
     flags = ["--dataset", rows, "--chat_template", template(tmp_path, forgets)]
     found = only_warns("DATA004", "sft", tmp_path, *flags)
-    # three rows of four; each of them becomes two groups
+    # three rows of four; that each of them becomes two groups does not make five of seven
     assert found["value"] == pytest.approx(0.75)
 
 
@@ -328,25 +328,19 @@ def test_train003_clipping_that_does_not_clip(tmp_path):
     assert found["level"] == "error" and found["limit"] == pytest.approx(1.01e-3)
 
 
-@pytest.mark.parametrize("name", ("sft", "dpo", "grpo"))
+@pytest.mark.parametrize("name", ("sft", "dpo"))  # grpo counts both from the completions, before a batch is made
 def test_train003_a_denominator_that_is_not_the_scored_tokens(name, tmp_path):
     """A fork that loses a scored token where the batch is made still divides by what is left."""
 
     def patch(module):
         rank_batches = module.rank_batches
 
-        def lossy(groups, *more):
-            made = rank_batches(groups, *more)
-            if all("sampler_logprobs" not in c for g in groups for c in g["completions"]):
-                for batch, *_ in made:
-                    for key in "rows", "labels", "seq":
-                        batch[key] = batch[key][:-1]
-            elif "attach" not in sys._getframe(1).f_code.co_name:
-                for _, members, _ in made:  # online num_tokens is counted from the completions: leave one out
-                    pass
+        def lossy(*given):
+            made = rank_batches(*given)
+            for batch, *_ in made:
+                for key in "rows", "labels", "seq":
+                    batch[key] = batch[key][:-1]
             return made
-
-        import sys
 
         module.rank_batches = lossy
 
@@ -453,8 +447,8 @@ def test_grpo002_no_room_to_stop(tmp_path):
 
 
 def test_grpo002_warns_where_many_do_not_stop(tmp_path):
-    """Answers have 28 to 33 characters and a stop token: 30 is too short for most of them."""
-    result = provoke("grpo", tmp_path, *ONLINE, "--max_completion_length", 30, "--batch_size", 8, rows=64, steps=10)
+    """Right answers take 27 to 33 tokens, 29 hold about a third of them."""
+    result = provoke("grpo", tmp_path, *ONLINE, "--max_completion_length", 29, "--batch_size", 8, rows=64, steps=10)
     assert result.code == 0 and {level for _, level in levels(result, "GRPO002")} == {"warn"}
 
 
@@ -578,3 +572,20 @@ def test_ckpt001_what_was_saved_is_not_what_was_trained(change, tmp_path):
     assert result.code == 3, result.err
     assert codes(result) == {("CKPT001", "error")}
     assert not list(result.folder.glob("checkpoint-*")) and not (result.folder / "final").exists()
+
+
+def test_ckpt001_at_the_end_is_not_before_step_1(tmp_path):
+    """The rehearsal is good and the last save is not: said with the step it happened at."""
+
+    def later(folder):
+        if "rehearsal" not in folder.name:
+            other_weights(folder)
+
+    result = provoke("sft", tmp_path, patch=spoil(later), steps=2)
+    assert result.code in (0, 3) and levels(result, "CKPT001") == [(2, "error")]
+
+
+def test_ckpt001_not_for_what_bf16_rounds(tmp_path):
+    """Weights that have moved a little are not on bf16's grid any more: saving rounds them, and that is no damage."""
+    result = provoke("dpo", tmp_path, "--save_dtype", "bfloat16", "--learning_rate", 1e-3, steps=5)
+    assert result.code == 0 and levels(result, "CKPT001") == [], result.err
