@@ -94,14 +94,14 @@ def part_scripts():
 
 def part_diff():
     """How dpo.py differs from sft.py, in the loss and in the step of the loop."""
-    sides = []
-    for name in "sft", "dpo":
-        text = (ROOT / "methods" / f"{name}.py").read_text()
-        loss = re.search(rf"(?:LOSSES = .*?\n}}\n\n\n)?(def {name}_loss.*?\n)\n\n", text, re.S)[1]
-        step = re.search(r"\n( +for batch, [^\n]*in batches:\n.*?backward\(\)[^\n]*\n)", text, re.S)[1]
-        sides.append([*loss.splitlines(), "", *step.splitlines()])
-    diff = [line for line in difflib.unified_diff(*sides, n=99, lineterm="")][3:]
-    return "```diff\n" + "".join(f"{line.rstrip()}\n" for line in diff) + "```\n"
+    loss = r"\n((?:LOSSES = .*?\n}\n\n\n)?def \w+_loss\(.*?\n)\n\n"
+    step = r"\n( +for batch, [^\n]* in batches:\n[^#]*?backward\(\)[^\n]*\n)"
+    hunks = []
+    for pattern in loss, step:
+        found = (re.search(pattern, (ROOT / "methods" / name).read_text(), re.S) for name in ("sft.py", "dpo.py"))
+        sft, dpo = (match[1].splitlines() for match in found)
+        hunks.append("".join(f"{line.rstrip()}\n" for line in [*difflib.unified_diff(sft, dpo, n=99, lineterm="")][3:]))
+    return "```diff\n" + "\n".join(hunks) + "```\n"
 
 
 def part_tiny():
@@ -141,6 +141,10 @@ REAL = {  # part of real_runs.py: what it is
     "grpo_gsm8k": "GSM8K prompts, from the SFT model",
 }
 
+REAL_HEAD = """`python benchmarks/real_runs.py --model DIR --data DIR` on two CPU cores in fp32 that other work shared. The
+runs are short: they show that the scripts train a real model, and in which direction.
+"""
+
 
 def part_real():
     rows = []
@@ -166,7 +170,7 @@ def part_real():
         text += (f"\nDPO's held-out margin: mean {i['mean_margin']:.4f}, 95 % interval {i['interval_95'][0]:.4f} to "
                  f"{i['interval_95'][1]:.4f} over {i['questions']} questions ({i['bootstrap_draws']} bootstrap draws); "
                  f"{i['pairs_right']:.0%} of pairs the right way round.\n")
-    return text
+    return text and f"## A real model: SmolLM2-135M-Instruct\n\n{REAL_HEAD}\n{text}\n"
 
 
 def parity():
@@ -197,10 +201,10 @@ def part_trl():
             mine, theirs = ([r for r in speed if key(r) == (method, size, s)] for s in ("ours", side))
             cpu, memory = ([t[k] / m[k] for t, m in zip(theirs, mine)] for k in ("cpu_seconds_per_step", "peak_mb"))
             rows.append([method, size, side.removeprefix("TRL, "), f"{median(cpu):.2f}", f"{median(memory):.2f}"])
-        text += ("TRL's CPU seconds a step and its peak memory, divided by ours (above 1: ours is lighter), in TRL's own "
-                 "settings:\n\n")
-        text += table(("method", "size", "TRL's setting", "CPU time:", "memory:"), rows)
-    return text
+        text += "TRL's CPU seconds a step and its peak memory, divided by ours (above 1: ours is lighter):\n\n"
+        text += table(("method", "size", "TRL's setting", "CPU time:", "memory:"), rows) + "\n"
+    tail = "Every metric, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
+    return f"## Measured against TRL\n\n{text}{tail}\n\n" if text else ""
 
 
 def part_trl_full():
@@ -220,18 +224,29 @@ def part_trl_full():
     if speed:
         commands = dict.fromkeys(f"`{row['command']}`, {row['date']}, {row['device']}" for row in speed)
         text += "; ".join(commands) + ". Medians with the range over the rounds; ratios are TRL over ours:\n\n"
-        text += module(ROOT / "benchmarks" / "trl_parity.py").table(speed) + "\n"
-    return text
+        text += module(ROOT / "benchmarks" / "trl_parity.py").table(speed) + "\n\n"
+    return f"## Against TRL\n\n{text}" if text else ""
+
+
+KILLS_HEAD = """Runs that were killed with SIGKILL at random moments and resumed until they ended, against one that
+nobody killed: tensors, exported model and files, bitwise. The columns in the middle say where the kills hit.
+"""
 
 
 def part_kills():
-    """A line per script: runs of the kill campaign, kills, and how many runs ended with other bytes."""
+    """A line per script of the kill campaign."""
+    first, *found = lines(RESULTS / "kill_campaign.jsonl") or [{}]
+    phases = [p for p in ("start", "rollout", "step", "save", "evaluation", "finish", "ended")
+              if any(row["phase"] == p for row in found)]
     rows = []
-    found = lines(RESULTS / "kill_campaign.jsonl")
     for script in dict.fromkeys(row["script"] for row in found):
         mine = [row for row in found if row["script"] == script]
-        rows.append([script, len(mine), sum(row["kills"] for row in mine), sum(not row["equal"] for row in mine)])
-    return table(("script", "runs:", "kills:", "runs that ended differently:"), rows) if rows else ""
+        hits = [sum(row["phase"] == p for row in mine) for p in phases]
+        unequal = len({row["run"] for row in mine if not row["equal"]})
+        rows.append([script, len({row["run"] for row in mine}), len(mine), *hits, unequal])
+    head = "script", "runs:", "kills:", *(f"{p}:" for p in phases), "runs that ended differently:"
+    made = f"`{first.get('command')}`, {first.get('device')}."
+    return f"## Kill campaign\n\n{KILLS_HEAD}\n{table(head, rows)}\n{made}\n\n" if rows else ""
 
 
 PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}
@@ -261,24 +276,24 @@ def draw():
     plt.rcParams |= {
         "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
         "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "axes.axisbelow": True,
-        "xtick.color": "#555555", "ytick.color": "#555555", "axes.labelcolor": "#333333", "lines.solid_capstyle": "round",
+        "xtick.color": "#555555", "ytick.color": "#555555", "axes.labelcolor": "#333333",
+        "lines.solid_capstyle": "round",
     }
     shown = curves()
     figure, axes = plt.subplots(2, len(shown), figsize=(3.3 * len(shown), 4.9), sharex="col", squeeze=False)
     for column, (script, metrics) in zip(axes.T, shown.items()):
-        for axis, (metric, seeds) in zip(column, metrics.items()):
+        for axis, seeds in zip(column, metrics.values()):
             color = COLORS[script]
             for points in seeds.values():
                 axis.plot(*zip(*points), color=color, linewidth=0.9, alpha=0.4)
             steps = [step for step, _ in next(iter(seeds.values()))]
             average = [mean(values) for values in zip(*([v for _, v in points] for points in seeds.values()))]
             axis.plot(steps, average, color=color, linewidth=2.4)
-            for step, value, side in (steps[0], average[0], "left"), (steps[-1], average[-1], "right"):
-                rising = average[-1] > average[0]
-                up = (value > 0.5) if metric == "eval/accuracy" else (side == "right") != (rising is False)
-                up = metric != "eval/accuracy" and ((side == "left") != rising)
-                axis.annotate(f"{value:.3g}", (step, value), textcoords="offset points", color=color,
-                              xytext=(4 if side == "left" else 0, 6 if up else -13), ha=side, fontweight="bold")
+            rising = average[-1] > average[0]
+            for at, side in (0, "left"), (-1, "right"):
+                above = (side == "left") != rising
+                axis.annotate(f"{average[at]:.3g}", (steps[at], average[at]), textcoords="offset points", color=color,
+                              xytext=(5 if side == "left" else 0, 6 if above else -14), ha=side, fontweight="bold")
             axis.margins(x=0.03)
         column[0].set_title(f"{script}.py", color=COLORS[script], fontweight="bold", loc="left", fontsize=11)
         column[0].set_ylim(0, 1.04)

@@ -732,11 +732,11 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
     longer = [("--max_length", run.args.max_length, counts["p95"])]
     for code, metric, value, warn, error, text, *fix in (
-        ("DATA001", "share of rows", counts["unscored"] / rows, 0, 0.01, "no scored token in them"),
-        ("DATA002", "share of rows", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
+        ("DATA001", "share", counts["unscored"] / rows, 0, 0.01, "rows have no scored token"),
+        ("DATA002", "share", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
         ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions end in no stop token"),
-        ("DATA004", "share of rows", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
-        ("DATA005", "share of rows", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
+        ("DATA004", "share", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
+        ("DATA005", "share", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
         ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: saved ones get them"),
     ):
         check(run, 0, code, metric, value, warn, error, text, fix)
@@ -764,9 +764,10 @@ def log(run, metrics, steps):
     if run.tracker:
         run.tracker.log(metrics, step=metrics["step"])
     line, end = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "perf/tokens_per_s"), "\n"
-    if sys.stdout.isatty() and "eval/accuracy" not in metrics:
-        done, end = 20 * metrics["step"] // steps, "\n" if metrics["step"] == steps else ""
-        line = f"\r\x1b[2K[{'=' * done}{' ' * (20 - done)}] {line}"[: shutil.get_terminal_size().columns]
+    if sys.stdout.isatty():  # the bar stays on one line, evaluations push it down
+        done, bar = 20 * metrics["step"] // steps, "eval/accuracy" not in metrics and metrics["step"] < steps
+        line, end = f"[{'=' * done}{' ' * (20 - done)}] {line}"[: shutil.get_terminal_size().columns], "" if bar else "\n"
+        line = f"\r\x1b[2K{line}"
     say(run, line, end)
 
 

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "methods"
-SCRIPTS = sorted(str(p.relative_to(METHODS).with_suffix("")) for p in METHODS.rglob("*.py"))  # "sft", "experimental/ppo"
+SCRIPTS = sorted(str(p.relative_to(METHODS).with_suffix("")) for p in METHODS.rglob("*.py"))  # sft, experimental/ppo
 TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so more is a hang
 
 # Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
@@ -58,7 +58,7 @@ def tiny_rows(name, path, count, start=0):
     return str(path)
 
 
-@lru_cache(maxsize=None)
+@cache
 def script(name):
     """The module of methods/<name>.py under a name of its own. Importing one parses no flags."""
     spec = importlib.util.spec_from_file_location("script_" + name.replace("/", "_"), METHODS / f"{name}.py")
@@ -102,7 +102,7 @@ def try_ranks(world, fn, *args):
         worker.start()
     end, failed = time.monotonic() + TIMEOUT, None
     while any(w.is_alive() for w in workers) and time.monotonic() < end:
-        next((w for w in workers if w.is_alive())).join(0.02)
+        next(w for w in workers if w.is_alive()).join(0.02)
         if failed is None and any(w.exitcode for w in workers):
             failed, end = True, min(end, time.monotonic() + 2)
     hung = failed is None and [rank for rank, w in enumerate(workers) if w.is_alive()]
@@ -114,10 +114,12 @@ def try_ranks(world, fn, *args):
         path = Path(folder, f"{name}{rank}")
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    results = [SimpleNamespace(code=w.exitcode, error=read("error", r), log=read("log", r)) for r, w in enumerate(workers)]
-    for rank, result in enumerate(results):
+    results = []
+    for rank, worker in enumerate(workers):
         path = f"{folder}/value{rank}"
-        result.value = torch.load(path, weights_only=False) if os.path.exists(path) else None  # our own child wrote it
+        value = torch.load(path, weights_only=False) if os.path.exists(path) else None  # our own child wrote it
+        result = SimpleNamespace(code=worker.exitcode, value=value, error=read("error", rank), log=read("log", rank))
+        results.append(result)
     shutil.rmtree(folder)
     assert not hung, f"ranks {hung} hang after {TIMEOUT} s:\n" + "\n".join(results[r].log[-2000:] for r in hung)
     return results
@@ -155,6 +157,7 @@ def _command(name, argv, log):
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)  # again: a pool does not survive the fork, and its first use must not be by two threads
     sys.argv, code = [f"methods/{name}.py", *argv], 0
     try:
         runpy.run_path(str(METHODS / f"{name}.py"), run_name="__main__")
@@ -204,7 +207,7 @@ def trainer_tensors(checkpoint):
     """trainer/*.safetensors of a checkpoint as whole tensors, however many ranks wrote them."""
     reader = HuggingFaceStorageReader(str(Path(checkpoint) / "trainer"))
     found = reader.read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items() if not k.startswith("rollout/")}
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": as it should be here
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(Path(checkpoint) / "trainer")), no_dist=True)

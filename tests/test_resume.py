@@ -171,7 +171,7 @@ def test_one_of_two_ranks_killed(name, runs, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_other_number_of_ranks(name, runs, tmp_path):
-    """From one rank to two in the middle (grpo: of a rollout): equal as a step that is cut otherwise, see test_split."""
+    """From one rank to two in the middle (grpo: of a rollout): equal as if the step were cut otherwise, test_split."""
     flags, whole = runs(name)
     out = interrupted(whole, tmp_path / "run", 3)
     train(name, out, *flags, "--resume", "auto", world=2)
@@ -201,7 +201,7 @@ def read_complete(path):
 def stopped(out):
     meta, step = json.loads((out / "run.json").read_text()), int(newest(out).name[-6:])
     assert (meta["status"], meta["exit_code"]) == ("stopped", 4)
-    assert 1 <= step < STEPS and step == read_jsonl(out / "metrics.jsonl")[-1]["step"], "stopped between a step and a save"
+    assert 1 <= step < STEPS and step == read_jsonl(out / "metrics.jsonl")[-1]["step"], "saved and logged other steps"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -77,7 +77,8 @@ def sample_differences(name, a, b):
         source = newest(again) if x["step"] > 1 else ROOT / "common" / "tiny" / "model"
         lm = module.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = module.load_tokenizer(str(source))
-        prompt, *ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (x["prompt"], x["completion"], y["completion"]))
+        texts = x["prompt"], x["completion"], y["completion"]
+        prompt, *ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
         at = next(t for t, (p, q) in enumerate(zip(*ids)) if p != q)
         logits = lm(torch.tensor([prompt + ids[0][:at]])).logits[0, -1] / flags.temperature
         cdf = logits.double().softmax(-1).cumsum(-1)

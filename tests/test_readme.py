@@ -1,0 +1,120 @@
+"""The pages say what the files say: generated parts are current, every flag, file, command, alert and metric that is
+named exists, and every alert and metric that exists is named."""
+
+import ast
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README, BENCHMARKS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "README.md").read_text()
+PAGES = {"README.md": README, "benchmarks/README.md": BENCHMARKS}
+SOURCES = {p: p.read_text() for folder in ("methods", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")}
+METHODS = {p: text for p, text in SOURCES.items() if "methods" in p.relative_to(ROOT).parts}
+TORCHRUN = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
+
+
+def flags(sources):
+    """Flags of scripts (fields of Args and their aliases) and of tools (argparse), with underscores."""
+    names = {"help"}
+    for text in sources:
+        fields = text.partition("class Args:")[2].partition("\ndef ")[0]
+        names |= set(re.findall(r"^    (\w+): .* = ", fields, re.M))
+        names |= {name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', text)}
+    return names
+
+
+def test_generated_parts_are_current(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/plots.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "plots.py"), run_name="__main__")
+    assert not ended.value.code, capsys.readouterr().out
+
+
+def test_generated_parts_that_are_not_current_are_found(monkeypatch):
+    plots = runpy.run_path(str(ROOT / "benchmarks" / "plots.py"))
+    assert not plots["stale"]()
+    for part in plots["PARTS"]:
+        with monkeypatch.context() as patch:
+            patch.setitem(plots["PARTS"], part, lambda: "another text\n")
+            assert any(f"generated: {part} " in page for page in PAGES.values()), f"{part} is on no page"
+            assert plots["stale"](), f"{part} changed, and no page is stale"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_exist(page):
+    known = flags(SOURCES.values()) | TORCHRUN
+    named = {name.replace("-", "_") for name in re.findall(r"(?<![\w|-])--([a-z][\w-]*)", PAGES[page])}
+    assert len(named) > 2 and not named - known, f"{page} names flags that do not exist: {sorted(named - known)}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    """Paths under the folders of this repository; in benchmarks/README.md also results/..., from there."""
+    text = PAGES[page]
+    named = set(re.findall(r"(?<![\w/.])(?:methods|common|tests|benchmarks|\.ci)/[\w./*-]*[\w*/]", text))
+    named |= set(re.findall(r"\]\(([\w./]+)[)#]", re.sub(r"```.*?```", "", text, flags=re.S)))
+    missing = [name for name in sorted(named - {"methods/experimental/mine.py"})
+               if not any(any(folder.glob(name)) for folder in (ROOT, (ROOT / page).parent))]
+    assert len(named) > 4 and not missing, f"{page} names files that do not exist: {missing}"
+
+
+def test_commands_are_those_of_ci():
+    """The two commands that do all set-up, each pasted as it stands, are lines of .ci/run."""
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert len(commands) == 2 and "methods/grpo.py" in commands[0] and "pytest" in commands[1]
+    assert all(command in lines for command in commands)
+
+
+def test_every_pin_is_exact():
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert pins and all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins)
+
+
+def test_every_alert_is_in_the_table_with_its_limits():
+    rows = dict(re.findall(r"^\| ([A-Z]+\d{3}) (\|.*)$", README, re.M))
+    trees = [ast.walk(ast.parse(text)) for text in METHODS.values()]
+    nodes = [node for tree in trees for node in tree]
+    codes = {n.value for n in nodes if isinstance(n, ast.Constant) and re.fullmatch(r"[A-Z]+\d{3}", str(n.value))}
+    assert codes and rows.keys() == codes
+    checked = set()
+    for node in [n.elts for n in nodes if isinstance(n, ast.Tuple) and len(n.elts) > 5]:
+        name = getattr(node[0], "value", None)  # (code, metric, value, warn, error, text)
+        if name not in codes:
+            continue
+        # in the loop of grpo.py: (code, key, warn, error, patience, text)
+        *limits, patience = node[2:5] if name.startswith("GRPO") else [*node[3:5], None]
+        for level, limit in zip(("warn", "error"), limits):
+            if isinstance(limit, ast.Name):  # NEVER
+                assert f"{level}:" not in rows[name], f"{name} has no {level}"
+            elif limit.value:
+                shown = f"{level}: over {limit.value:g}", f"{level}: over {limit.value * 100:g} %"
+                assert any(words in rows[name] for words in shown), f"{name}: {level} above {limit.value}"
+        if isinstance(patience, ast.IfExp) or patience and patience.value > 1:
+            times = ast.literal_eval(getattr(patience, "orelse", patience))
+            assert f"{times} rollouts in a row" in rows[name], f"{name}: {times} in a row"
+        checked.add(name)
+    assert len(checked) >= 10
+
+
+def test_every_metric_is_defined():
+    section = BENCHMARKS.partition("\n## Metrics")[2]
+    cells = re.findall(r"^\| (`[^|]*`) \|", section, re.M)
+    defined = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    files = sorted((ROOT / "benchmarks" / "results").glob("*/metrics.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    written = {re.sub(r"@\d+", "@k", key) for row in rows for key in row}
+    assert len(files) >= 9 and not written - defined, f"not defined: {sorted(written - defined)}"
+    code = "\n".join(METHODS.values())
+    invented = [name for name in defined if not re.search(rf'["/]{name.removeprefix("eval/").removesuffix("k")}', code)]
+    assert not invented, f"defined, but no script writes it: {invented}"
+
+
+def test_readme_is_short_and_ascii():
+    assert len(README.splitlines()) < 300
+    assert README.isascii() and BENCHMARKS.isascii()
