@@ -4,12 +4,13 @@
 
 Every script is run once undisturbed. Then runs of the same command are killed: the parent waits until the child is in
 the phase that is this kill's aim, lets a random part of that phase's usual duration pass, and sends SIGKILL. One killed
-run in three is killed again after its resume, and again. What ends is compared: all bytes of all tensors that training
-keeps (weights, Adam, state), the exported model, metrics.jsonl without perf/, samples.jsonl, alerts.jsonl.
+run in three is killed again after its resume, and again. What ends is compared: in all checkpoints every tensor that
+training keeps (weights, Adam, state), the state's numbers and the exported model; metrics.jsonl without perf/,
+samples.jsonl and alerts.jsonl.
 
 The first row of FILE.jsonl says what was run; then one row per kill:
     script, kill (number), run (kills of one run share it), aim, phase (where it really was), step (the last one begun),
-    delay (seconds since the phase began), saved (step of the newest checkpoint then), equal, differs (in what)
+    delay (seconds since its aim was reached), saved (step of the newest checkpoint then), equal, differs (in what)
 Rows are appended when their run has ended; the same command goes on where it was interrupted.
 """
 import argparse
@@ -138,7 +139,7 @@ def undisturbed(module, flags, log):
 
 
 def kill(module, flags, log, aim, total, visits, rng):
-    """Run, and kill in a random visit of phase `aim` ("any": at any time) -> where it was, or None if it ended first."""
+    """Run, and kill in a random visit of phase `aim` ("any": at any time) -> where it was, None if it ended first."""
     process, where = start(module, flags, log)
     often = [seconds for seconds in visits.get(aim, []) if seconds > 0.001]  # shorter: the crack between two calls
     nth, wait, entries, began = rng.randrange(max(1, len(often))), rng.random(), 0, time.monotonic()
@@ -173,6 +174,8 @@ def remains(out):
             digest.setdefault(path, hashlib.sha256()).update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest[path].update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     found = {str(path.relative_to(out)): value.hexdigest() for path, value in digest.items()}
+    for path in out.glob("checkpoint-*/trainer/meta.json"):  # alert counters, streaks, the best so far
+        found[str(path.relative_to(out))] = json.loads(path.read_text())["state"]
     for name in ("metrics.jsonl", "samples.jsonl", "alerts.jsonl"):
         lines = (out / name).read_text().splitlines() if (out / name).is_file() else []
         found[name] = [{k: v for k, v in json.loads(x).items() if not k.startswith("perf/")} for x in lines]
@@ -222,7 +225,7 @@ def about(args):
     files = [*(f"methods/{name}.py" for name in args.scripts), "common/logprobs.py", "common/tokenization.py"]
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     flags = f"--kills {args.kills} --seed {args.seed} --scripts {' '.join(args.scripts)}"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers)}
     return {
         "command": f"python benchmarks/kill_campaign.py {flags}",
         "git": git,

@@ -141,8 +141,8 @@ REAL = {  # part of real_runs.py: what it is
     "grpo_gsm8k": "GSM8K prompts, from the SFT model",
 }
 
-REAL_HEAD = """`python benchmarks/real_runs.py --model DIR --data DIR` on two CPU cores in fp32 that other work shared. The
-runs are short: they show that the scripts train a real model, and in which direction.
+REAL_HEAD = """`python benchmarks/real_runs.py --model DIR --data DIR` in fp32 on two CPU cores that other work shared.
+The runs are short: they show that the scripts train a real model, and in which direction.
 """
 
 
@@ -289,19 +289,20 @@ def draw():
             steps = [step for step, _ in next(iter(seeds.values()))]
             average = [mean(values) for values in zip(*([v for _, v in points] for points in seeds.values()))]
             axis.plot(steps, average, color=color, linewidth=2.4)
-            rising = average[-1] > average[0]
-            for at, side in (0, "left"), (-1, "right"):
-                above = (side == "left") != rising
-                axis.annotate(f"{average[at]:.3g}", (steps[at], average[at]), textcoords="offset points", color=color,
-                              xytext=(5 if side == "left" else 0, 6 if above else -14), ha=side, fontweight="bold")
-            axis.margins(x=0.03)
+            rising, digits = average[-1] > average[0], 4 if max(average) < 0.1 else 3
+            for at, side, above in (0, "left", not rising), (-1, "right", True):
+                axis.annotate(f"{average[at]:.{digits}f}", (steps[at], average[at]), textcoords="offset points",
+                              xytext=(5 if side == "left" else 0, 6 if above else -13), ha=side, color=color,
+                              fontweight="bold")
+            axis.margins(x=0.03, y=0.16)
         column[0].set_title(f"{script}.py", color=COLORS[script], fontweight="bold", loc="left", fontsize=11)
-        column[0].set_ylim(0, 1.04)
+        column[0].set_ylim(0, 1.12)
+        column[0].set_yticks([0, 0.25, 0.5, 0.75, 1])
         column[1].set_ylabel(SHOWN[script][1])
         column[1].set_xlabel("optimizer step")
     axes[0][0].set_ylabel("held-out accuracy")
     for axis in axes[0][1:]:
-        axis.tick_params(labelleft=False)
+        axis.tick_params(left=False, labelleft=False)
     figure.align_ylabels(axes)
     figure.tight_layout(h_pad=1.4, w_pad=1.8)
     figure.savefig(PICTURE, dpi=130, metadata={"Description": digest(), "Software": None})

@@ -18,8 +18,9 @@ from pathlib import Path
 
 def variety(prompts, completions, **_):
     """A reward that both sides can compute, cheap and never the same for a whole group: the share of distinct words, or
-    of distinct characters in a language of single ones. In 64ths: TRL takes group means in fp32, and where all rewards of
-    a group are 0.95, say, their rounding error over the 1e-4 that is added to the deviation is an advantage of 6e-4."""
+    of distinct characters in a language of single ones. In 64ths: TRL takes group means in fp32, and where a group's
+    rewards are all 0.8, say, their rounding error over the 1e-4 that is added to the deviation is an advantage of 6e-4.
+    """
     texts = [c[-1]["content"] if isinstance(c, list) else c for c in completions]
     parts = [text.split() if text[:1] == "w" else [*text] for text in texts]
     return [round(64 * len(set(words)) / max(1, len(words))) / 64 for words in parts]

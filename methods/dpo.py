@@ -41,7 +41,7 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from itertools import repeat
+from itertools import accumulate, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -443,9 +443,12 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     if run.rank == 0:
         trainer.mkdir(parents=True)
     dist.barrier()
-    try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), save_distributed=True))  # one thread:
-        for name in [k for k in tensors if k.startswith("model.")]:  # with more it may swallow a full disk
+    ends = accumulate(tensor.numel() for tensor in tensors.values())
+    files = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
+    writer = HuggingFaceStorageWriter(str(trainer), files, save_distributed=True)  # it builds a file in memory, and with
+    try:  # more than its one thread it may swallow a full disk
+        dcp.save(tensors, storage_writer=writer)
+        for name in [k for k in tensors if k.startswith("model.")]:
             tensor = full(tensors[name]).detach()  # one gathered tensor at a time
             if run.rank == 0:
                 weights[name.removeprefix("model.lm.")] = tensor.to("cpu", run.save_dtype)
@@ -526,15 +529,18 @@ def resume(policy, optimizer, tokenizer, run):
 def check_export(policy, folder, run):
     """CKPT001: a saved folder loads with AutoModelForCausalLM, no tensor missing, ties tied, every weight as we hold it
     (in save_dtype), and says what the policy says. Returns the reloaded model on rank 0; up to 1 GB in fp32 only."""
-    reloaded, trained = None, policy(flat_batch(run.probe, run.device))["logprobs"].cpu()
+    reloaded, same, trained = None, True, policy(flat_batch(run.probe, run.device))["logprobs"].cpu()
     if sum(p.numel() for p in policy.parameters()) > 250e6:
         return None
-    ours = {k: full(p).detach().to("cpu", run.save_dtype) for k, p in policy.lm.named_parameters()}
     if run.rank == 0:
         reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    theirs = dict(reloaded.named_parameters()) if reloaded else {}
+    for name, p in policy.lm.named_parameters():
+        ours = full(p).detach().to("cpu", run.save_dtype).float()
+        same = (name in theirs and torch.equal(theirs.pop(name), ours)) and same
+    if run.rank == 0:
         tied = [lm.get_output_embeddings().weight is lm.get_input_embeddings().weight for lm in (reloaded, policy.lm)]
-        same = all(k in ours and torch.equal(p, ours[k].float()) for k, p in reloaded.named_parameters())
-        broken = bool(info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or not same)
+        broken = bool(info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or theirs or not same)
         text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
         check(run, run.step, "CKPT001", "keys, ties or weights differ", broken, NEVER, 0, text)
         if run.save_dtype == torch.float32 or run.step == 0:  # later, bf16 has rounded what was trained
@@ -766,8 +772,8 @@ def log(run, metrics, steps):
     line, end = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "perf/tokens_per_s"), "\n"
     if sys.stdout.isatty():  # the bar stays on one line, evaluations push it down
         done, bar = 20 * metrics["step"] // steps, "eval/accuracy" not in metrics and metrics["step"] < steps
-        line, end = f"[{'=' * done}{' ' * (20 - done)}] {line}"[: shutil.get_terminal_size().columns], "" if bar else "\n"
-        line = f"\r\x1b[2K{line}"
+        line = f"[{'=' * done}{' ' * (20 - done)}] {line}"[: shutil.get_terminal_size().columns]
+        line, end = f"\r\x1b[2K{line}", "" if bar else "\n"
     say(run, line, end)
 
 

@@ -1,0 +1,284 @@
+"""Every script, as a user meets it: --help, three steps from the command line, the files they leave; and what no script
+may contain. Parametrised over all scripts by globbing: a new one without its metric keys below fails."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import METHODS, ROOT, SCRIPTS, script, tiny_flags, tiny_rows
+from safetensors import safe_open
+from test_bad_input import children_seconds, leave
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PERF = ["perf/seconds", "perf/tokens_per_s", "perf/peak_gb"]
+PAIR = ["loss", "reward_margin", "reward_acc", "reward_chosen", "reward_rejected", "chosen_logprob", "rejected_logprob"]
+METRICS = {  # of a training row and of an evaluation row, in their order: a contract, see design section 12
+    "sft": (
+        ["step", "loss", "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", "eval/loss", "eval/token_accuracy", "eval/accuracy"],
+    ),
+    "dpo": (
+        ["step", *PAIR, "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in PAIR), "eval/accuracy"],
+    ),
+    "grpo": (
+        ["step", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len", "num_tokens",
+         "ratio_mean", "clip_frac", "kl", "loss", "entropy", "sampler_gap", "perf/rollout_seconds", "grad_norm", "lr",
+         *PERF],
+        ["step", "eval/pass@2", "eval/completion_len", "eval/accuracy"],
+    ),
+}  # fmt: skip
+SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
+EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+          "tokenizer_config.json"]  # fmt: skip
+TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
+EXTRA = {"dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"], "grpo": ["samples.jsonl"]}
+RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
+SHARD = re.compile(r"checkpoint-\d{6}/trainer/shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def command(name, *flags):
+    return [sys.executable, str(METHODS / f"{name}.py"), *map(str, flags)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, tmp_path):
+    """In under three seconds of one core (the clock on the wall would measure the other tests), and without torch: a
+    module that raises when it is imported stands in for it. The docstring is printed as it stands."""
+    for heavy in "torch", "transformers", "datasets":
+        (tmp_path / f"{heavy}.py").write_text(f"raise SystemExit('--help imports {heavy}')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    before = children_seconds()
+    result = subprocess.run(command(name, "--help"), capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert children_seconds() - before < 3
+    tree = ast.parse((METHODS / f"{name}.py").read_text())
+    assert result.stdout.startswith(ast.get_docstring(tree, clean=False).strip() + "\n")
+    flags = {f"--{flag.replace('_', '-')}" for flag in script(name).Args.__dataclass_fields__}
+    assert flags <= set(re.findall(r"--[a-z0-9-]+", result.stdout))
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- three steps ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def ran(request, tmp_path_factory):
+    """python methods/x.py, three steps, an evaluation after the second, in an empty folder with two checkpoints kept."""
+    name, folder = request.param, tmp_path_factory.mktemp("smoke")
+    data = tiny_rows(name, folder / "rows.jsonl", 12)
+    flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
+    flags += ["--max_steps", 3, "--save_every", 1, "--keep_last", 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    argv = command(name, *tiny_flags(name), *flags)
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=folder, env=environment, timeout=180)
+    assert (result.returncode, result.stderr) == (0, "")
+    return name, folder / "runs" / name.rpartition("/")[2], result.stdout
+
+
+def test_the_files_of_a_run(ran):
+    """Exactly those of design section 9: nothing missing, nothing left over."""
+    name, out, _ = ran
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    shards = {path for path in found if SHARD.fullmatch(path)}
+    wanted = {"run.json", "metrics.jsonl", *EXTRA.get(name, []), *(f"final/{file}" for file in [*EXPORT, "README.md"])}
+    for step in 2, 3:
+        wanted |= {f"checkpoint-{step:06d}/{file}" for file in EXPORT + TRAINER}
+    assert found - shards - {"alerts.jsonl"} == wanted
+    assert len(shards) == 2
+    assert not (out / "alerts.jsonl").is_file() or (out / "alerts.jsonl").read_text() == ""
+
+
+def test_run_json(ran):
+    name, out, stdout = ran
+    known = json.loads((out / "run.json").read_text())
+    assert RUN <= set(known)
+    assert (known["status"], known["exit_code"], known["alerts"]) == ("finished", 0, {})
+    assert set(known["flags"]) == set(script(name).Args.__dataclass_fields__)
+    assert known["command"] in stdout and known["command"].startswith("python ")
+    assert re.fullmatch("[0-9a-f]{64}", known["script_sha256"])
+    assert re.fullmatch("[0-9a-f]{16}", str(known["data"]))  # the dataset's fingerprint
+    assert known["best"] and set(known["last"]) == set(METRICS[name][1]) - {"step"}
+
+
+def test_metric_keys(ran):
+    """Stable, in their order, and each row a number under each key."""
+    name, out, _ = ran
+    rows = lines(out / "metrics.jsonl")
+    train, held = METRICS[name]
+    assert [list(row) for row in rows] == [held, train, train, held, train, held]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 3]
+    assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
+
+
+def test_every_script_has_its_metrics_listed():
+    assert set(METRICS) == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_metric_keys_are_documented(name):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    keys = {key.replace("@2", "@k") for row in METRICS[name] for key in row}
+    assert sorted(key for key in keys if f"`{key}`" not in text) == []
+
+
+def test_samples(ran):
+    name, out, _ = ran
+    if (out / "samples.jsonl").is_file():
+        rows = lines(out / "samples.jsonl")
+        assert rows and all(list(row) == SAMPLE and row["stop"] in ("stop", "length") for row in rows)
+        assert {row["step"] for row in rows} <= {1, 2, 3}
+    else:
+        assert "samples.jsonl" not in EXTRA.get(name, [])
+
+
+def test_the_console(ran):
+    """The token picture, the plan, a line per step, before and after, and the two lines that load the result."""
+    _, out, stdout = ran
+    assert stdout.startswith("first row ") and "\ncommand " in stdout
+    assert all(f"\nstep {step}  " in stdout for step in range(4))
+    assert "->" in stdout and "from_pretrained(" in stdout
+    assert "\x1b" not in stdout  # not a terminal: no colours, no bar
+
+
+def test_final_loads_as_any_model(ran):
+    _, out, _ = ran
+    lm = AutoModelForCausalLM.from_pretrained(out / "final", use_safetensors=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(out / "final", trust_remote_code=False)
+    assert lm.dtype == torch.bfloat16 and lm.config._attn_implementation != "flash_varlen"
+    config = json.loads((out / "final" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and not any("attn" in key for key in config)
+    stops = lm.generation_config.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in (stops if isinstance(stops, list) else [stops])
+    with safe_open(out / "final" / "model.safetensors", "pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"} and all(key.startswith("model.") for key in tensors.keys())
+    assert "runs/" not in (out / "final" / "README.md").read_text().split("`")[0]
+    messages = [{"role": "user", "content": "What is 123 + 456?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, return_tensors="pt")
+    assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=("INT", "TERM"))
+def test_a_signal_stops_after_saving(name, number, tmp_path):
+    """During step 1: the run finishes it, saves, says how to go on and leaves with 4. The handler is what the script
+    installs when it is started as a program."""
+    out = tmp_path / "out"
+
+    def patch(module):
+        signal.signal(number, module.on_signal)
+        update = module.update
+
+        def during(*given):
+            os.kill(os.getpid(), number)
+            return update(*given)
+
+        module.update = during
+
+    data = tiny_rows(name, tmp_path / "rows.jsonl", 8)
+    flags = ["--dataset", data, "--eval_dataset", "", "--batch_size", 2, "--max_steps", 3, "--output_dir", out]
+    result = leave(name, *tiny_flags(name), *flags, patch=patch)
+    assert result.code == 4, result.err
+    assert result.err.startswith("stopped and saved after step 1") and "--resume auto" in result.err
+    assert len(result.err.splitlines()) == 1
+    known = json.loads((out / "run.json").read_text())
+    assert (known["status"], known["exit_code"]) == ("stopped", 4)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-000001"] and not (out / "final").exists()
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """The real process, interrupted in its first step; a second Ctrl-C leaves at once."""
+    for signals, code in (1, 4), (2, 130):
+        out = tmp_path / str(code)
+        flags = ["--max_steps", 500, "--eval_dataset", "", "--output_dir", out, "--batch_size", 256]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command("sft", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env=environment, cwd=tmp_path)  # fmt: skip
+        try:
+            end = time.monotonic() + 60
+            while not (out / "metrics.jsonl").is_file() and time.monotonic() < end:
+                time.sleep(0.05)
+            for _ in range(signals):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.1)
+            err = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+        assert process.returncode == code, err
+        assert "Traceback" not in err
+
+
+# ---- source --------------------------------------------------------------------------------------
+
+FORBIDDEN = {
+    r"pad_id|pad_token_id\s*[!=]=": "a mask from a token id",
+    r"torch\.load|pickle|joblib|np\.load": "pickle executes what it reads",
+    r"except\s*:": "a bare except",
+    r"\b(TODO|FIXME|XXX|HACK)\b": "unfinished",
+    r"trust_remote_code\s*=\s*True": "code from a model folder",
+    r"\bfloat16\b": "sums in half precision",
+    r"\b(requests|urllib|http\.client|socket)\b": "network of its own",
+    r"\beval\((?!\))|\bexec\(|os\.system|shell=True": "text that is run",
+}
+
+
+def sources():
+    return [*METHODS.rglob("*.py"), *sorted((ROOT / "common").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)
+def test_what_no_source_may_contain(path):
+    text = path.read_text()
+    assert text.isascii()
+    for pattern, why in FORBIDDEN.items():
+        allowed = "bfloat16" if "float16" in pattern else None
+        found = [line for line in text.splitlines() if re.search(pattern, line.replace(allowed or "\0", ""))]
+        assert not found, (why, found)
+
+
+def calls(path, attribute):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == attribute:
+            yield node, {keyword.arg: keyword.value for keyword in node.keywords}
+
+
+def test_everything_is_loaded_from_safetensors_and_runs_no_code():
+    """from_pretrained of a folder that we have just written (check_export) may do without trust_remote_code."""
+    models = 0
+    for path in sources():
+        for node, given in calls(path, "from_pretrained"):
+            what, where = ast.unparse(node.func), f"{path.name}:{node.lineno}"
+            assert what.startswith("Auto"), where  # a class by its name, so that the next lines see what is loaded
+            if ast.unparse(node.args[0]) == "folder":
+                continue
+            assert "trust_remote_code" in given and ast.literal_eval(given["trust_remote_code"]) is False, where
+            if "Model" in what:
+                models += 1
+                assert ast.literal_eval(given["use_safetensors"]) is True, where
+    assert models >= len(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_a_script_runs_nothing(name, tmp_path):
+    """No flags parsed, no handlers installed, no files: forks and tests import."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    script(name)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert script(name).args is None
