@@ -94,7 +94,7 @@ def part_scripts():
 
 def part_diff():
     """How dpo.py differs from sft.py, in the loss and in the step of the loop."""
-    loss = r"\n((?:LOSSES = .*?\n}\n\n\n)?def \w+_loss\(.*?\n)\n\n"
+    loss = r"\n(def \w+_loss\(.*?\n)\n\n"
     step = r"\n( +for batch, [^\n]* in batches:\n[^#]*?backward\(\)[^\n]*\n)"
     hunks = []
     for pattern in loss, step:
@@ -113,7 +113,8 @@ def part_tiny():
         times = sorted(seconds(metrics) for _, _, metrics in runs)
         rows.append([f"`methods/{script}.py`", f"{mean(before):.3f}", span, runs[0][2][-1]["step"],
                      f"{median(times):.0f}", alerts(run for _, run, _ in runs)])
-    head = "no flags", "accuracy before:", f"after, {len(rows and runs)} seeds:", "steps:", "seconds:", "alerts"
+    seeds = max(map(len, tiny().values()), default=0)
+    head = "no flags", "accuracy before:", f"after, {seeds} seeds:", "steps:", "seconds:", "alerts"
     return table(head, rows) if rows else ""
 
 
@@ -150,7 +151,7 @@ def part_real():
     rows = []
     for name, run, metrics in results("smollm2-*"):
         part, flags = name.removeprefix("smollm2-"), run["flags"]
-        script = next(word for word in run["command"].split() if word.endswith(".py"))
+        script = re.search(r"(\w+\.py)", run["command"])[1]
         steps = [m for m in metrics if "loss" in m]
         if run["status"] != "finished" or not steps:
             continue
@@ -160,7 +161,7 @@ def part_real():
         known = ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/reward_margin", "eval/reward_acc")
         last = run.get("last") or {}
         held = [f"{k.removeprefix('eval/')} {run['before'][k]:.3f} -> {last[k]:.3f}" for k in known if k in last]
-        rows.append([f"{REAL.get(part, part)}", f"`{script}`", "; ".join(held) or "-", shown[0], len(steps),
+        rows.append([REAL.get(part, part), f"`methods/{script}`", "; ".join(held) or "-", shown[0], len(steps),
                      flags["batch_size"], f"{seconds(metrics) / 60:.0f}", alerts([run])])
     head = "run", "script", "held out, before -> after", "training", "steps:", "batch:", "minutes:", "alerts"
     text = table(head, rows) if rows else ""
@@ -179,32 +180,42 @@ def parity():
 
 
 def part_trl():
-    """README: the worst differences, and the ratios of time and memory."""
+    """README: per method the worst differences, and the ratios of time and memory against TRL's lightest setting."""
     found, speed, text = parity(), lines(RESULTS / "trl_speed.jsonl"), ""
     if found:
-        rows = []
+        rows = {}
         for name, result in found["results"].items():
-            if "worst" in result:
-                worst = {m: f"{w['worst']:.1e}" for m, w in result["worst"].items()}
-                what = f"{len(worst)} metrics, every step"
-            else:
-                worst = {f: f"{max(c[k] for c in result['cases']):.1e}" for f, k in
-                         (("loss", "loss_difference"), ("grad_norm", "gradient_difference"))}
-                what = f"{len(result['cases'])} settings, every parameter's gradient"
-            rows.append([name, what, worst.get("loss", "-"), worst.get("grad_norm", "-")])
-        text += "The largest difference of a loss (absolute) and of a gradient or its norm (relative), in fp32:\n\n"
-        text += table(("case", "compared", "loss:", "gradient:"), rows) + "\n"
+            kind = " ".join(re.findall(r"^\w+|batch$|run", name))
+            row = rows.setdefault(kind, {"cases": 0, "loss": 0.0, "gradient": 0.0})
+            worst = {metric: w["worst"] for metric, w in result.get("worst", {}).items()}
+            cases = [(c["loss_difference"], c["gradient_difference"]) for c in result.get("cases", [])]
+            cases = cases or [(worst["loss"], worst["grad_norm"])]
+            row["cases"] += len(cases)
+            for key, values in zip(("loss", "gradient"), zip(*cases)):
+                row[key] = max(row[key], *values)
+        cells = [[kind, r["cases"], f"{r['loss']:.1e}", f"{r['gradient']:.1e}"] for kind, r in rows.items()]
+        version = next(iter(found["results"].values()))["versions"]["trl"]
+        text += f"TRL {version}, same rows, same weights, fp32: the largest difference of a loss (absolute) "
+        text += "and of a gradient\nor its norm (relative), over all steps of all cases.\n\n"
+        text += table(("method", "cases:", "loss:", "gradient:"), cells) + "\n"
     if speed:
-        rows = []
-        key = lambda row: (row["method"], row["size"], row["side"])  # noqa: E731
-        for method, size, side in dict.fromkeys(key(row) for row in speed if row["side"] != "ours"):
-            mine, theirs = ([r for r in speed if key(r) == (method, size, s)] for s in ("ours", side))
-            cpu, memory = ([t[k] / m[k] for t, m in zip(theirs, mine)] for k in ("cpu_seconds_per_step", "peak_mb"))
-            rows.append([method, size, side.removeprefix("TRL, "), f"{median(cpu):.2f}", f"{median(memory):.2f}"])
-        text += "TRL's CPU seconds a step and its peak memory, divided by ours (above 1: ours is lighter):\n\n"
-        text += table(("method", "size", "TRL's setting", "CPU time:", "memory:"), rows) + "\n"
-    tail = "Every metric, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
-    return f"## Measured against TRL\n\n{text}{tail}\n\n" if text else ""
+        rows, key = [], lambda row: (row["method"], row["size"])
+        for method, size in dict.fromkeys(map(key, speed)):
+            sides = {}
+            for row in speed:
+                if key(row) == (method, size):
+                    sides.setdefault(row["side"], []).append(row)
+            mine, best = sides.pop("ours"), None
+            for side, theirs in sides.items():
+                cpu, memory = (median(t[k] / m[k] for t, m in zip(theirs, mine))
+                               for k in ("cpu_seconds_per_step", "peak_mb"))
+                best = min(best or (cpu, memory, side), (cpu, memory, side))
+            rows.append([method, size, f"{best[0]:.2f}", f"{best[1]:.2f}", best[2].removeprefix("TRL, ")])
+        text += "TRL's CPU seconds a step and peak memory, divided by ours (above 1: ours is lighter), in whichever of "
+        text += "TRL's settings\ntakes the least time.\n\n"
+        text += table(("method", "size", "CPU time:", "memory:", "TRL's setting"), rows) + "\n"
+    tail = "Every case and setting, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
+    return f"## Measured against TRL\n\n{text}{tail}\n" if text else ""
 
 
 def part_trl_full():
@@ -213,14 +224,15 @@ def part_trl_full():
     if found:
         rows = []
         for name, result in found["results"].items():
-            for metric, w in result.get("worst", {}).items():
-                rows.append([name, metric, f"{w['worst']:.1e}", w["kind"], f"{w['limit']:g}"])
+            if worst := result.get("worst"):
+                shown = (f"{metric} {w['worst']:.1e} ({w['limit']:g})" for metric, w in worst.items())
+                rows.append([name, ", ".join(shown)])
             for case in result.get("cases", []):
-                for k, kind in (("loss", "absolute"), ("gradient", "relative"), ("advantage", "absolute")):
-                    limit = f"{result['limits'][k]:g}"
-                    rows.append([f"{name}: {case['case']}", k, f"{case[f'{k}_difference']:.1e}", kind, limit])
-        text += f"`{found['command']}`, {found['date']}, {found['device']}:\n\n"
-        text += table(("case", "metric", "largest difference:", "of what", "limit:"), rows) + "\n"
+                shown = (f"{k} {case[f'{k}_difference']:.1e} ({limit:g})" for k, limit in result["limits"].items())
+                rows.append([f"{name}: {case['case']}", ", ".join(shown)])
+        text += f"`{found['command']}`, {found['date']}, {found['device']}.\n"
+        text += "Differences of gradients and their norms are relative, all others absolute.\n\n"
+        text += table(("case", "largest difference (limit)"), rows) + "\n"
     if speed:
         commands = dict.fromkeys(f"`{row['command']}`, {row['date']}, {row['device']}" for row in speed)
         text += "; ".join(commands) + ". Medians with the range over the rounds; ratios are TRL over ours:\n\n"
@@ -290,7 +302,8 @@ def draw():
             average = [mean(values) for values in zip(*([v for _, v in points] for points in seeds.values()))]
             axis.plot(steps, average, color=color, linewidth=2.4)
             rising, digits = average[-1] > average[0], 4 if max(average) < 0.1 else 3
-            for at, side, above in (0, "left", not rising), (-1, "right", True):
+            ends = [(0, "left", not rising), (-1, "right", True)] if len(steps) < 12 else []  # labels hide noisy lines
+            for at, side, above in ends:
                 axis.annotate(f"{average[at]:.{digits}f}", (steps[at], average[at]), textcoords="offset points",
                               xytext=(5 if side == "left" else 0, 6 if above else -13), ha=side, color=color,
                               fontweight="bold")

@@ -63,15 +63,15 @@ def commands(model, work):
     few = "--save_every 10 --keep_last 1 --tokens_per_microbatch 1024"
     gsm8k, tiny = f"--model {model} --max_length 400", f"--model {model} --max_length 128"
     return {
-        "sft": f"sft.py {gsm8k} --dataset {work}/sft_train.jsonl --eval_dataset {work}/sft_test.jsonl --eval_rows 32 "
-               f"--eval_every 30 --max_steps 60 --batch_size 3 --learning_rate 2e-5 {few}",
+        "sft": f"sft.py {gsm8k} --dataset {work}/sft_train.jsonl --eval_dataset {work}/sft_test.jsonl --eval_rows 24 "
+               f"--eval_every 0 --max_steps 60 --batch_size 2 --learning_rate 2e-5 {few}",
         "dpo": f"dpo.py {gsm8k} --dataset {work}/pairs_train.jsonl --eval_dataset {work}/pairs_test.jsonl "
-               f"--eval_rows {HELD_OUT} --eval_every 0 --max_steps 40 --batch_size 3 --learning_rate 1e-5 {few}",
+               f"--eval_rows {HELD_OUT} --eval_every 0 --max_steps 40 --batch_size 2 --learning_rate 2e-5 {few}",
         "cold": f"sft.py {tiny} --dataset tiny --eval_dataset tiny:test --eval_rows 32 --eval_every 0 --max_steps 30 "
                 f"--batch_size 12 --learning_rate 2e-4 {few}",
         "grpo": f"grpo.py --model {work}/cold/final --max_length 128 --dataset tiny --eval_dataset tiny:test "
                 "--eval_rows 24 --eval_samples 0 --eval_every 0 --max_completion_length 48 --max_steps 22 "
-                f"--batch_size 4 --num_generations 8 --learning_rate 5e-6 --lr_scheduler_type constant {few}",
+                f"--batch_size 4 --num_generations 8 --learning_rate 2e-5 --lr_scheduler_type constant {few}",
         "grpo_gsm8k": f"grpo.py --model {work}/sft/final --max_length 400 --dataset {work}/prompts_train.jsonl "
                       "--max_completion_length 160 --max_steps 3 --batch_size 2 --num_generations 4 "
                       f"--reward accuracy format --reward_weights 1.0 0.1 --learning_rate 1e-6 {few}",

@@ -480,8 +480,8 @@ def parity(options):
 
 # steps and, of these, warm-up; rows (sft), pairs (dpo), prompts (grpo) per step
 WORK = {
-    "tiny": {"sft": (30, 10, 32), "dpo": (25, 5, 32), "grpo": (14, 4, 16)},
-    "middle": {"sft": (6, 2, 8), "dpo": (6, 2, 4), "grpo": (5, 2, 4)},
+    "tiny": {"sft": (24, 8, 32), "dpo": (16, 4, 32), "grpo": (8, 3, 16)},
+    "middle": {"sft": (4, 1, 8), "dpo": (4, 1, 4), "grpo": (4, 1, 4)},
 }
 SETTINGS = {
     "sft": CHECKPOINTING,

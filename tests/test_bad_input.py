@@ -125,12 +125,12 @@ ZERO = "warmup_steps eval_every save_every eval_samples".split()  # 0 turns thes
 def numbers(name):
     """Numeric flags of a script and values that make no sense for any of them."""
     for field in fields(script(name).Args):
-        kind, _, default = str(field.type), field.name, field.default
-        if isinstance(default, bool) or not isinstance(default, (int, float)) and "float" not in kind:
+        kind = str(field.type)
+        real = type(field.default) is float or "float |" in kind
+        if field.name == "seed" or not real and type(field.default) is not int:
             continue
-        for value in ("-2", *(["nan", "inf"] if "float" in kind else ["0"])):
-            may = ("seed", "-2"), ("seed", "0"), *((name, "0") for name in ZERO)
-            if (field.name, value) not in may and "tuple" not in kind:
+        for value in ("-2", *(["nan", "inf"] if real else ["0"])):
+            if value != "0" or field.name not in ZERO:
                 yield f"--{field.name}", value
 
 
@@ -153,9 +153,7 @@ def test_numbers_that_make_no_sense(name):
     assert result.code == 0, result.err
     accepted = [line for line in result.out.splitlines() if line.startswith("ACCEPTED")]
     assert accepted == []
-    lines = result.err.splitlines()
-    assert len(lines) == len(tried)
-    for (flag, value), line in zip(tried, lines):
+    for (flag, value), line in zip(tried, result.err.splitlines(), strict=True):
         assert line.startswith(f"error: {flag} ") and "must be" in line, (flag, value, line)
 
 

@@ -351,7 +351,8 @@ def recorder(path):
             target = str(args[0]) if args else ""
             if "/run/" not in target:
                 return
-            if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR) or event == "os.mkdir":
+            flags = args[2] if event == "open" and isinstance(args[2], int) else 0
+            if flags & (os.O_WRONLY | os.O_RDWR) or event == "os.mkdir":
                 note("write", target)
             elif event == "os.rename":
                 note("rename", target, str(args[1]), [str(p) for p in Path(target).rglob("*")])
@@ -379,7 +380,8 @@ def test_no_checkpoint_is_written_in_place(name, runs, tmp_path):
         assert event != "write" or not place.startswith(("checkpoint-", "final")), f"{path} is written in place"
         if event == "rename" and place == ".tmp-checkpoint":
             named.append(Path(more[0]).name)
-            assert len(more[1]) > 6 and not {path, *more[1]} - safe, f"not on the disk: {sorted({path, *more[1]} - safe)}"
+            lost = {path, *more[1]} - safe
+            assert len(more[1]) > 6 and not lost, f"not on the disk: {sorted(lost)}"
             assert ["fsync", str(tmp_path / "run")] in events[i:], "the new name is not on the disk"
     assert named == ["checkpoint-000003"]
 

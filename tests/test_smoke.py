@@ -39,7 +39,10 @@ SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts",
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
 TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
-EXTRA = {"dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"], "grpo": ["samples.jsonl"]}
+EXTRA = {
+    "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
+    "grpo": ["samples.jsonl"],
+}
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
 SHARD = re.compile(r"checkpoint-\d{6}/trainer/shard-\d+-model-\d+-of-\d+\.safetensors")
 
