@@ -18,7 +18,6 @@ Delta:
   rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
   data, load_groups: a row becomes a prompt and its columns; completions come later
-  share: prompts are dealt in turn, so that a rank keeps its rollout
   uniforms, generate, sample, refresh, attach_logprobs, rollout, pack, unpack: completions and their log-probs
   main.data: an epoch takes num_iterations times as many steps
   main.model: the copy that samples, the reference, temperature
@@ -175,7 +174,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
-from common.tokenization import InputError, encode_prompt, fingerprint, fit, flat_batch, load_rows
+from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
@@ -300,7 +299,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, seq, num_tokens,
 def evaluate(policy, heldout, args, run):
     """Held-out accuracy of greedy decoding, and pass@k of eval_samples: the first reward function gives 1 or more."""
     refresh(run.sampler, policy)
-    mine = [g | {"weight": 1} for i, g in enumerate(heldout) if i % run.world == run.rank]
+    mine = [group | {"weight": 1} for group in share(heldout, run)]
     mine = mine or [heldout[0] | {"weight": 0}]  # rewards are collective: nobody stays away
     result = {}
     for name, copies in {"eval/accuracy": 1, f"eval/pass@{args.eval_samples}": args.eval_samples}.items():
@@ -329,26 +328,6 @@ def load_groups(name, tokenizer, stops, args):
     room = args.max_length - args.max_completion_length  # a prompt is never cut
     groups, counts = fit(groups, room, args.overlong.replace("truncate_prompt", "drop"))
     return groups, counts, fingerprint(rows)
-
-
-def rank_batches(mine, spare, args, run):
-    """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
-    batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = torch.tensor(len(batches), device=run.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
-    return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
-
-
-def schedule(step, steps, args):
-    """Factor of the learning rate at optimizer step `step` (from 0), as transformers computes it: no state."""
-    if step < args.warmup_steps:
-        return step / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
-        args.lr_scheduler_type
-    ]
 
 
 # ---- rollout -------------------------------------------------------------------------------------
@@ -627,6 +606,32 @@ def check_model(policy, oracle, run):
     check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
 
 
+def share(groups, run):
+    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares."""
+    costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
+    return [groups[i] for i in balance(costs, run.world)[run.rank]]
+
+
+def rank_batches(mine, spare, args, run):
+    """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
+    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
+    batches = micro_batches(mine, args.tokens_per_microbatch)
+    most = torch.tensor(len(batches), device=run.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
+    return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
+
+
+def schedule(step, steps, args):
+    """Factor of the learning rate at optimizer step `step` (from 0), as transformers computes it: no state."""
+    if step < args.warmup_steps:
+        return step / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
+        args.lr_scheduler_type
+    ]
+
+
 def all_sum(run, *values):
     """Numbers summed over all ranks, as floats, in one all-reduce: the only way a metric leaves its rank."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
@@ -696,9 +701,8 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     dist.barrier()
     ends = accumulate(tensor.numel() for tensor in tensors.values())
     files = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
-    writer = HuggingFaceStorageWriter(str(trainer), files, save_distributed=True)  # it builds a file in memory, and with
-    try:  # more than its one thread it may swallow a full disk
-        dcp.save(tensors, storage_writer=writer)
+    try:  # the writer builds each file in memory; with more than its one thread it may swallow a full disk
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), files, save_distributed=True))
         for name in [k for k in tensors if k.startswith("model.")]:
             tensor = full(tensors[name]).detach()  # one gathered tensor at a time
             if run.rank == 0:

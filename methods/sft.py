@@ -184,32 +184,6 @@ def load_groups(name, tokenizer, stops, args):
     return groups, counts, fingerprint(rows)
 
 
-def share(groups, run):
-    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares."""
-    costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
-    return [groups[i] for i in balance(costs, run.world)[run.rank]]
-
-
-def rank_batches(mine, spare, args, run):
-    """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
-    batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = torch.tensor(len(batches), device=run.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
-    return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
-
-
-def schedule(step, steps, args):
-    """Factor of the learning rate at optimizer step `step` (from 0), as transformers computes it: no state."""
-    if step < args.warmup_steps:
-        return step / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
-        args.lr_scheduler_type
-    ]
-
-
 def main(args):
     # ---- setup -----------------------------------------------------------------------------------
     run = setup(args)
@@ -315,6 +289,32 @@ def check_model(policy, oracle, run):
     check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
 
 
+def share(groups, run):
+    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares."""
+    costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
+    return [groups[i] for i in balance(costs, run.world)[run.rank]]
+
+
+def rank_batches(mine, spare, args, run):
+    """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
+    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
+    batches = micro_batches(mine, args.tokens_per_microbatch)
+    most = torch.tensor(len(batches), device=run.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
+    return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
+
+
+def schedule(step, steps, args):
+    """Factor of the learning rate at optimizer step `step` (from 0), as transformers computes it: no state."""
+    if step < args.warmup_steps:
+        return step / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
+        args.lr_scheduler_type
+    ]
+
+
 def all_sum(run, *values):
     """Numbers summed over all ranks, as floats, in one all-reduce: the only way a metric leaves its rank."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
@@ -384,9 +384,8 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     dist.barrier()
     ends = accumulate(tensor.numel() for tensor in tensors.values())
     files = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
-    writer = HuggingFaceStorageWriter(str(trainer), files, save_distributed=True)  # it builds a file in memory, and with
-    try:  # more than its one thread it may swallow a full disk
-        dcp.save(tensors, storage_writer=writer)
+    try:  # the writer builds each file in memory; with more than its one thread it may swallow a full disk
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), files, save_distributed=True))
         for name in [k for k in tensors if k.startswith("model.")]:
             tensor = full(tensors[name]).detach()  # one gathered tensor at a time
             if run.rank == 0:

@@ -81,7 +81,7 @@ def test_help(name, tmp_path):
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def ran(request, tmp_path_factory):
-    """python methods/x.py, three steps, an evaluation after the second, in an empty folder with two checkpoints kept."""
+    """python methods/x.py: three steps, an evaluation after the second, two checkpoints kept, in an empty folder."""
     name, folder = request.param, tmp_path_factory.mktemp("smoke")
     data = tiny_rows(name, folder / "rows.jsonl", 12)
     flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
