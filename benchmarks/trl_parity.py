@@ -610,7 +610,7 @@ def about(options):
     patterns = ("methods/*.py", "common/*.py", "benchmarks/trl_*.py")
     files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     sha = {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
-    words = ["--speed", f"--rounds {options.rounds}"] if options.speed else []
+    words = ["--speed", f"--rounds {options.rounds}", f"--sizes {' '.join(options.sizes)}"] if options.speed else []
     words += [f"--threads {options.threads}"] + ([f"--only {' '.join(options.only)}"] if options.only else [])
     result = {"command": " ".join(["python benchmarks/trl_parity.py --trl_python TRL_PYTHON", *words]), "sha256": sha}
     result |= {"git": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "methods", "common"))}

@@ -463,6 +463,7 @@ def main(args):
     train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
     heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows] if args.eval_dataset else []
     check_data(train, counts, tokenizer, stops, lm.generation_config, run)
+    check_resume(run)
     passes = args.num_train_epochs * args.num_iterations
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
@@ -720,6 +721,7 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             meta["state"] = {k: v for k, v in run.state.items() if k not in held}
             meta["offsets"] = {p.name: p.stat().st_size for p in run.out.glob("*.jsonl")}
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
+            meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
             for path in [*files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
@@ -736,6 +738,7 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
     if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
         write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
         if run.rank == 0:
+            discard(run.out / f"checkpoint-{step:06d}")  # of a damaged one there may be a rest
             os.rename(run.out / ".tmp-checkpoint", run.out / f"checkpoint-{step:06d}")
             fsync(run.out)
             for old in checkpoints(run.out)[: -run.args.keep_last]:
@@ -743,6 +746,22 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
         run.saved_at = time.monotonic()
     if stop and step < steps:
         raise Preempted(f"stopped and saved after step {step}; to go on: {run.command} --resume auto")
+
+
+def check_resume(run):
+    """A run goes on only as what it was: the same flags and rows, unless --allow_changes says otherwise."""
+    if not run.checkpoint:
+        return
+    meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
+    now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
+    free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes "
+    free += "keep_last report_to"
+    then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
+    differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
+    if differ and not run.args.allow_changes:
+        raise InputError(f"{run.checkpoint}: {'; '.join(differ)}. --allow_changes resumes nevertheless.")
+    if meta["versions"] != run.versions:
+        say(run, f"resume    is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
 
 
 def resume(policy, optimizer, tokenizer, run):
@@ -755,21 +774,15 @@ def resume(policy, optimizer, tokenizer, run):
         write_checkpoint(policy, optimizer, tokenizer, 0, run.out / ".tmp-rehearsal", run)
         check_export(policy, run.out / ".tmp-rehearsal", run)
         return shutil.rmtree(run.out / ".tmp-rehearsal") if run.rank == 0 else None
-    meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
-    free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes "
-    free += "keep_last report_to"
-    then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
-    differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
-    if differ and not run.args.allow_changes:
-        raise InputError(f"{run.checkpoint}: {'; '.join(differ)}. --allow_changes resumes nevertheless.")
-    if meta["versions"] != run.versions:
-        say(run, f"resume    is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
+    tensors, source = trainer_tensors(policy, optimizer), HuggingFaceStorageReader(str(run.checkpoint / "trainer"))
     try:
-        tensors = trainer_tensors(policy, optimizer)  # loaded in place
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(run.checkpoint / "trainer")))
+        saved = {k for k in source.read_metadata().state_dict_metadata if k.startswith(("model.", "optim."))}
+        if saved != tensors.keys():
+            raise CheckpointException(f"{len(saved ^ tensors.keys())} tensors are in one of the two only", {})
+        dcp.load(tensors, storage_reader=source)  # in place
     except CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
+    meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
     run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     run.step = meta["step"]
     if run.rank == 0:
@@ -798,7 +811,7 @@ def check_export(policy, folder, run):
         broken = bool(info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or theirs or not same)
         text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
         check(run, run.step, "CKPT001", "keys, ties or weights differ", broken, NEVER, 0, text)
-        if run.save_dtype == torch.float32 or run.step == 0:  # later, bf16 has rounded what was trained
+        if run.save_dtype == torch.float32:  # bf16 rounds
             says = reference_logprobs(reloaded.eval(), run.probe, getattr(run.args, "temperature", 1.0))
             gap = (says - trained).abs().max().item()
             check(run, run.step, "CKPT001", "logprob difference", gap, NEVER, 1e-3, text)
@@ -811,6 +824,8 @@ def finish(policy, tokenizer, heldout, run):
     if run.rank == 0:
         shutil.copytree(checkpoints(run.out)[-1], run.out / ".tmp-final", ignore=shutil.ignore_patterns("trainer"))
         (run.out / ".tmp-final" / "README.md").write_text(f"Made by `{run.command}`.\n")
+        for path in [*(run.out / ".tmp-final").iterdir(), run.out / ".tmp-final"]:
+            fsync(path)
         discard(final)
         os.rename(run.out / ".tmp-final", final)
     dist.barrier()
@@ -838,8 +853,13 @@ def checkpoints(out):
 
 
 def whole(folder):
-    recorded = json.loads((folder / "trainer" / "meta.json").read_text())["crc32"]
-    return all((folder / name).is_file() and crc32(folder / name) == crc for name, crc in recorded.items())
+    """Every file, meta.json too, is as it was written."""
+    try:
+        meta = json.loads((folder / "trainer" / "meta.json").read_text())
+        own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
+        return own and all(crc32(folder / name) == crc for name, crc in meta["crc32"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
 
 
 def discard(folder):
@@ -919,7 +939,7 @@ def prepare_folder(args, attempt):
     unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-    if ended and not again:
+    if ended and (not again or given and given.parent.resolve() != out.resolve()):
         return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
     if attempt != "0" and ended.get("exit_code") in (2, 3):
         sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
@@ -928,9 +948,11 @@ def prepare_folder(args, attempt):
     try:
         out.mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
+        if candidates and checkpoint != candidates[0]:
+            print(f"skipped {candidates[0]}: damaged; resuming from {checkpoint}", file=sys.stderr, flush=True)
         for path in [] if checkpoint else out.glob("*.jsonl"):
             os.truncate(path, 0)
         return str(out), checkpoint, None
@@ -1035,7 +1057,7 @@ def log(run, metrics, steps):
 
 def write(run, name, fields):
     """Append one line of strict JSON (rank 0): what is not finite becomes null."""
-    fields = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+    fields = json.loads(json.dumps(fields), parse_constant=lambda _: None)
     if run.rank == 0:
         with open(run.out / name, "a") as f:
             f.write(json.dumps(fields) + "\n")

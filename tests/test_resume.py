@@ -232,7 +232,8 @@ def test_sigterm_to_a_command(runs, tmp_path):
     words = [sys.executable, ROOT / "methods" / f"{name}.py", *tiny_flags(name), "--output_dir", out, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    time.sleep(2)  # past the flags, where the handler stands; far from the first step
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.05)  # the handler stands before torch is imported, and the first step is far away
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=TIMEOUT)[0].decode()
     assert process.returncode == 4, text[-2000:]
