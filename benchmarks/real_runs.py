@@ -24,20 +24,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k")
-HELD_OUT = 80  # questions with a right and a wrong solution that DPO never trains on
+HELD_OUT = 120  # questions with a right and a wrong solution that DPO never trains on
 
 
 def pairs(solutions):
-    """One pair per question: its first right and its first wrong solution, calculator marks removed."""
+    """One pair per question: the right solution of the best model that has one, the wrong one of the worst, calculator
+    marks removed; the shorter half of the pairs, since the CPU pays by the token."""
+    found = []
     for row in solutions:
         answers = [v for v in row.values() if isinstance(v, dict)]
         right = [a["solution"] for a in answers if a["is_correct"]]
         wrong = [a["solution"] for a in answers if not a["is_correct"]]
         if right and wrong:
-            chosen, rejected = (re.sub(r"<<.*?>>", "", text[0]).strip() for text in (right, wrong))
-            yield {"prompt": [{"role": "user", "content": row["question"]}],
-                   "chosen": [{"role": "assistant", "content": chosen}],
-                   "rejected": [{"role": "assistant", "content": rejected}]}
+            chosen, rejected = (re.sub(r"<<.*?>>", "", text).strip() for text in (right[-1], wrong[0]))  # worst first
+            found.append({"prompt": [{"role": "user", "content": row["question"]}],
+                          "chosen": [{"role": "assistant", "content": chosen}],
+                          "rejected": [{"role": "assistant", "content": rejected}]})
+    found.sort(key=lambda pair: sum(len(messages[0]["content"]) for messages in pair.values()))
+    return found[: len(found) // 2]
 
 
 def prepare(data, work):
@@ -52,7 +56,7 @@ def prepare(data, work):
         write(f"sft_{split}.jsonl", [{"prompt": [{"role": "user", "content": q}],
                                       "completion": [{"role": "assistant", "content": a}]} for q, a in chats])
         write(f"prompts_{split}.jsonl", [{"prompt": [{"role": "user", "content": q}], "answer": a} for q, a in chats])
-    both = list(pairs(rows("gsm8k_example_model_solutions.jsonl")))
+    both = pairs(rows("gsm8k_example_model_solutions.jsonl"))
     random.Random(0).shuffle(both)
     write("pairs_test.jsonl", both[:HELD_OUT])
     write("pairs_train.jsonl", both[HELD_OUT:])
@@ -66,12 +70,12 @@ def commands(model, work):
         "sft": f"sft.py {gsm8k} --dataset {work}/sft_train.jsonl --eval_dataset {work}/sft_test.jsonl --eval_rows 24 "
                f"--eval_every 0 --max_steps 60 --batch_size 2 --learning_rate 2e-5 {few}",
         "dpo": f"dpo.py {gsm8k} --dataset {work}/pairs_train.jsonl --eval_dataset {work}/pairs_test.jsonl "
-               f"--eval_rows {HELD_OUT} --eval_every 0 --max_steps 40 --batch_size 2 --learning_rate 2e-5 {few}",
+               f"--eval_rows {HELD_OUT} --eval_every 0 --max_steps 40 --batch_size 6 --learning_rate 1e-5 {few}",
         "cold": f"sft.py {tiny} --dataset tiny --eval_dataset tiny:test --eval_rows 32 --eval_every 0 --max_steps 30 "
                 f"--batch_size 12 --learning_rate 2e-4 {few}",
         "grpo": f"grpo.py --model {work}/cold/final --max_length 128 --dataset tiny --eval_dataset tiny:test "
-                "--eval_rows 24 --eval_samples 0 --eval_every 0 --max_completion_length 48 --max_steps 22 "
-                f"--batch_size 4 --num_generations 8 --learning_rate 2e-5 --lr_scheduler_type constant {few}",
+                "--eval_rows 24 --eval_samples 0 --eval_every 0 --max_completion_length 48 --max_steps 24 "
+                f"--batch_size 6 --num_generations 8 --learning_rate 3e-6 --lr_scheduler_type constant {few}",
         "grpo_gsm8k": f"grpo.py --model {work}/sft/final --max_length 400 --dataset {work}/prompts_train.jsonl "
                       "--max_completion_length 160 --max_steps 3 --batch_size 2 --num_generations 4 "
                       f"--reward accuracy format --reward_weights 1.0 0.1 --learning_rate 1e-6 {few}",
