@@ -85,6 +85,8 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
     if split is None and ":" in name and not Path(name).exists():
         name, split = name.rsplit(":", 1)
     path = Path(name)
+    if not name:
+        raise problem("--dataset", "no data set", name, "Type --dataset FILE, FOLDER or HUB_ID")
     if name == "tiny":  # its splits are files of their own: tiny:test
         path, split = Path(__file__).parent / "tiny" / f"{split or tiny}.jsonl", None
     split = split or "train"
@@ -126,6 +128,8 @@ def load_tokenizer(path, chat_template=""):
     """-> tokenizer of a model folder or hub id; chat_template: FILE with a jinja template that replaces its own."""
     from transformers import AutoTokenizer
 
+    if chat_template and not Path(chat_template).is_file():
+        raise problem(chat_template, "no chat template", "no such file", "Type --chat_template FILE")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if chat_template:
@@ -309,26 +313,29 @@ def token_picture(group, tokenizer, color=True):
 
 
 def fit(groups, max_length, overlong="drop"):
-    """-> (kept groups, counts). Length: prompt + longest completion, in tokens; no completion is ever cut.
-    overlong: "drop" | "truncate_prompt" (from its left) | "error". Completions need a scored token."""
-    kept, lengths, long, unscored = [], [], 0, 0
+    """-> (kept groups, counts of rows). Length: prompt + longest completion, in tokens; no completion is ever cut.
+
+    overlong: "drop" | "truncate_prompt" (from its left) | "error". Without a scored token a completion drops its group."""
+    kept, longest, long, unscored = [], 0, set(), set()
     for group in groups:
         prompt, completions, skip = group["prompt"], group["completions"], 0 if group["prompt"] else 1
-        longest = max((len(completion["ids"]) for completion in completions), default=0)
-        lengths.append(len(prompt) + longest)
+        answer = max((len(completion["ids"]) for completion in completions), default=0)
+        length = len(prompt) + answer
+        longest = max(longest, length)
         if not all(any(c["scored"][skip:]) if c["scored"] else len(c["ids"]) > skip for c in completions):
-            unscored += 1
-        elif lengths[-1] <= max_length:
+            unscored.add(group["row"])
+        elif length <= max_length:
             kept.append(group)
         elif overlong == "error":
-            raise problem(f"row {group['row'] + 1}", f"over --max_length {max_length}: tokens", lengths[-1],
-                          f"Type --max_length {lengths[-1]}, or --overlong drop")
+            raise problem(f"row {group['row'] + 1}", f"over --max_length {max_length}: tokens", length,
+                          f"Type --max_length {length}, or --overlong drop")
         else:
-            long += 1
-            if overlong == "truncate_prompt" and longest < max_length:
-                kept.append({**group, "prompt": prompt[longest - max_length :]})
-    p95 = sorted(lengths)[-(len(lengths) // 20) - 1] if lengths else 0
-    return kept, {"rows": len(groups), "kept": len(kept), "overlong": long, "unscored": unscored, "p95": p95}
+            long.add(group["row"])
+            if overlong == "truncate_prompt" and answer < max_length:
+                kept.append({**group, "prompt": prompt[answer - max_length :]})
+    rows = [{group["row"] for group in some} for some in (groups, kept)]  # a row may have become several groups
+    counts = {"rows": len(rows[0]), "kept": len(rows[1]), "overlong": len(long), "unscored": len(unscored)}
+    return kept, counts | {"longest": longest}
 
 
 @lru_cache(maxsize=8)

@@ -128,9 +128,11 @@ def parse_args(argv=None):
         if number and value != getattr(Args(), name) and not least <= value < math.inf:
             wrong.append(f"--{name} {value}: must be a number from {least} on.")
     try:
-        json.loads(args.chat_template_kwargs)
-    except ValueError as e:
-        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs!r} is not JSON: {e}.")
+        assert isinstance(json.loads(args.chat_template_kwargs), dict)
+    except (ValueError, AssertionError):
+        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs}: must be a JSON object.")
+    if max(args.adam_beta1, args.adam_beta2) >= 1 or not 0 <= args.seed < 2**32:
+        wrong.append("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
     if wrong:
         print(f"error: {wrong[0]}", file=sys.stderr)
         sys.exit(2)
@@ -462,7 +464,7 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             files = sorted(p for p in folder.rglob("*") if p.is_file())
             meta = {"step": step, "flags": asdict(run.args), "data": run.data, "versions": run.versions}
             meta["state"] = {k: v for k, v in run.state.items() if k not in held}
-            meta["offsets"] = {p.name: p.stat().st_size for p in run.out.glob("*.jsonl")}
+            meta["offsets"] = {k: (run.out / k).stat().st_size for k in LOGS if (run.out / k).is_file()}
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
             meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -529,7 +531,7 @@ def resume(policy, optimizer, tokenizer, run):
     run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     run.step = meta["step"]
     if run.rank == 0:
-        for path in run.out.glob("*.jsonl"):
+        for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
         for newer in [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]:
             discard(newer)  # an older checkpoint was asked for, or the newer one is damaged
@@ -628,6 +630,7 @@ def fsync(path):
 
 # ---- health --------------------------------------------------------------------------------------
 NEVER = math.inf  # a limit that no value passes
+LOGS = "metrics.jsonl", "samples.jsonl", "alerts.jsonl"  # what a resume cuts back; other files are not ours
 
 
 class HealthError(Exception):
@@ -681,8 +684,8 @@ def prepare_folder(args, attempt):
     again, default = args.resume != "never" or attempt != "0", f"runs/{Path(__file__).stem}"
     unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
     out = Path(args.output_dir or (given.parent if given else next(unused)))
-    ended = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-    if ended and (not again or given and given.parent.resolve() != out.resolve()):
+    ended = read_json(out / "run.json")
+    if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
         return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
     if attempt != "0" and ended.get("exit_code") in (2, 3):
         sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
@@ -696,8 +699,8 @@ def prepare_folder(args, attempt):
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
         if candidates and checkpoint != candidates[0]:
             print(f"skipped {candidates[0]}: damaged; resuming from {checkpoint}", file=sys.stderr, flush=True)
-        for path in [] if checkpoint else out.glob("*.jsonl"):
-            os.truncate(path, 0)
+        for name in [] if checkpoint else LOGS:
+            (out / name).unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}"
@@ -716,9 +719,17 @@ def command_line(args):
 def record(rank, out, **fields):
     """run.json, from the first moment to the exit code; replaced whole."""
     if rank == 0:
-        known = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-        (out / ".run.json").write_text(json.dumps(known | fields, indent=1))
+        (out / ".run.json").write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
+        fsync(out / ".run.json")
         os.replace(out / ".run.json", out / "run.json")
+
+
+def read_json(path):
+    """-> the object in a file, or {} where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def streak(run, name, now):
@@ -728,19 +739,21 @@ def streak(run, name, now):
 
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
-    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row: one coded line
-    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
+    """An alert when `value` has been above `error`, else above `warn`, `patience` times in a row or more: one coded
+    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
     exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
     neither data nor model may speak to them."""
-    level, limit = ("error", error) if not value <= error else ("warn", warn)
-    if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
+    limits = {"error": error, "warn": warn}
+    rows = {level: streak(run, f"{code} {metric} {level}", not value <= limits[level]) for level in limits}
+    level = next((level for level in limits if rows[level] >= patience), None)
+    if not level:
         return
-    count = run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
+    count = run.state["alerts"][f"{code} {level}"] = run.state["alerts"].get(f"{code} {level}", 0) + 1
     known = run.checkpoint and step == 0  # said by the run that is resumed
     if run.rank == 0 and not known and not count & (count - 1):
         hint = "".join(f"; try {flag} {to}" for flag, _, to in fix)
         fix = [dict(zip(("flag", "from", "to"), f)) for f in fix]
-        line = {"step": step, "code": code, "level": level, "metric": metric, "value": value, "limit": limit}
+        line = {"step": step, "code": code, "level": level, "metric": metric, "value": value, "limit": limits[level]}
         write(run, "alerts.jsonl", line | {"message": message, "fix": fix, "count": count})
         print(f"[{code} {level} step {step}] {message} ({metric} {value:.4g}){hint}", file=sys.stderr, flush=True)
     if level == "error" and step == 0 and code not in run.args.allow:
@@ -757,7 +770,7 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
-    longer = [("--max_length", run.args.max_length, counts["p95"])]
+    longer = [("--max_length", run.args.max_length, counts["longest"])]
     for code, metric, value, warn, error, text, *fix in (
         ("DATA001", "share", counts["unscored"] / rows, 0, 0.01, "rows have no scored token"),
         ("DATA002", "share", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
@@ -846,9 +859,9 @@ def launch(main, args):
         if rank == 0 or code == 2:
             print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
     finally:
-        path = Path(args.output_dir or "-") / "run.json"
-        if code and path.is_file() and json.loads(path.read_text())["pid"] == os.getpid():  # not another run's
-            record(rank, path.parent, status="stopped" if code == 4 else "failed", exit_code=code)
+        out = Path(args.output_dir or "-")
+        if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
+            record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
     dist.destroy_process_group() if code == 0 else os._exit(code)  # a failed rank does not wait for the others
 
 

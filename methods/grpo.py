@@ -13,7 +13,7 @@ Data    {prompt, any columns}: the columns go to the reward functions
 State   alerts, streaks, before, last, best (evaluations); rollout/...: the rollout in use, if it spans several steps
 Parent: methods/sft.py
 Delta:
-  imports, args: array; DynamicCache and encode_prompt
+  imports, args: array and Real; DynamicCache and encode_prompt
   Args.method: sampling, clipping, advantages, rewards
   rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
@@ -50,6 +50,7 @@ from array import array
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import accumulate, repeat
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -148,9 +149,11 @@ def parse_args(argv=None):
         if number and value != getattr(Args(), name) and not least <= value < math.inf:
             wrong.append(f"--{name} {value}: must be a number from {least} on.")
     try:
-        json.loads(args.chat_template_kwargs)
-    except ValueError as e:
-        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs!r} is not JSON: {e}.")
+        assert isinstance(json.loads(args.chat_template_kwargs), dict)
+    except (ValueError, AssertionError):
+        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs}: must be a JSON object.")
+    if max(args.adam_beta1, args.adam_beta2) >= 1 or not 0 <= args.seed < 2**32:
+        wrong.append("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
     if wrong:
         print(f"error: {wrong[0]}", file=sys.stderr)
         sys.exit(2)
@@ -179,6 +182,13 @@ from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, 
 
 
 # ---- rewards -------------------------------------------------------------------------------------
+NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+
+
+class RewardTimeout(BaseException):
+    """Not an Exception, or a reward function's own guard would swallow it and go on."""
+
+
 def accuracy(prompts, completions, answer=None, solution=None, **_):
     """1 where the completion's number is the answer's: the one after ####, else in \\boxed{}, else the last one. None
     where the row has no answer."""
@@ -186,17 +196,17 @@ def accuracy(prompts, completions, answer=None, solution=None, **_):
     def final(text):
         text = text[-1]["content"] if isinstance(text, list) else str(text)
         marked = re.findall(r"####([^\n]*)", text) or re.findall(r"\\boxed\{([^{}]*)\}", text) or [text]
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", marked[-1])
+        numbers = re.findall(NUMBER, marked[-1])
         return float(numbers[-1].replace(",", "")) if numbers else None
 
-    gold = [final(text or "") for text in answer or solution or [None] * len(completions)]
+    gold = [final("" if text is None else text) for text in answer or solution or [None] * len(completions)]
     return [None if g is None else float(final(c) == g) for c, g in zip(completions, gold)]
 
 
 def format(prompts, completions, **_):
     """1 where the completion ends in `#### number`."""
     texts = [c[-1]["content"] if isinstance(c, list) else c for c in completions]
-    return [float(bool(re.search(r"####\s*-?[\d,.]+\s*$", text))) for text in texts]
+    return [float(bool(re.search(rf"####\s*{NUMBER}\s*$", text))) for text in texts]
 
 
 def load_rewards(args):
@@ -210,6 +220,7 @@ def load_rewards(args):
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
             functions.append(getattr(module, function) if path else {"accuracy": accuracy, "format": format}[name])
+            assert callable(functions[-1]), f"{function} is not a function"
         except (Exception, SystemExit) as e:  # user code may raise anything
             text = f"--reward {name}: {type(e).__name__}: {first_line(e)}. Give accuracy, format or FILE.py:FUNCTION."
             raise InputError(text) from e
@@ -231,22 +242,22 @@ def reward_groups(groups, run):
     parts, wrong = [], None
 
     def expire(*_):
-        raise TimeoutError(f"no answer after {run.args.reward_timeout:g} s")
+        raise RewardTimeout(f"no answer after {run.args.reward_timeout:g} s")
 
     for name, function in zip(run.args.reward, run.rewards):
         before = signal.signal(signal.SIGALRM, expire)
-        signal.setitimer(signal.ITIMER_REAL, run.args.reward_timeout)
+        signal.setitimer(signal.ITIMER_REAL, run.args.reward_timeout, 1.0)  # and every second from then on
         try:
             others = {name: copy.deepcopy(values) for name, values in columns.items() if name not in own}
             values = function(prompts=prompts, completions=answers, **others)
-        except (Exception, SystemExit) as e:  # user code may raise anything
+        except (Exception, SystemExit, RewardTimeout) as e:  # user code may raise anything
             print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr, flush=True)
             values = [None] * len(pairs)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         fits = isinstance(values, list) and len(values) == len(pairs)
-        if not fits or {*map(type, values)} - {int, float, type(None)}:
+        if not fits or not all(v is None or isinstance(v, Real) for v in values):
             wrong = f"--reward {name} must return a list of {len(pairs)} numbers (or None), one for each completion."
         else:
             parts.append([math.nan if v is None or not math.isfinite(v) else float(v) for v in values])
@@ -271,6 +282,7 @@ NORMS = {  # weight of a token in the loss, by the length of its sequence (M,), 
 def compute_advantages(rewards, args, run):
     """rewards (groups, num_generations), NaN where there is none. Returns the same shape: minus the group's mean, over
     the standard deviation (n - 1) of the group or of all ranks' batch; 0 for NaN, which no statistic includes."""
+    rewards = rewards.double()  # or rounding would tell equal rewards apart
     count = (~rewards.isnan()).sum(1, keepdim=True)
     centered = rewards - rewards.nanmean(1, keepdim=True)
     std = (centered.square().nansum(1, keepdim=True) / (count - 1)).sqrt()
@@ -327,6 +339,7 @@ def load_groups(name, tokenizer, stops, args):
     groups = [{"prompt": p, "completions": [], "columns": row, "row": row.index} for p, row in zip(prompts, rows)]
     room = args.max_length - args.max_completion_length  # a prompt is never cut
     groups, counts = fit(groups, room, args.overlong.replace("truncate_prompt", "drop"))
+    counts["longest"] += args.max_completion_length
     return groups, counts, fingerprint(rows)
 
 
@@ -503,7 +516,7 @@ def main(args):
         groups = [g for g in mine if g["at"] // args.batch_size == inner % args.steps_per_generation]
         batches = rank_batches(groups, mine[0], args, run)
         completions = [c for group in groups for c in group["completions"]]
-        num_tokens, num_seqs = all_sum(run, sum(len(c["ids"]) for c in completions), len(completions))
+        num_tokens, num_seqs = all_sum(run, sum(w * len(b["labels"]) for b, _, w in batches), len(completions))
         totals = {}
         for batch, members, weight in batches:
             part = [c for group in members for c in group["completions"]]
@@ -719,7 +732,7 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             files = sorted(p for p in folder.rglob("*") if p.is_file())
             meta = {"step": step, "flags": asdict(run.args), "data": run.data, "versions": run.versions}
             meta["state"] = {k: v for k, v in run.state.items() if k not in held}
-            meta["offsets"] = {p.name: p.stat().st_size for p in run.out.glob("*.jsonl")}
+            meta["offsets"] = {k: (run.out / k).stat().st_size for k in LOGS if (run.out / k).is_file()}
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
             meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -786,7 +799,7 @@ def resume(policy, optimizer, tokenizer, run):
     run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     run.step = meta["step"]
     if run.rank == 0:
-        for path in run.out.glob("*.jsonl"):
+        for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
         for newer in [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]:
             discard(newer)  # an older checkpoint was asked for, or the newer one is damaged
@@ -885,6 +898,7 @@ def fsync(path):
 
 # ---- health --------------------------------------------------------------------------------------
 NEVER = math.inf  # a limit that no value passes
+LOGS = "metrics.jsonl", "samples.jsonl", "alerts.jsonl"  # what a resume cuts back; other files are not ours
 
 
 class HealthError(Exception):
@@ -938,8 +952,8 @@ def prepare_folder(args, attempt):
     again, default = args.resume != "never" or attempt != "0", f"runs/{Path(__file__).stem}"
     unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
     out = Path(args.output_dir or (given.parent if given else next(unused)))
-    ended = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-    if ended and (not again or given and given.parent.resolve() != out.resolve()):
+    ended = read_json(out / "run.json")
+    if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
         return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
     if attempt != "0" and ended.get("exit_code") in (2, 3):
         sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
@@ -953,8 +967,8 @@ def prepare_folder(args, attempt):
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
         if candidates and checkpoint != candidates[0]:
             print(f"skipped {candidates[0]}: damaged; resuming from {checkpoint}", file=sys.stderr, flush=True)
-        for path in [] if checkpoint else out.glob("*.jsonl"):
-            os.truncate(path, 0)
+        for name in [] if checkpoint else LOGS:
+            (out / name).unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}"
@@ -973,9 +987,17 @@ def command_line(args):
 def record(rank, out, **fields):
     """run.json, from the first moment to the exit code; replaced whole."""
     if rank == 0:
-        known = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-        (out / ".run.json").write_text(json.dumps(known | fields, indent=1))
+        (out / ".run.json").write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
+        fsync(out / ".run.json")
         os.replace(out / ".run.json", out / "run.json")
+
+
+def read_json(path):
+    """-> the object in a file, or {} where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def streak(run, name, now):
@@ -985,19 +1007,21 @@ def streak(run, name, now):
 
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
-    """An alert when `value` was above `error`, else above `warn`, for the `patience`-th time in a row: one coded line
-    in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
+    """An alert when `value` has been above `error`, else above `warn`, `patience` times in a row or more: one coded
+    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
     exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
     neither data nor model may speak to them."""
-    level, limit = ("error", error) if not value <= error else ("warn", warn)
-    if streak(run, f"streak {code} {metric}", not value <= limit) != patience:
+    limits = {"error": error, "warn": warn}
+    rows = {level: streak(run, f"{code} {metric} {level}", not value <= limits[level]) for level in limits}
+    level = next((level for level in limits if rows[level] >= patience), None)
+    if not level:
         return
-    count = run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
+    count = run.state["alerts"][f"{code} {level}"] = run.state["alerts"].get(f"{code} {level}", 0) + 1
     known = run.checkpoint and step == 0  # said by the run that is resumed
     if run.rank == 0 and not known and not count & (count - 1):
         hint = "".join(f"; try {flag} {to}" for flag, _, to in fix)
         fix = [dict(zip(("flag", "from", "to"), f)) for f in fix]
-        line = {"step": step, "code": code, "level": level, "metric": metric, "value": value, "limit": limit}
+        line = {"step": step, "code": code, "level": level, "metric": metric, "value": value, "limit": limits[level]}
         write(run, "alerts.jsonl", line | {"message": message, "fix": fix, "count": count})
         print(f"[{code} {level} step {step}] {message} ({metric} {value:.4g}){hint}", file=sys.stderr, flush=True)
     if level == "error" and step == 0 and code not in run.args.allow:
@@ -1014,7 +1038,7 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
-    longer = [("--max_length", run.args.max_length, counts["p95"])]
+    longer = [("--max_length", run.args.max_length, counts["longest"])]
     for code, metric, value, warn, error, text, *fix in (
         ("DATA001", "share", counts["unscored"] / rows, 0, 0.01, "rows have no scored token"),
         ("DATA002", "share", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
@@ -1103,9 +1127,9 @@ def launch(main, args):
         if rank == 0 or code == 2:
             print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
     finally:
-        path = Path(args.output_dir or "-") / "run.json"
-        if code and path.is_file() and json.loads(path.read_text())["pid"] == os.getpid():  # not another run's
-            record(rank, path.parent, status="stopped" if code == 4 else "failed", exit_code=code)
+        out = Path(args.output_dir or "-")
+        if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
+            record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
     dist.destroy_process_group() if code == 0 else os._exit(code)  # a failed rank does not wait for the others
 
 

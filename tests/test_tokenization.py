@@ -563,18 +563,20 @@ def test_flat_batch_is_quick():
 def test_fit():
     groups = [bare([1] * 4, [2] * 3, [2] * 5), bare([1] * 9, [2] * 2), bare([1], [2] * 10), bare([], [1]),
               bare([1], ([2, 3], [False, False])), bare([], ([2, 3], [True, False])), bare([1] * 7, [2] * 3)]
+    groups = [{**group, "row": i} for i, group in enumerate(groups)]
     kept, counts = tok.fit(groups, 10)
     assert kept == [groups[0], groups[6]]
-    assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "p95": 11}
+    assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11}
     kept, counts = tok.fit(groups, 10, "truncate_prompt")
-    assert kept == [groups[0], bare([1] * 8, [2] * 2), groups[6]] and counts["kept"] == 3 and counts["overlong"] == 2
+    assert kept == [groups[0], {**bare([1] * 8, [2] * 2), "row": 1}, groups[6]] and counts["kept"] == 3 and counts["overlong"] == 2
     assert len(groups[1]["prompt"]) == 9  # the caller's group stays whole
     cut, _ = tok.fit([bare(range(6), [9, 9])], 5, "truncate_prompt")
     assert list(cut[0]["prompt"]) == [3, 4, 5]  # the prompt's end is kept, the completion is whole
     with pytest.raises(InputError, match="row 2.*11.*--max_length 11"):
         tok.fit([groups[0], {**groups[1], "row": 1}], 10, "error")
-    assert tok.fit([], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "p95": 0})
-    assert tok.fit([bare([1] * n, [2]) for n in range(100)], 1000)[1]["p95"] == 95  # nearest rank of 1..100
+    assert tok.fit([], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0})
+    parts = [{**bare([1] * n, [2]), "row": 7} for n in (1, 2, 9)]  # one row that became three groups
+    assert tok.fit(parts, 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10}
     prompts = [{"prompt": array("i", [1] * 3), "completions": [], "row": 0}]
     assert tok.fit(prompts, 3)[0] == prompts and tok.fit(prompts, 2)[0] == []
 
