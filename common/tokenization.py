@@ -315,7 +315,8 @@ def token_picture(group, tokenizer, color=True):
 def fit(groups, max_length, overlong="drop"):
     """-> (kept groups, counts of rows). Length: prompt + longest completion, in tokens; no completion is ever cut.
 
-    overlong: "drop" | "truncate_prompt" (from its left) | "error". Without a scored token a completion drops its group."""
+    overlong: "drop" | "truncate_prompt" (from its left) | "error". A completion without a scored token drops its group.
+    """
     kept, longest, long, unscored = [], 0, set(), set()
     for group in groups:
         prompt, completions, skip = group["prompt"], group["completions"], 0 if group["prompt"] else 1

@@ -11,13 +11,11 @@ Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike
 State   alerts, streaks, before, last, best (evaluations)
 Parent: methods/sft.py
 Delta:
-  args: imports of encode_preference and F
-  Args.method: beta, loss_type, TRL's learning rate
+  args, Args.method: imports of encode_preference and F; beta, loss_type, TRL's learning rate
   loss, dpo_loss, evaluate: the table of losses; the loss of a pair; margins and pair accuracy held out
   seq_sums, attach_reference: log-probs summed over completions, and once for the reference
   data, load_groups: a row becomes a prompt with two completions that share it
-  main.reference: reference log-probs, before a checkpoint is loaded
-  main.step: the loss of pairs, PREF001
+  main.reference, main.step: reference log-probs, before a checkpoint is loaded; the loss of pairs, PREF001
 Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.97 in a minute or two (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/dpo.py --model DIR --dataset pairs.jsonl --beta 0.1
         python methods/dpo.py                                        (no flags: the tiny lab, on any machine)
@@ -740,15 +738,16 @@ def streak(run, name, now):
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
     """An alert when `value` has been above `error`, else above `warn`, `patience` times in a row or more: one coded
-    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
-    exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
-    neither data nor model may speak to them."""
+    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run
+    with exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts,
+    and neither data nor model may speak to them."""
     limits = {"error": error, "warn": warn}
     rows = {level: streak(run, f"{code} {metric} {level}", not value <= limits[level]) for level in limits}
     level = next((level for level in limits if rows[level] >= patience), None)
     if not level:
         return
-    count = run.state["alerts"][f"{code} {level}"] = run.state["alerts"].get(f"{code} {level}", 0) + 1
+    run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
+    count = streak(run, f"{code} {level} alerts", True)
     known = run.checkpoint and step == 0  # said by the run that is resumed
     if run.rank == 0 and not known and not count & (count - 1):
         hint = "".join(f"; try {flag} {to}" for flag, _, to in fix)

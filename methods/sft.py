@@ -680,15 +680,16 @@ def streak(run, name, now):
 
 def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
     """An alert when `value` has been above `error`, else above `warn`, `patience` times in a row or more: one coded
-    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run with
-    exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts, and
-    neither data nor model may speak to them."""
+    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run
+    with exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts,
+    and neither data nor model may speak to them."""
     limits = {"error": error, "warn": warn}
     rows = {level: streak(run, f"{code} {metric} {level}", not value <= limits[level]) for level in limits}
     level = next((level for level in limits if rows[level] >= patience), None)
     if not level:
         return
-    count = run.state["alerts"][f"{code} {level}"] = run.state["alerts"].get(f"{code} {level}", 0) + 1
+    run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
+    count = streak(run, f"{code} {level} alerts", True)
     known = run.checkpoint and step == 0  # said by the run that is resumed
     if run.rank == 0 and not known and not count & (count - 1):
         hint = "".join(f"; try {flag} {to}" for flag, _, to in fix)
