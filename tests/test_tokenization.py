@@ -568,7 +568,8 @@ def test_fit():
     assert kept == [groups[0], groups[6]]
     assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11}
     kept, counts = tok.fit(groups, 10, "truncate_prompt")
-    assert kept == [groups[0], {**bare([1] * 8, [2] * 2), "row": 1}, groups[6]] and counts["kept"] == 3 and counts["overlong"] == 2
+    assert kept == [groups[0], {**bare([1] * 8, [2] * 2), "row": 1}, groups[6]]
+    assert counts["kept"] == 3 and counts["overlong"] == 2
     assert len(groups[1]["prompt"]) == 9  # the caller's group stays whole
     cut, _ = tok.fit([bare(range(6), [9, 9])], 5, "truncate_prompt")
     assert list(cut[0]["prompt"]) == [3, 4, 5]  # the prompt's end is kept, the completion is whole
