@@ -394,12 +394,14 @@ def parity_replay(change, config, options, model=TINY / "model", folder=TINY):
     skip = ("entropy", "kl", "clip_frac") if "gradient_accumulation_steps" in config else ()
     result = {"steps": flags["max_steps"], "worst": compare("grpo", mine["steps"], theirs["steps"], skip)}
     result |= {"clip_frac": max(s["clip_frac"] for s in mine["steps"])}
+    if not all(any(s[name] for s in mine["steps"]) for name in ("loss", "grad_norm")):
+        raise Problem("grpo: no group had different rewards, agreement would say nothing")
     return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]],
                      "samples": mine["folder"] / "samples.jsonl", "rows": sorted_rows, "versions": theirs["versions"]}
 
 
 def reward_flags():
-    return {"reward": f"{ROOT / 'benchmarks' / 'trl_worker.py'}:variety"}
+    return {"reward": f"{ROOT / 'benchmarks' / 'trl_worker.py'}:even_digits"}
 
 
 def parity_batch(options, samples, rows):

@@ -7,7 +7,7 @@ TRL's config class), result (file to write) and for grpo perhaps replay (a sampl
 taken from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs: loss and
 gradients instead of a training run). Prints a line "step N" after every optimizer step: what trl_parity.py times.
 
-Nothing but `variety` may be needed by the other environment, so everything heavy is imported where it is used.
+Nothing but `even_digits` may be needed by the other environment, so everything heavy is imported where it is used.
 """
 
 import json
@@ -16,14 +16,13 @@ import sys
 from pathlib import Path
 
 
-def variety(prompts, completions, **_):
-    """A reward that both sides can compute, cheap and never the same for a whole group: the share of distinct words, or
-    of distinct characters in a language of single ones. In 64ths: TRL takes group means in fp32, and where a group's
-    rewards are all 0.8, say, their rounding error over the 1e-4 that is added to the deviation is an advantage of 6e-4.
-    """
+def even_digits(prompts, completions, **_):
+    """A reward that both sides can compute, cheap and seldom the same for a whole group: the share of even digits. In
+    64ths: TRL takes group means in fp32, and where a group's rewards are all 0.8, say, their rounding error over the
+    1e-4 that is added to the deviation is an advantage of 6e-4."""
     texts = [c[-1]["content"] if isinstance(c, list) else c for c in completions]
-    parts = [text.split() if text[:1] == "w" else [*text] for text in texts]
-    return [round(64 * len(set(words)) / max(1, len(words))) / 64 for words in parts]
+    digits = [[int(x) for x in text if x in "0123456789"] for text in texts]
+    return [round(64 * sum(x % 2 == 0 for x in xs) / max(1, len(xs))) / 64 for xs in digits]
 
 
 def make_trainer(spec, **kwargs):
@@ -71,7 +70,7 @@ def make_trainer(spec, **kwargs):
         InOrder.replay, InOrder.used = lines, 0
         kwargs["reward_funcs"] = lambda prompts, completions, **_: trainer.rewards
     elif spec["method"] == "grpo":
-        kwargs.setdefault("reward_funcs", variety)
+        kwargs.setdefault("reward_funcs", even_digits)
     rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
     record = Record()
     common = {  # both sides: fp32, linear decay from the first step, no warmup, no weight decay, clipping at 1
