@@ -74,8 +74,8 @@ def commands(model, work):
         "cold": f"sft.py {tiny} --dataset tiny --eval_dataset tiny:test --eval_rows 32 --eval_every 0 --max_steps 30 "
                 f"--batch_size 12 --learning_rate 2e-4 {few}",
         "grpo": f"grpo.py --model {work}/cold/final --max_length 128 --dataset tiny --eval_dataset tiny:test "
-                "--eval_rows 24 --eval_samples 0 --eval_every 0 --max_completion_length 48 --max_steps 24 "
-                f"--batch_size 6 --num_generations 8 --learning_rate 3e-6 --lr_scheduler_type constant {few}",
+                "--eval_rows 64 --eval_samples 0 --eval_every 0 --max_completion_length 48 --max_steps 40 "
+                f"--batch_size 8 --num_generations 8 --learning_rate 5e-6 --lr_scheduler_type constant {few}",
         "grpo_gsm8k": f"grpo.py --model {work}/sft/final --max_length 400 --dataset {work}/prompts_train.jsonl "
                       "--max_completion_length 160 --max_steps 3 --batch_size 2 --num_generations 4 "
                       f"--reward accuracy format --reward_weights 1.0 0.1 --learning_rate 1e-6 {few}",

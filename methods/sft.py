@@ -72,7 +72,7 @@ class Args:
     save_every: Annotated[int, arg(aliases=["--save-steps"])] = 500  # optimizer steps; 0: only by time and at the end
     save_minutes: float = 30.0  # a checkpoint at least this often
     keep_last: Annotated[int, arg(aliases=["--save-total-limit"])] = 2  # checkpoints to keep
-    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of exported weights; auto: as the model came
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of exported weights; bfloat16 rounds small updates away
     report_to: Literal["none", "wandb", "trackio"] = "none"  # metrics.jsonl is written anyway
     # ---- data ------------------------------------------------------------------------------------
     dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "tiny"  # file, folder, hub id or tiny; name:split
@@ -143,7 +143,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
@@ -250,7 +250,6 @@ def load_model(args, run):
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(path, args.chat_template)
     try:
-        source = AutoConfig.from_pretrained(path, trust_remote_code=False).dtype or torch.float32
         lm, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -265,7 +264,7 @@ def load_model(args, run):
         for name, value in vars(module).items():
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or name.endswith("dropout")):
                 setattr(module, name, 0.0)
-    run.save_dtype = source if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    run.save_dtype = getattr(torch, args.save_dtype)
     run.probe = probe_groups(len(tokenizer))
     return tokenizer, lm.eval().to(run.device)
 
