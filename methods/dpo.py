@@ -196,7 +196,7 @@ def attach_reference(policy, groups, name, args, run):
             at = torch.tensor([group["at"] for group in members], device=run.device)
             values[at] += weight * seq_sums(policy(batch)["logprobs"], batch).view(-1, 2)
         dist.all_reduce(values)
-        known = {key: values.float().cpu()}
+        known = {key: (values / args.tp_size).float().cpu()}  # tp ranks hold the same rows
         if run.rank == 0:
             save_file(known, run.out / f".tmp-{name}")
             os.replace(run.out / f".tmp-{name}", path)
@@ -279,7 +279,7 @@ def main(args):
         for batch, members, weight in batches:
             ref = torch.tensor([c["ref_logprob"] for g in members for c in g["completions"]], device=run.device)
             loss, metrics = dpo_loss(seq_sums(policy(batch)["logprobs"], batch), ref, args)
-            (loss * weight * run.world / num_pairs).backward()  # a part of a global mean; FSDP2 averages over ranks
+            (loss * weight * run.dp_size / num_pairs).backward()  # a part of a global mean; FSDP2 averages over ranks
             totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
         metrics = {name: value / num_pairs for name, value in zip(totals, all_sum(run, *totals.values()))}
         metrics["num_tokens"] = num_tokens

@@ -235,7 +235,7 @@ def reward_groups(groups, run):
     list of numbers ends the run, on all ranks."""
     pairs = [(group, completion) for group in groups for completion in group["completions"]]
     columns = {k: [g["columns"].get(k) for g, _ in pairs] for group in groups for k in group["columns"]}
-    prompts, own = columns["prompt"], ("prompt", "prompts", "completion", "completions")
+    prompts, own = columns.get("prompt", []), ("prompt", "prompts", "completion", "completions")
     texts = [run.tokenizer.decode(c["ids"], skip_special_tokens=True) for _, c in pairs]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
@@ -407,8 +407,9 @@ def sample(groups, copies, place, run):
 @torch.no_grad()
 def refresh(sampler, policy):
     """The policy's weights into the sampler, in place. full_tensor() is a collective: all ranks, in the same order."""
-    for mine, weight in zip(sampler.parameters(), policy.lm.parameters(), strict=True):
-        mine.copy_(full(weight))
+    weights = own_tensors(policy.lm)
+    for name, mine in own_tensors(sampler).items():
+        mine.copy_(full(weights[name]))
 
 
 @torch.no_grad()
@@ -421,6 +422,13 @@ def attach_logprobs(model, groups, name, args, run):
             completion[name] = piece if weight else completion[name]
 
 
+def gather(groups, ranks):
+    """The groups of all these ranks (a process group; None: all), in their order."""
+    everyone = [None] * dist.get_world_size(ranks)
+    dist.all_gather_object(everyone, groups, group=ranks)
+    return sorted((g for share in everyone for g in share), key=lambda g: g["at"])
+
+
 def rollout(policy, prompts, index, step, run):
     """Completions, rewards and advantages for this rank's prompts of rollout `index`, with the log-probs that later
     steps will need of the policy as it is now. All of it goes to samples.jsonl, and to the state if it is to last."""
@@ -429,6 +437,7 @@ def rollout(policy, prompts, index, step, run):
     refresh(run.sampler, policy)
     sample(groups, args.num_generations, ("train", index), run)
     reward_groups(groups, run)
+    groups = gather(groups, run.mesh["tp"].get_group())  # ranks that share layers train on the same rows
     rewards = torch.tensor([[c["reward"] for c in g["completions"]] for g in groups], dtype=torch.float64)
     for group, advantages in zip(groups, compute_advantages(rewards, args, run).tolist()):
         for completion, advantage in zip(group["completions"], advantages):
@@ -436,9 +445,7 @@ def rollout(policy, prompts, index, step, run):
     for name, model in ("old_logprobs", policy if lasting else None), ("ref_logprobs", run.ref):
         if model:
             attach_logprobs(model, groups, name, args, run)
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, groups)
-    everyone = sorted((g for share in everyone for g in share), key=lambda g: g["at"])
+    everyone = gather(groups if run.rank % args.tp_size == 0 else [], None)
     for group, c in [(g, c) for g in everyone for c in g["completions"]] if run.rank == 0 else []:
         line = {"step": step + 1, "row": group["row"], "prompt": run.tokenizer.decode(group["prompt"])}
         line |= {"completion": run.tokenizer.decode(c["ids"]), "reward": c["reward"], "advantage": c["advantage"]}
@@ -457,7 +464,7 @@ def pack(groups):
 
 def unpack(prompts, run):
     """The inverse, for this rank's prompts; the number of ranks may be another one."""
-    size, mine = run.args.num_generations, range(run.rank, len(prompts), run.world)
+    size, mine = run.args.num_generations, [i for i in range(len(prompts)) if i % run.world // run.args.tp_size == run.dp_rank]
     groups = {i: prompts[i] | {"at": i, "completions": [{"scored": None} for _ in range(size)]} for i in mine}
     for name, value in run.state.items():
         head, at, k, key = (*name.split("/"), "", "", "")[:4]
@@ -484,11 +491,13 @@ def main(args):
     if args.num_generations < 2 or args.temperature <= 0:
         raise InputError("--num_generations must be at least 2 (a group needs a mean), and --temperature above 0.")
     run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
-    oracle = reference_logprobs(lm, run.probe, args.temperature)
-    run.sampler = copy.deepcopy(lm).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-    run.ref = shard(Policy(copy.deepcopy(lm), args.temperature), run) if args.beta else None
-    policy = shard(Policy(lm, args.temperature), run)
-    check_model(policy, oracle, run)
+    run.sampler, starting = copy.deepcopy(lm), copy.deepcopy(lm)
+    for p in run.sampler.parameters():  # not the buffers: rotary tables stay fp32
+        p.data = p.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+    materialize(run.sampler, run.device, run)
+    run.ref = load_weights(shard(Policy(starting, args.temperature), run), run) if args.beta else None
+    policy = load_weights(shard(Policy(lm, args.temperature), run), run)
+    check_model(policy, run)
     # ---- optimizer -------------------------------------------------------------------------------
     matrices, vectors = ([p for p in policy.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
     optimizer = torch.optim.AdamW(  # norms and biases do not decay
@@ -526,7 +535,7 @@ def main(args):
             now = out["logprobs"].detach()
             old, ref = now if inner == 0 else tokens["old_logprobs"], tokens.get("ref_logprobs")
             loss, metrics = grpo_loss(out["logprobs"], old, ref, advantages, batch["seq"], num_tokens, num_seqs, args)
-            (loss * weight * run.world).backward()  # a part of a global mean; FSDP2 averages over ranks
+            (loss * weight * run.dp_size).backward()  # a part of a global mean; FSDP2 averages over ranks
             metrics |= {"loss": loss.detach() * num_tokens, "entropy": out["entropy"].detach().sum()}
             metrics["sampler_gap"] = (now - tokens["sampler_logprobs"]).abs().sum()
             metrics["unequal"] = ((now - tokens.get("old_logprobs", now)).abs() > 1e-3).sum()
