@@ -35,11 +35,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from itertools import accumulate, repeat
+from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -74,6 +76,11 @@ class Args:
     allow_changes: bool = False  # resume although flags, data or model differ
     allow: tuple[str, ...] = ()  # alert codes that must not stop the run
     seed: int = 42  # data order and sampling noise
+    replicate_size: int = 1  # copies of the sharded model (HSDP); ranks / (replicate_size * tp_size) shard one copy
+    tp_size: int = 1  # ranks that share each layer's matrices (tensor parallelism), adjacent ones: one machine
+    cpu_offload: bool = False  # parameters and optimizer in host memory
+    deterministic: bool = False  # bitwise reruns on CUDA too, slower
+    ddp_timeout: float = 1800.0  # seconds without progress after which a run ends and names the rank
     eval_every: Annotated[int, arg(aliases=["--eval-steps"])] = 100  # optimizer steps; 0: only before and after
     save_every: Annotated[int, arg(aliases=["--save-steps"])] = 500  # optimizer steps; 0: only by time and at the end
     save_minutes: float = 30.0  # a checkpoint at least this often
@@ -144,14 +151,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
@@ -246,13 +255,14 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    oracle = reference_logprobs(lm, run.probe)
-    policy = shard(Policy(lm), run)
-    check_model(policy, oracle, run)
+    policy = load_weights(shard(Policy(lm), run), run)
+    check_model(policy, run)
     # ---- optimizer -------------------------------------------------------------------------------
-    matrices, vectors = ([p for p in policy.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    optimizer = torch.optim.AdamW(  # norms and biases do not decay
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+    kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
+    for p in policy.parameters():
+        kinds.setdefault((args.weight_decay if p.ndim > 1 else 0.0, p.device_mesh), []).append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for (decay, _), params in kinds.items()],
         lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=1e-8, fused=True,
     )
     # ---- reference -------------------------------------------------------------------------------
@@ -301,20 +311,34 @@ def main(args):
 
 
 # ---- model ---------------------------------------------------------------------------------------
+STYLES = {  # of a model's own tp_plan, as torch has them; any other stops the run
+    "colwise": ColwiseParallel(),
+    "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": RowwiseParallel(),
+    "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
+    "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": None,  # left whole; `update` sums its gradients
+}
+
+
 def load_model(args, run):
-    """-> tokenizer, model: fp32, whole on every rank until `shard`. Dropout is 0 and the module stays in eval mode:
-    shared prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
+    """-> tokenizer, model without memory (on the meta device). Dropout is 0 and the module stays in eval mode: shared
+    prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = load_tokenizer(path, args.chat_template)
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        if not Path(path).is_dir():
+            from huggingface_hub import snapshot_download
+
+            path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        if (Path(path) / "generation_config.json").is_file():
+            lm.generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"--model {args.model}: its weights lack {len(missing)} tensors, {missing[0]} for one.")
+    tokenizer = load_tokenizer(path, args.chat_template)
     if len(tokenizer) > (rows := lm.get_input_embeddings().num_embeddings):
         raise InputError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows.")
     refuse_rotary(lm.config, args.max_length)
@@ -322,37 +346,117 @@ def load_model(args, run):
         for name, value in vars(module).items():
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or name.endswith("dropout")):
                 setattr(module, name, 0.0)
-    run.save_dtype = getattr(torch, args.save_dtype)
+    run.model_path, run.save_dtype = path, getattr(torch, args.save_dtype)
     run.probe = probe_groups(len(tokenizer))
-    return tokenizer, lm.eval().to(run.device)
+    return tokenizer, lm.eval()
+
+
+def tensor_parallel(lm, run):
+    """Cut every layer over the tp ranks by the model's own tp_plan; embedding and head by vocabulary where its size
+    allows. No weight has been read yet. Returns the modules that stay whole inside a cut: their gradients are parts."""
+    size, config, plan = run.args.tp_size, lm.config.get_text_config(), {}
+    stop = f"--tp_size {size} does not fit {type(lm).__name__}"
+    for name, part in [*lm.named_modules(), *lm.named_parameters()]:
+        style = (lm.tp_plan or {}).get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
+        experts = isinstance(part, torch.nn.Parameter) and part.ndim > 2
+        if style not in (None, *STYLES) or experts and not style:
+            raise InputError(f"{stop}: its plan for {name} is {style}, which torch has no style for. Use --tp_size 1.")
+        plan |= {name: style} if style else {}
+    ends = {name: module for name, module in lm.named_modules()
+            if module in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    if not plan.keys() - ends.keys():
+        raise InputError(f"{stop}: the model has no plan for its layers. Use --tp_size 1.")
+    for name in "num_attention_heads", "num_key_value_heads":
+        if (heads := getattr(config, name, None) or size) % size:
+            raise InputError(f"{stop}: {name} is {heads}. Choose a divisor of it.")
+    whole = any(module.weight.shape[0] % size for module in ends.values())
+    for name, module in ends.items():
+        plan[name] = "embedding_rowwise" if module is lm.get_input_embeddings() else "colwise_gather_output"
+    plan = {name: style for name, style in plan.items() if not (whole and name in ends)}
+    for name, style in plan.items():
+        shape = lm.get_submodule(name).weight.shape
+        if STYLES[style] and shape[int(style.startswith("rowwise"))] % size:
+            raise InputError(f"{stop}: {name} is {tuple(shape)}. Choose a divisor.")
+    parallelize_module(lm, run.mesh["tp"], {name: STYLES[style] for name, style in plan.items() if STYLES[style]})
+    lm.tie_weights()  # the head became a parameter of its own
+    return [lm.get_submodule(name) for name, style in plan.items() if not STYLES[style]]
 
 
 def shard(policy, run):
-    """FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root group, tied or not.
-    fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout."""
-    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
+    group, tied or not. fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout."""
+    policy.partial = tensor_parallel(policy.lm, run) if run.args.tp_size > 1 else []
+    cuda = run.device.type == "cuda"
+    how = {
+        "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if cuda else torch.float32, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if run.args.cpu_offload else OffloadPolicy(),
+    }
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, mesh=run.mesh, mp_policy=precision)
+            fully_shard(module, **how)
     # Without the last argument a forward under no_grad leaves the root's parameters whole, and an optimizer or a
     # checkpoint made then would hold tensors that nobody updates.
-    return fully_shard(policy, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
+    return fully_shard(policy, **how, reshard_after_forward=True)
+
+
+def materialize(lm, device, run):
+    """Memory for a model on the meta device: parameters not set yet, buffers (rotary tables) as transformers does."""
+    lm.to_empty(device=device)
+    for p in lm.parameters():
+        p._is_hf_initialized = True
+    lm.initialize_weights()
+    lm.tie_weights()
+    for buffer in lm.buffers():
+        buffer.data = buffer.to(run.device)
+    return lm
+
+
+def own_tensors(policy):
+    """Weights and persistent buffers by name, sharded. A tied alias appears once."""
+    known = dict(policy.named_parameters()).keys() | dict(policy.named_buffers()).keys()
+    return {name: tensor for name, tensor in policy.state_dict().items() if name in known}
+
+
+def load_weights(policy, run):
+    """Every rank reads its own slices of the safetensors files. Where their names are not the model's (a layout that
+    transformers converts, as for some experts), rank 0 reads the model and broadcasts it, tensor by tensor."""
+    lm = materialize(policy.lm, "cpu" if run.args.cpu_offload else run.device, run)
+    tensors, error = own_tensors(lm), None
+    reader = HuggingFaceStorageReader(run.model_path)
+    try:
+        if tensors.keys() <= reader.read_metadata().state_dict_metadata.keys():
+            dcp.load(tensors, storage_reader=reader)
+            return policy
+        whole = {}
+        if run.rank == 0:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
+            )
+            whole, missing = model.state_dict(), sorted(info["missing_keys"])
+            error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as e:
+        error = first_line(e)
+    agree(run, error and f"--model {run.args.model}: {error}. Pass a Hugging Face model folder or hub id.")
+    set_model_state_dict(lm, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return policy
 
 
 @torch.no_grad()
-def check_model(policy, oracle, run):
-    """MODEL001: what training will compute against the model's own logits, one sequence at a time."""
-    gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - oracle).abs()
+def check_model(policy, run):
+    """MODEL001: what training will compute against the model in its own attention and head, one sequence at a time."""
+    gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - policy(run.probe, own=True)).abs()
     value, limit = (gap.mean(), 5e-2) if run.device.type == "cuda" else (gap.max(), 1e-3)  # bf16, fp32
     text = f"log-probs on the {policy.road} road differ from the model's own forward: this model is not supported"
     check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
 
 
 def share(groups, run):
-    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares."""
+    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares. Ranks that share
+    layers (tp) share their rows too."""
     costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
-    return [groups[i] for i in balance(costs, run.world)[run.rank]]
+    return [groups[i] for i in balance(costs, run.dp_size)[run.dp_rank]]
 
 
 def rank_batches(mine, spare, args, run):
@@ -376,14 +480,34 @@ def schedule(step, steps, args):
 
 
 def all_sum(run, *values):
-    """Numbers summed over all ranks, as floats, in one all-reduce: the only way a metric leaves its rank."""
+    """Numbers summed over the data-parallel ranks, as floats, in one all-reduce: the only way a metric leaves its rank.
+    The tp ranks of one share hold the same numbers and count once."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
     dist.all_reduce(total)
-    return total.tolist()
+    return (total / run.args.tp_size).tolist()
+
+
+def agree(run, error):
+    """What is wrong on one rank (text, or None) ends the run on all ranks."""
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, error)
+    if any(everyone):
+        raise InputError(next(filter(None, everyone)))
 
 
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_norm(parameters, run):
+    """Over all shards of one replica. clip_grad_norm_ refuses parameters of different meshes: those that tensor
+    parallelism cuts have one more dimension."""
+    squares = 0.0
+    for p in parameters:
+        cut = "tp" in p.device_mesh.mesh_dim_names and p.placements[-1].is_shard()  # else every tp rank has the same
+        square = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64) ** 2
+        squares += square * (run.args.tp_size if cut else 1)
+    return math.sqrt(all_sum(run, squares)[0] / run.args.replicate_size)
 
 
 def update(policy, optimizer, lr, metrics, groups, step, run):
@@ -391,10 +515,14 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
     limit, before = run.args.max_grad_norm or math.inf, parameters[0].detach().clone() if step == 4 else None
-    grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, limit)).item()
+    for p in (p for module in policy.partial for p in module.parameters()):
+        dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
+    grad_norm = gradient_norm(parameters, run)
+    for p in parameters:
+        p.grad.to_local().mul_(min(1.0, limit / (grad_norm + 1e-6)))
     finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if finite and not (step + 1) & step:  # at steps 1, 2, 4, 8, ...
-        clipped = full(torch.nn.utils.get_total_norm([p.grad for p in parameters])).item()
+        clipped = gradient_norm(parameters, run)
         check(run, step + 1, "TRAIN003", "clipped norm", clipped, NEVER, limit * 1.01, "clipping did not clip")
         flags = [(c["scored"] or [True] * len(c["ids"]))[not g["prompt"] :] for g in groups for c in g["completions"]]
         (scored,) = all_sum(run, sum(map(sum, flags)))  # nothing predicts a first token; flat_batch has no part in this
@@ -407,8 +535,9 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     optimizer.zero_grad(set_to_none=True)
     if not finite:
         rows = [[g["row"], [*g["prompt"]], [[*c["ids"]] for c in g["completions"]]] for g in groups]
-        (run.out / f"debug-step-{step + 1}-rank-{run.rank}.json").write_text(json.dumps(rows))
-    text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug-step-*.json"
+        (run.out / "debug").mkdir(exist_ok=True)
+        (run.out / "debug" / f"step-{step + 1}-rank-{run.rank}.json").write_text(json.dumps(rows))
+    text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug/"
     fix = [("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2)]
     check(run, step + 1, "TRAIN001", "steps skipped", float(not finite), NEVER, 0, text, fix)
     if streak(run, "skipped", not finite) == 3:
@@ -422,11 +551,12 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
 
 
 # ---- checkpoint ----------------------------------------------------------------------------------
+FILE_BYTES = 2**32  # of an exported model
+
+
 def trainer_tensors(policy, optimizer):
-    """What training needs back, by name: fp32 weights and Adam's moments, sharded. A tied alias appears once."""
-    named = dict(policy.named_parameters())
-    known = named.keys() | dict(policy.named_buffers()).keys()
-    tensors = {f"model.{k}": v for k, v in policy.state_dict().items() if k in known}
+    """What training needs back, by name: fp32 weights and Adam's moments, sharded."""
+    named, tensors = dict(policy.named_parameters()), {f"model.{k}": v for k, v in own_tensors(policy).items()}
     for name, p in named.items():
         if not optimizer.state[p]:  # as AdamW would make it at its first step: loading needs a place to load into
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
@@ -438,23 +568,16 @@ def trainer_tensors(policy, optimizer):
 def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     """A Hugging Face folder that any tool loads, and trainer/ with the rest. meta.json is written last; all of it is on
     the disk before this returns."""
-    tensors, weights, trainer = trainer_tensors(policy, optimizer), {}, folder / "trainer"
+    tensors, trainer = trainer_tensors(policy, optimizer), folder / "trainer"
     if run.rank == 0:
         trainer.mkdir(parents=True)
     dist.barrier()
     ends = accumulate(tensor.numel() for tensor in tensors.values())
-    files = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
+    numbers = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
     try:  # the writer builds each file in memory; with more than its one thread it may swallow a full disk
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), files, save_distributed=True))
-        for name in [k for k in tensors if k.startswith("model.")]:
-            tensor = full(tensors[name]).detach()  # one gathered tensor at a time
-            if run.rank == 0:
-                weights[name.removeprefix("model.lm.")] = tensor.to("cpu", run.save_dtype)
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), numbers, save_distributed=True))
+        export(policy, folder, run)
         if run.rank == 0:
-            policy.lm.save_pretrained(folder, state_dict=weights)
-            config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
-            config.dtype = run.save_dtype  # save_pretrained writes that of the fp32 module
-            config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             held = {k: v for k, v in run.state.items() if isinstance(v, torch.Tensor)}
             save_file(held, trainer / "state.safetensors")
@@ -472,11 +595,40 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     dist.barrier()
 
 
+def export(policy, folder, run):
+    """The Hugging Face files. Weights go out in files of about FILE_BYTES: the tensors of one file are gathered on the
+    rank that writes it, so no rank ever holds more. transformers' own save converts names and layouts."""
+    weights = own_tensors(policy.lm)
+    ends = accumulate(tensor.numel() * run.save_dtype.itemsize for tensor in weights.values())
+    files = [[name for name, _ in same] for _, same in groupby(zip(weights, ends), lambda pair: pair[1] // FILE_BYTES)]
+    for number, names in enumerate(files):
+        part, held = folder / f"part-{number}", {}
+        for name in names:
+            tensor = full(weights[name]).detach()  # all ranks take part
+            held |= {name: tensor.to("cpu", run.save_dtype)} if number % run.world == run.rank else {}
+        if held:
+            policy.lm.save_pretrained(part, state_dict=held, max_shard_size="1000GB")
+            name = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+            os.rename(part / "model.safetensors", folder / name)
+            shutil.rmtree(part)
+    dist.barrier()
+    if run.rank == 0:
+        if len(files) > 1:
+            index = {key: path.name for path in folder.glob("model-*") for key in safe_open(path, "pt").keys()}
+            index = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
+        config.dtype = run.save_dtype  # save_pretrained writes that of the fp32 module
+        config.save_pretrained(folder)
+        policy.lm.generation_config.save_pretrained(folder)
+
+
 def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
     """checkpoint-<step> every save_every steps, every save_minutes by rank 0's clock, at the last step, and when any
     rank was told to stop (SIGTERM, Ctrl-C): then the run leaves with exit code 4. All ranks decide alike."""
     overdue = run.rank == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_minutes
-    run.step, (stop, overdue) = step, all_sum(run, bool(STOP["signal"]), overdue)
+    run.step, run.beat = step, time.monotonic()
+    stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
     if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
         write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
         if run.rank == 0:
@@ -497,7 +649,7 @@ def check_resume(run):
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
     now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
     free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes "
-    free += "keep_last report_to"
+    free += "keep_last report_to tp_size replicate_size cpu_offload deterministic ddp_timeout"
     then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
     differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
     if differ and not run.args.allow_changes:
@@ -643,23 +795,34 @@ def setup(args):
     cuda, attempt = torch.cuda.is_available(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun; keys of an earlier attempt would break a restart
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=world)
+        store = dist.PrefixStore(attempt, store)
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     elif not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
     found = [prepare_folder(args, attempt) if rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
     args.output_dir, checkpoint, error = found[0]
-    if error or args.batch_size < world:
-        raise InputError(error or f"--batch_size {args.batch_size} is too small for {world} ranks: at least {world}.")
+    copies, rest = divmod(world, args.tp_size)
+    if not error and (rest or copies % args.replicate_size):
+        error = f"--tp_size {args.tp_size} x --replicate_size {args.replicate_size} must divide the {world} ranks."
+    if error or args.batch_size < copies:
+        raise InputError(error or f"--batch_size {args.batch_size} is too small for {copies} ranks: at least {copies}.")
     run = SimpleNamespace(args=args, rank=rank, world=world, out=Path(args.output_dir), checkpoint=checkpoint, step=0)
     run.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    run.mesh = init_device_mesh(run.device.type, (world,), mesh_dim_names=("shard",))
+    shape = args.replicate_size, copies // args.replicate_size, args.tp_size
+    run.mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
+    run.dp_size, run.dp_rank = copies, rank // args.tp_size
     run.state, run.command, run.saved_at, run.tracker = {"alerts": {}}, command_line(args), time.monotonic(), None
-    run.versions = {"torch": torch.__version__, "transformers": transformers.__version__, "world": world}
-    run.versions |= {"threads": torch.get_num_threads()}
+    run.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    run.versions |= {"mesh": "x".join(map(str, shape)), "threads": torch.get_num_threads()}
     run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     git = shutil.which("git") and subprocess.run(head, capture_output=True, text=True).stdout.strip()
@@ -672,7 +835,32 @@ def setup(args):
         except ImportError as e:
             raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
         run.tracker.init(project="cleanpost", name=run.out.name, config=asdict(args))
+    watch(run)
     return run
+
+
+def watch(run):
+    """A thread on every rank: after ddp_timeout seconds without a step or an evaluation the ranks say where they stand,
+    the first one prints it, and the run ends. Whoever is stopped, or holds the interpreter, is named by its silence."""
+    store, main_thread, run.beat = dist.distributed_c10d._get_default_store(), threading.get_ident(), time.monotonic()
+
+    def wait():
+        while time.monotonic() - run.beat < run.args.ddp_timeout:
+            time.sleep(min(1.0, run.args.ddp_timeout / 10))
+        stack = traceback.extract_stack(sys._current_frames()[main_thread])
+        own = next((frame.name for frame in reversed(stack) if frame.filename == __file__), "start")
+        keys = [f"stuck/{rank}" for rank in range(run.world)]
+        store.set(keys[run.rank], f"is in {own} ({stack[-1].name})")
+        time.sleep(min(3.0, run.args.ddp_timeout))
+        said = [store.get(key).decode() if store.check([key]) else "does not answer" for key in keys]
+        if run.rank == next(rank for rank in range(run.world) if said[rank] != "does not answer"):
+            where = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said))
+            print(f"error: no progress for {run.args.ddp_timeout:g} s in step {run.step + 1}: {where}. If all is well, "
+                  f"raise --ddp_timeout. To go on: {run.command} --resume auto", file=sys.stderr, flush=True)
+            record(0, run.out, status="failed", exit_code=1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def prepare_folder(args, attempt):
@@ -798,6 +986,7 @@ def log(run, metrics, steps):
         run.state |= {"before": run.state.get("before", last), "last": last}
         if last["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
             run.state["best"] = {"accuracy": last["eval/accuracy"], "step": metrics["step"]}
+    run.beat = time.monotonic()
     write(run, "metrics.jsonl", metrics)
     if run.tracker:
         run.tracker.log(metrics, step=metrics["step"])
@@ -837,7 +1026,7 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
-        f"{16 * weights / run.world / 1e9:.2f} GB a rank")
+        f"{16 * weights * run.args.replicate_size / run.world / 1e9:.2f} GB a rank")
     say(run, f"command   {run.command}")
 
 
