@@ -34,6 +34,7 @@ import copy
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import platform
