@@ -1077,6 +1077,8 @@ def setup(args):
     cuda, attempt = torch.cuda.is_available(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # a gather over tp and shard takes two steps, and torch warns of each
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if args.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
@@ -1117,32 +1119,42 @@ def setup(args):
         except ImportError as e:
             raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
         run.tracker.init(project="cleanpost", name=run.out.name, config=asdict(args))
+    run.weights, STOP["run"] = 0, run
     watch(run)
     return run
 
 
 def watch(run):
-    """A thread on every rank: after ddp_timeout seconds without a step or an evaluation the ranks say where they stand,
-    the first one prints it, and the run ends. Whoever is stopped, or holds the interpreter, is named by its silence."""
-    store, main_thread, run.beat = dist.distributed_c10d._get_default_store(), threading.get_ident(), time.monotonic()
+    """A thread on every rank: ddp_timeout seconds without a step or an evaluation end the run."""
+    run.main_thread, run.beat = threading.get_ident(), time.monotonic()
 
     def wait():
         while time.monotonic() - run.beat < run.args.ddp_timeout:
             time.sleep(min(1.0, run.args.ddp_timeout / 10))
-        stack = traceback.extract_stack(sys._current_frames()[main_thread])
-        own = next((frame.name for frame in reversed(stack) if frame.filename == __file__), "start")
-        keys = [f"stuck/{rank}" for rank in range(run.world)]
-        store.set(keys[run.rank], f"is in {own} ({stack[-1].name})")
-        time.sleep(min(3.0, run.args.ddp_timeout))
-        said = [store.get(key).decode() if store.check([key]) else "does not answer" for key in keys]
-        if run.rank == next(rank for rank in range(run.world) if said[rank] != "does not answer"):
-            where = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said))
-            print(f"error: no progress for {run.args.ddp_timeout:g} s in step {run.step + 1}: {where}. If all is well, "
-                  f"raise --ddp_timeout. To go on: {run.command} --resume auto", file=sys.stderr, flush=True)
-            record(0, run.out, status="failed", exit_code=1)
-        os._exit(1)
+        roll_call(run, f"no progress for {run.args.ddp_timeout:g} s (longer steps need a longer --ddp_timeout)")
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def roll_call(run, why):
+    """All ranks say where they stand, the first that can prints it, and the process ends. Who is dead, stopped or keeps
+    the interpreter is named by silence."""
+    store, keys = dist.distributed_c10d._get_default_store(), [f"roll call/{rank}" for rank in range(run.world)]
+    stack = traceback.extract_stack(sys._current_frames()[run.main_thread])
+    own = [f.name for f in stack if f.filename == __file__ and f.name not in ("<module>", "launch", "roll_call")]
+    silent = "does not answer"
+    try:
+        store.set(keys[run.rank], f"is in {(own or ['start'])[-1]} ({stack[-1].name})")
+        time.sleep(min(3.0, run.args.ddp_timeout))
+        said = [store.get(key).decode() if store.check([key]) else silent for key in keys]
+    except RuntimeError:  # the store died with its rank
+        said = [silent if rank == 0 else "is alive" for rank in range(run.world)]
+    if run.rank == next((rank for rank in range(run.world) if said[rank] != silent), run.rank):
+        where = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said))
+        print(f"error: step {run.step + 1}: {why}: {where}. To go on: {run.command} --resume auto", file=sys.stderr,
+              flush=True)
+        record(0, run.out, status="failed", exit_code=1)
+    os._exit(1)
 
 
 def prepare_folder(args, attempt):
@@ -1256,9 +1268,13 @@ def performance(started, groups):
     """perf/...: seconds of the step, this rank's tokens per second (a prompt counts once), its peak memory."""
     seconds = time.perf_counter() - started
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in groups)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
-    return {"perf/seconds": seconds, "perf/tokens_per_s": tokens / seconds, "perf/peak_gb": peak / 1e9}
+    return {"perf/seconds": seconds, "perf/tokens_per_s": tokens / seconds, "perf/peak_gb": peak_bytes() / 1e9}
+
+
+def peak_bytes():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def log(run, metrics, steps):
@@ -1302,7 +1318,7 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     if steps < 1:
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
     record(run.rank, run.out, data=run.data, steps=steps)
-    weights = sum(p.numel() for p in policy.parameters())
+    weights = run.weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
     say(run, picture("first row", train[0], tokenizer))
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
@@ -1316,6 +1332,16 @@ def first_line(error):
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
 
 
+def memory_advice(run):
+    """What takes most of this rank's memory, and the flag to lower."""
+    static, peak = 16 * run.weights * run.args.replicate_size / run.world / 1e9, peak_bytes() / 1e9
+    if static > peak - static:
+        return f"weights, gradients and Adam take {static:.1f} GB of {peak:.1f}: more ranks, --tp_size or --cpu_offload"
+    half = max(1, run.args.tokens_per_microbatch // 2)
+    return (f"what is computed takes {peak - static:.1f} GB of {peak:.1f}: --tokens_per_microbatch {half}, and a "
+            f"--max_length below {run.args.max_length} if rows are longer than that")
+
+
 def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
@@ -1327,6 +1353,14 @@ def launch(main, args):
         code = next(number for kind, number in codes.items() if isinstance(e, kind))
         if rank == 0 or code == 2:
             print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
+    except (RuntimeError, MemoryError) as e:
+        run, text = STOP["run"], first_line(e)
+        if run and re.search("[Gg]loo|NCCL|[Cc]onnection", text):
+            roll_call(run, text)
+        if not run or not re.search("memory", f"{type(e).__name__} {text}".lower()):
+            raise
+        code = 2
+        print(f"error: out of memory in step {run.step + 1}: {memory_advice(run)}", file=sys.stderr, flush=True)
     finally:
         out = Path(args.output_dir or "-")
         if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's

@@ -268,7 +268,7 @@ def test_everything_is_loaded_from_safetensors_and_runs_no_code():
     for path in sources():
         for node, given in calls(path, "from_pretrained"):
             what, where = ast.unparse(node.func), f"{path.name}:{node.lineno}"
-            assert what.startswith(("Auto", "GenerationConfig")), where  # by name, so that the next lines see what loads
+            assert what.startswith(("Auto", "GenerationConfig")), where  # by name: the next lines see it
             if ast.unparse(node.args[0]) == "folder" or what.startswith("Generation"):
                 continue
             assert "trust_remote_code" in given and ast.literal_eval(given["trust_remote_code"]) is False, where
