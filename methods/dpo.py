@@ -436,8 +436,7 @@ def trainer_tensors(policy, optimizer):
 
 
 def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
-    """A Hugging Face folder that any tool loads, and trainer/ with the rest. meta.json is written last; all of it is on
-    the disk before this returns."""
+    """A Hugging Face folder, and trainer/ with the rest, meta.json last: on the disk on return, and so are the logs."""
     tensors, weights, trainer = trainer_tensors(policy, optimizer), {}, folder / "trainer"
     if run.rank == 0:
         trainer.mkdir(parents=True)
@@ -465,7 +464,7 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
             meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
-            for path in [*files, trainer / "meta.json", trainer, folder]:
+            for path in [*map(run.out.joinpath, meta["offsets"]), *files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
     except (OSError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
         raise InputError(f"could not save to {folder.parent}: {first_line(e)}. The checkpoint before is whole.") from e
