@@ -466,13 +466,13 @@ def resume(policy, optimizer, tokenizer, run):
     except CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
-    run.step = meta["step"]
+    run.step, run.state = meta["step"], meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     if run.rank == 0:
         for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
-        for newer in [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]:
-            discard(newer)  # an older checkpoint was asked for, or the newer one is damaged
+        newer = [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]  # damaged, or an older one is given
+        for folder in newer + checkpoints(run.out)[: -run.args.keep_last - len(newer)]:  # a kill came before rotation
+            discard(folder)
     say(run, f"resumed   {run.checkpoint}")
 
 
