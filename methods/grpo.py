@@ -839,6 +839,7 @@ def finish(policy, tokenizer, heldout, run):
             fsync(path)
         discard(final)
         os.rename(run.out / ".tmp-final", final)
+        fsync(run.out)
     dist.barrier()
     reloaded = check_export(policy, final, run)
     for group in heldout[:2] if reloaded else []:
@@ -874,9 +875,10 @@ def whole(folder):
 
 
 def discard(folder):
-    """Remove a folder without a moment in which half of it stands under its name."""
+    """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
     if folder.exists():
         os.rename(folder, folder.with_name(f".old-{folder.name}"))
+        fsync(folder.parent)
         shutil.rmtree(folder.with_name(f".old-{folder.name}"))
 
 
