@@ -532,8 +532,8 @@ def finish(policy, tokenizer, heldout, run):
 
 
 def checkpoints(out):
-    """Finished checkpoint folders, oldest first: meta.json is the last file written, and the rename comes after it."""
-    return sorted(p for p in out.glob("checkpoint-*") if (p / "trainer" / "meta.json").is_file())
+    """Checkpoint folders, oldest first: whole when they got their name, but since then something may have happened."""
+    return sorted(path.parent for path in out.glob("checkpoint-*/trainer"))
 
 
 def whole(folder):
@@ -633,14 +633,14 @@ def prepare_folder(args, attempt):
         return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
-        if candidates and checkpoint != candidates[0]:
-            print(f"skipped {candidates[0]}: damaged; resuming from {checkpoint}", file=sys.stderr, flush=True)
-        for name in [] if checkpoint else LOGS:
-            (out / name).unlink(missing_ok=True)
+        for damaged in candidates[: candidates.index(checkpoint) if checkpoint else None]:
+            print(f"skipped {damaged}: damaged", file=sys.stderr, flush=True)
+        if candidates and not checkpoint:  # a disk that cannot be read today may be read tomorrow
+            return str(out), None, f"{out}: no checkpoint is whole. To start over, move them away."
+        for path in [*out.glob(".tmp-*"), *out.glob(".old-*"), *([] if checkpoint else map(out.joinpath, LOGS))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}"
