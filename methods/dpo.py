@@ -858,9 +858,11 @@ def launch(main, args):
         if rank == 0 or code == 2:
             print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
     finally:
-        out = Path(args.output_dir or "-")
-        if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
-            record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
+        try:
+            if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own
+                record(rank, Path(args.output_dir), status="stopped" if code == 4 else "failed", exit_code=code)
+        except OSError:
+            pass  # the disk that is full or locked may be why we leave, which has been said
     dist.destroy_process_group() if code == 0 else os._exit(code)  # a failed rank does not wait for the others
 
 
