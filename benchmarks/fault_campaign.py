@@ -324,10 +324,7 @@ class Events:
             return False
         self.busy = True
         try:
-            if self.torn:
-                file, base = self.torn
-                os.truncate(file, base + (file.stat().st_size - base) // 2)
-                self.die()
+            self.tear()
             self.count += 1
             if self.rank == 0:
                 self.guard(event, path)
@@ -338,6 +335,13 @@ class Events:
         finally:
             self.busy = False
         return True
+
+    def tear(self):
+        """At the first sign that the file was written."""
+        if self.torn:
+            file, base = self.torn
+            os.truncate(file, base + (file.stat().st_size - base) // 2)
+            self.die()
 
     def strike(self, event, path, args):
         if self.side == "power":
@@ -384,7 +388,9 @@ class Events:
                 self.renames.append((path, target))
 
     def on_fsync(self, descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.busy = True
+        self.tear()
+        self.busy, path = False, Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         self.fsync(descriptor)
         if path in self.synced:
             self.synced[path] = path.stat().st_size

@@ -21,16 +21,15 @@ spec.loader.exec_module(faults)
 POINTS = {  # scenario, ranks, victim, event, sides: where something was wrong once, or would be first
     "a shard half written": ("fresh", 1, 0, "open .tmp-checkpoint/trainer/shard", ["torn"]),
     "an export half written": ("fresh", 1, 0, "write .tmp-checkpoint/model.safetensors", ["torn"]),
-    "no marker": ("fresh", 1, 0, "open .tmp-checkpoint/trainer/meta.json", ["after", "torn"]),
-    "the new name": ("fresh", 1, 0, "os.rename .tmp-checkpoint", ["before", "after", "power"]),
+    "the marker half written": ("fresh", 1, 0, "open .tmp-checkpoint/trainer/meta.json", ["torn"]),
+    "the new name": ("fresh", 1, 0, "os.rename .tmp-checkpoint", ["before", "power"]),
     "the rotation": ("fresh", 1, 0, "os.rename checkpoint-000001", ["before", "power"]),
-    "the rotation half done": ("fresh", 1, 0, "os.remove .old-checkpoint-000001/model", ["power"]),
+    "the rotation half done": ("fresh", 1, 0, "os.remove .old-checkpoint-000001", ["power"]),
     "a line half written": ("resumed", 1, 0, "open metrics.jsonl", ["torn"]),
-    "the logs cut back": ("resumed", 1, 0, "os.truncate metrics.jsonl", ["before", "after"]),
     "the damaged one": ("resumed", 1, 0, "os.rename checkpoint-000002", ["after"]),
-    "the end": ("fresh", 1, 0, "os.rename .tmp-final", ["before", "after"]),
+    "the end": ("fresh", 1, 0, "os.rename .tmp-final", ["after"]),
     "two ranks": ("fresh", 2, 0, "os.rename .tmp-checkpoint", ["before"]),
-    "the other rank": ("fresh", 2, 1, "open .tmp-checkpoint/trainer/shard-00002", ["after", "torn"]),
+    "the other rank": ("fresh", 2, 1, "open .tmp-checkpoint/trainer/shard-00002", ["torn"]),
 }
 
 
