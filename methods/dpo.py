@@ -183,8 +183,7 @@ def seq_sums(values, batch):
 
 @torch.no_grad()
 def attach_reference(policy, groups, name, args, run):
-    """Give every completion its log pi_ref: one pass of the untrained policy over the rows that will be used, kept in a
-    file under a digest of the rows and of what the starting weights say of the probe. A resumed run reads it."""
+    """Give every completion its log pi_ref, of the untrained policy; a file keeps it under a digest of rows and probe."""
     path, probe = run.out / f"ref_logprobs_{name}.safetensors", policy(flat_batch(run.probe, run.device))["logprobs"]
     about = repr((run.data, [g["row"] for g in groups], args.max_length, [round(x, 3) for x in probe.tolist()]))
     key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
@@ -199,6 +198,7 @@ def attach_reference(policy, groups, name, args, run):
         known = {key: values.float().cpu()}
         if run.rank == 0:
             save_file(known, run.out / f".tmp-{name}")
+            fsync(run.out / f".tmp-{name}")  # or a power cut could leave an empty file, which no resume could read
             os.replace(run.out / f".tmp-{name}", path)
     for group, pair in zip(groups, known[key].tolist()):
         for completion, value in zip(group["completions"], pair):
