@@ -240,25 +240,44 @@ def part_trl_full():
     return f"## Against TRL\n\n{text}" if text else ""
 
 
-KILLS_HEAD = """Runs that were killed with SIGKILL at random moments and resumed until they ended, against one that
-nobody killed: tensors, exported model and files, bitwise. The columns in the middle say where the kills hit.
+FAULTS_HEAD = """Runs that were broken, resumed until they ended, and compared with one that nobody disturbed: tensors,
+Adam, state, exported model and files, bitwise (on another number of ranks: as `tests/test_split.py` defines equality).
+What the faults are stands at the top of `benchmarks/fault_campaign.py`.
 """
 
 
-def part_kills():
-    """A line per script of the kill campaign."""
-    first, *found = lines(RESULTS / "kill_campaign.jsonl") or [{}]
-    phases = [p for p in ("start", "rollout", "step", "save", "evaluation", "finish", "ended")
-              if any(row["phase"] == p for row in found)]
-    rows = []
-    for script in dict.fromkeys(row["script"] for row in found):
-        mine = [row for row in found if row["script"] == script]
-        hits = [sum(row["phase"] == p for row in mine) for p in phases]
-        unequal = len({row["run"] for row in mine if not row["equal"]})
-        rows.append([script, len({row["run"] for row in mine}), len(mine), *hits, unequal])
-    head = "script", "runs:", "kills:", *(f"{p}:" for p in phases), "runs that ended differently:"
-    made = f"`{first.get('command')}`, {first.get('device')}."
-    return f"## Kill campaign\n\n{KILLS_HEAD}\n{table(head, rows)}\n{made}\n\n" if rows else ""
+def part_faults():
+    """Tables of the fault campaign: points by scenario and side, random faults by kind, and moves between meshes."""
+    first, *found = lines(RESULTS / "fault_campaign.jsonl") or [{}]
+    parts = {part: [row for row in found if row["part"] == part] for part in ("points", "random", "mesh")}
+    text, unequal = "", lambda rows: sum(not row["equal"] for row in rows)
+    if rows := parts["points"]:
+        sides = [side for side in ("before", "torn", "after", "power") if any(row["side"] == side for row in rows)]
+        groups = {}
+        for row in rows:
+            groups.setdefault((row["scenario"], row["world"], row["rank"]), []).append(row)
+        shown = [[*key, *(sum(row["side"] == side for row in rows) for side in sides), unequal(rows)]
+                 for key, rows in groups.items()]
+        head = "run", "ranks:", "killed rank:", *(f"{side}:" for side in sides), "ended differently:"
+        text += f"At every file-system event:\n\n{table(head, shown)}\n"
+    if rows := parts["random"]:
+        kinds = list(dict.fromkeys(row["kind"] for row in rows))
+        groups = {}
+        for row in rows:
+            groups.setdefault((row["script"], row["world"]), []).append(row)
+        shown = [[*key, *(sum(row["kind"] == kind for row in rows) for kind in kinds), unequal(rows)]
+                 for key, rows in groups.items()]
+        shown.append(["all", "", *(sum(row["kind"] == kind for row in rows) for kind in kinds), unequal(rows)])
+        head = "script", "ranks:", *(f"{kind}:" for kind in kinds), "ended differently:"
+        text += f"At random moments:\n\n{table(head, shown)}\n"
+        phases = [row["phase"] for row in rows if "phase" in row]
+        hits = ", ".join(f"{phase} ({phases.count(phase)})" for phase in dict.fromkeys(phases))
+        text += f"SIGKILL and a locked folder hit in {hits}.\n\n"
+    if rows := parts["mesh"]:
+        shown = [[row["script"], row["mesh"], row["learning_rates_apart"], unequal([row])] for row in rows]
+        head = "script", "ranks", "weights apart, in learning rates:", "ended differently:"
+        text += f"From one number of ranks to another:\n\n{table(head, shown)}\n"
+    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}`{first['command']}`, {first['device']}.\n\n" if text else ""
 
 
 PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}

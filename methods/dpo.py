@@ -193,8 +193,7 @@ def seq_sums(values, batch):
 
 @torch.no_grad()
 def attach_reference(policy, groups, name, args, run):
-    """Give every completion its log pi_ref: one pass of the untrained policy over the rows that will be used, kept in a
-    file under a digest of the rows and of what the starting weights say of the probe. A resumed run reads it."""
+    """Give every completion its log pi_ref, of the untrained policy; a file keeps it under a digest of rows and probe."""
     path, probe = run.out / f"ref_logprobs_{name}.safetensors", policy(flat_batch(run.probe, run.device))["logprobs"]
     about = repr((run.data, [g["row"] for g in groups], args.max_length, [round(x, 3) for x in probe.tolist()]))
     key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
@@ -209,6 +208,7 @@ def attach_reference(policy, groups, name, args, run):
         known = {key: (values / args.tp_size).float().cpu()}  # tp ranks hold the same rows
         if run.rank == 0:
             save_file(known, run.out / f".tmp-{name}")
+            fsync(run.out / f".tmp-{name}")  # or a power cut could leave an empty file, which no resume could read
             os.replace(run.out / f".tmp-{name}", path)
     for group, pair in zip(groups, known[key].tolist()):
         for completion, value in zip(group["completions"], pair):
@@ -567,8 +567,7 @@ def trainer_tensors(policy, optimizer):
 
 
 def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
-    """A Hugging Face folder that any tool loads, and trainer/ with the rest. meta.json is written last; all of it is on
-    the disk before this returns."""
+    """A Hugging Face folder, and trainer/ with the rest, meta.json last: on the disk on return, and so are the logs."""
     tensors, trainer = trainer_tensors(policy, optimizer), folder / "trainer"
     if run.rank == 0:
         trainer.mkdir(parents=True)
@@ -589,7 +588,7 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
             meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
-            for path in [*files, trainer / "meta.json", trainer, folder]:
+            for path in [*map(run.out.joinpath, meta["offsets"]), *files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
     except (OSError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
         raise InputError(f"could not save to {folder.parent}: {first_line(e)}. The checkpoint before is whole.") from e
@@ -678,13 +677,13 @@ def resume(policy, optimizer, tokenizer, run):
     except CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
-    run.step = meta["step"]
+    run.step, run.state = meta["step"], meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     if run.rank == 0:
         for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
-        for newer in [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]:
-            discard(newer)  # an older checkpoint was asked for, or the newer one is damaged
+        newer = [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]  # damaged, or an older one is given
+        for folder in newer + checkpoints(run.out)[: -run.args.keep_last - len(newer)]:  # a kill came before rotation
+            discard(folder)
     say(run, f"resumed   {run.checkpoint}")
 
 
@@ -723,6 +722,7 @@ def finish(policy, tokenizer, heldout, run):
             fsync(path)
         discard(final)
         os.rename(run.out / ".tmp-final", final)
+        fsync(run.out)
     dist.barrier()
     reloaded = check_export(policy, final, run)
     for group in heldout[:2] if reloaded else []:
@@ -743,8 +743,8 @@ def finish(policy, tokenizer, heldout, run):
 
 
 def checkpoints(out):
-    """Finished checkpoint folders, oldest first: meta.json is the last file written, and the rename comes after it."""
-    return sorted(p for p in out.glob("checkpoint-*") if (p / "trainer" / "meta.json").is_file())
+    """Checkpoint folders, oldest first: whole when they got their name, but since then something may have happened."""
+    return sorted(path.parent for path in out.glob("checkpoint-*/trainer"))
 
 
 def whole(folder):
@@ -758,9 +758,10 @@ def whole(folder):
 
 
 def discard(folder):
-    """Remove a folder without a moment in which half of it stands under its name."""
+    """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
     if folder.exists():
         os.rename(folder, folder.with_name(f".old-{folder.name}"))
+        fsync(folder.parent)
         shutil.rmtree(folder.with_name(f".old-{folder.name}"))
 
 
@@ -891,14 +892,14 @@ def prepare_folder(args, attempt):
         return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
-        if candidates and checkpoint != candidates[0]:
-            print(f"skipped {candidates[0]}: damaged; resuming from {checkpoint}", file=sys.stderr, flush=True)
-        for name in [] if checkpoint else LOGS:
-            (out / name).unlink(missing_ok=True)
+        for damaged in candidates[: candidates.index(checkpoint) if checkpoint else None]:
+            print(f"skipped {damaged}: damaged", file=sys.stderr, flush=True)
+        if candidates and not checkpoint:  # a disk that cannot be read today may be read tomorrow
+            return str(out), None, f"{out}: no checkpoint is whole. To start over, move them away."
+        for path in [*out.glob(".tmp-*"), *out.glob(".old-*"), *([] if checkpoint else map(out.joinpath, LOGS))]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}"
@@ -1081,9 +1082,11 @@ def launch(main, args):
         code = 2
         print(f"error: out of memory in step {run.step + 1}: {memory_advice(run)}", file=sys.stderr, flush=True)
     finally:
-        out = Path(args.output_dir or "-")
-        if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
-            record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
+        try:
+            if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own
+                record(rank, Path(args.output_dir), status="stopped" if code == 4 else "failed", exit_code=code)
+        except OSError:
+            pass  # the disk that is full or locked may be why we leave, which has been said
     dist.destroy_process_group() if code == 0 else os._exit(code)  # a failed rank does not wait for the others
 
 
