@@ -42,6 +42,7 @@ def test_a_rank_that_hangs_is_named(name, what, said, tmp_path):
                         patch=trouble(what))
     assert time.monotonic() - begun < 40
     assert results[0].code == 1
-    (line,) = [line for result in results for line in result.log.splitlines() if line.startswith("error: step 2: no pro")]
+    lines = [line for result in results for line in result.log.splitlines()]
+    (line,) = [line for line in lines if line.startswith("error: step 2: no progress")]
     assert said in line and "rank 0 is in" in line and "--resume auto" in line
     assert (tmp_path / "run" / "checkpoint-000001").is_dir()
