@@ -891,6 +891,7 @@ def export(policy, folder, run):
             policy.lm.save_pretrained(part, state_dict=held, max_shard_size="1000GB")
             name = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
             os.rename(part / "model.safetensors", folder / name)
+            fsync(folder / name)  # by its writer: rank 0, which syncs all the rest, may be another machine
             shutil.rmtree(part)
     dist.barrier()
     if run.rank == 0:
