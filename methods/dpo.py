@@ -602,15 +602,16 @@ def export(policy, folder, run):
     ends = accumulate(tensor.numel() * run.save_dtype.itemsize for tensor in weights.values())
     files = [[name for name, _ in same] for _, same in groupby(zip(weights, ends), lambda pair: pair[1] // FILE_BYTES)]
     for number, names in enumerate(files):
-        part, held = folder / f"part-{number}", {}
+        part, held = folder / f"part-{number}" if len(files) > 1 else folder, {}
         for name in names:
             tensor = full(weights[name]).detach()  # all ranks take part
             held |= {name: tensor.to("cpu", run.save_dtype)} if number % run.world == run.rank else {}
         if held:
             policy.lm.save_pretrained(part, state_dict=held, max_shard_size="1000GB")
-            name = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+            fsync(part / "model.safetensors")  # by its writer: rank 0, which syncs all the rest, may be far away
+        if held and part != folder:  # save_pretrained takes the files of other parts for old ones
+            name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
             os.rename(part / "model.safetensors", folder / name)
-            fsync(folder / name)  # by its writer: rank 0, which syncs all the rest, may be another machine
             shutil.rmtree(part)
     dist.barrier()
     if run.rank == 0:
