@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from numbers import Real
 
 
@@ -82,7 +83,7 @@ def serve(memory):
             else:
                 reward = load(*question)
         except BaseException as e:  # user code may raise anything
-            answer = f"{type(e).__name__}: {e}"
+            answer = traceback.format_exception_only(e)[-1]
         if os.getpid() != own:
             os._exit(0)  # the function forked, and both came back
         wire.write(json.dumps(answer) + "\n")
