@@ -137,7 +137,10 @@ def leaves_children(prompts, completions):
     return [1.0, 2.0]
 @hostile
 def forks(prompts, completions):
-    os.fork()
+    if os.fork() == 0:
+        time.sleep(0.1)
+        return [8.0, 8.0]
+    time.sleep(0.3)
     return [1.0, 2.0]
 @hostile
 def changes_the_process(prompts, completions):
@@ -432,7 +435,7 @@ def fenced(code):
 
 
 def cases(text):
-    """Blocks of code, each under a line `=== name: tests` -> {name: (code, tests)}."""
+    """Blocks of code, each under a line `=== name` or `=== name: tests` -> {name: (code, tests)}."""
     heads = [block.partition("\n") for block in text.split("\n=== ")[1:]]
     return {head.partition(": ")[0]: (code, head.partition(": ")[2]) for head, _, code in heads}
 
@@ -453,6 +456,7 @@ def test_code_is_judged(enclosed):
               (add, "def check(f):\n    for i in range(9): assert f(i, i) == 2 * i\ncheck(add)"),
               ("import math\nclass A: pass\ndef f(): return math.inf", "import math\nassert f() == math.inf")],
         0.0: [(add, "assert add(1, 2) == 4"), ("def add(a, b", "assert add(1, 2) == 3"), ("", "assert add(1, 2) == 3"),
+              ("def abs(x): return 0\ndef f(): return 7", "assert abs(f() - 3) < 1"),
               ("def f(): return object()", "assert f()"), ("raise SystemExit(0)", "assert add(1, 2) == 3")],
         None: [(add, None), (add, []), (add, "assert add(1, 2) ==")],
     }  # fmt: skip
@@ -465,52 +469,52 @@ def test_code_is_judged(enclosed):
 
 # None of these is right, so none may pass.
 FORGED = cases("""
-=== exits:
+=== exits
 import os
 os._exit(0)
-=== exits when called:
+=== exits when called
 import sys
 def add(a, b): sys.exit(0)
-=== prints:
+=== prints
 import os
 for fd in range(32):
     try: os.write(fd, b'passed')
     except OSError: pass
 def add(a, b): return 0
-=== equals everything:
+=== equals everything
 class Any(int):
     __eq__ = lambda *_: True
     __hash__ = int.__hash__
 def add(a, b): return Any()
-=== patches builtins:
+=== patches builtins
 import builtins, sys
 builtins.AssertionError = ValueError
 sys.exit = exit = lambda *_: None
 def add(a, b): return 0
-=== shadows builtins:
+=== shadows builtins
 def all(x): return True
 def abs(x): return 0
 def add(a, b): return 0
-=== claims names:
+=== claims names
 globals()['__builtins__'] = 1
 __import__ = add = lambda *_: 0
-=== raises what tests might expect:
+=== raises what tests might expect
 def add(a, b): raise SystemExit
-=== speaks for the candidate:
+=== speaks for the candidate
 import os, json
 lines = [['all', 'abs', 'add', '__builtins__']] + [['value', True], ['value', 4321]] * 99
 for fd in range(3, 32):
     try: os.write(fd, ''.join(json.dumps(line) + '\\n' for line in lines).encode())
     except OSError: pass
 def add(a, b): return 0
-=== answers with junk:
+=== answers with junk
 import os
 def add(a, b):
     for fd in range(3, 32):
         try: os.write(fd, b'[' * 99999 + b'\\n')
         except OSError: pass
     return 0
-=== kills the examiner:
+=== kills the examiner
 import os
 for pid in range(-1, 400):
     try: os.kill(pid, 9) if pid != os.getpid() else 0
@@ -521,7 +525,7 @@ def add(a, b): return 0
 
 def test_verdicts_that_code_would_forge(enclosed):
     tests = "assert all(add(i, i) == 2 * i for i in (10, 20)) and abs(add(7, 3) - 10) < 1"
-    given = judged(enclosed, {name: (code, tests) for name, code in FORGED.items()})
+    given = judged(enclosed, {name: (code, tests) for name, (code, _) in FORGED.items()})
     assert given == dict.fromkeys(FORGED, 0.0)
     assert judged(enclosed, {"honest": ("def add(a, b): return a + b", tests)}) == {"honest": 1.0}
 
