@@ -13,9 +13,9 @@ Data    {prompt, any columns}: the columns go to the reward functions
 State   alerts, streaks, before, last, best (evaluations); rollout/...: the rollout in use, if it spans several steps
 Parent: methods/sft.py
 Delta:
-  imports, args: array and Real; DynamicCache and encode_prompt
+  imports, args: array; DynamicCache, RewardFile and encode_prompt
   Args.method: sampling, clipping, advantages, rewards
-  rewards, RewardTimeout, accuracy, format, load_rewards, reward_groups: what is maximised
+  rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
   data, load_groups: a row becomes a prompt and its columns; completions come later
   uniforms, generate, sample, refresh, attach_logprobs, gather, rollout, pack, unpack: completions and their log-probs
@@ -53,7 +53,6 @@ from array import array
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import accumulate, groupby, repeat
-from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -134,7 +133,8 @@ class Args:
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
     reward: tuple[str, ...] = ("accuracy",)  # accuracy, format or FILE.py:FUNCTION; several are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
-    reward_timeout: float = 60.0  # seconds a reward function may take per rollout
+    reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
+    reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
     eval_samples: int = 4  # completions per held-out prompt for pass@k; 0: greedy only
 
 
@@ -187,16 +187,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
+from common.rewards import RewardFile
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
 NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-
-
-class RewardTimeout(BaseException):
-    """Not an Exception, or a reward function's own guard would swallow it and go on."""
 
 
 def accuracy(prompts, completions, answer=None, solution=None, **_):
@@ -221,19 +218,14 @@ def format(prompts, completions, **_):
 
 def load_rewards(args):
     """--reward -> functions reward(prompts, completions, **columns) -> list of numbers or None: TRL's signature."""
-    functions = []
+    functions, known = [], {"accuracy": accuracy, "format": format}
     for name in args.reward:
-        path, _, function = name.rpartition(":")
         try:
-            if path:
-                spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            functions.append(getattr(module, function) if path else {"accuracy": accuracy, "format": format}[name])
-            assert callable(functions[-1]), f"{function} is not a function"
-        except (Exception, SystemExit) as e:  # user code may raise anything
-            text = f"--reward {name}: {type(e).__name__}: {first_line(e)}. Give accuracy, format or FILE.py:FUNCTION."
-            raise InputError(text) from e
+            if ":" not in name and name not in known:
+                raise ChildProcessError("there is no such reward")
+            functions.append(known.get(name) or RewardFile(name, args.reward_timeout, args.reward_memory))
+        except OSError as e:
+            raise InputError(f"--reward {name}: {first_line(e)}. Give accuracy, format or FILE.py:FUNCTION.") from e
     if len(args.reward_weights) not in (0, len(functions)):
         raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(functions)} rewards.")
     return functions
@@ -249,28 +241,18 @@ def reward_groups(groups, run):
     texts = [run.tokenizer.decode(c["ids"], skip_special_tokens=True) for _, c in pairs]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
+    others = {name: values for name, values in columns.items() if name not in own}
     parts, wrong = [], None
-
-    def expire(*_):
-        raise RewardTimeout(f"no answer after {run.args.reward_timeout:g} s")
-
     for name, function in zip(run.args.reward, run.rewards):
-        before = signal.signal(signal.SIGALRM, expire)
-        signal.setitimer(signal.ITIMER_REAL, run.args.reward_timeout, 1.0)  # and every second from then on
         try:
-            others = {name: copy.deepcopy(values) for name, values in columns.items() if name not in own}
             values = function(prompts=prompts, completions=answers, **others)
-        except (Exception, SystemExit, RewardTimeout) as e:  # user code may raise anything
+        except Exception as e:  # rows may hold anything, and files do anything
             print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr, flush=True)
             values = [None] * len(pairs)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        fits = isinstance(values, list) and len(values) == len(pairs)
-        if not fits or not all(v is None or isinstance(v, Real) for v in values):
+        if values is None:
             wrong = f"--reward {name} must return a list of {len(pairs)} numbers (or None), one for each completion."
         else:
-            parts.append([math.nan if v is None or not math.isfinite(v) else float(v) for v in values])
+            parts.append([math.nan if v is None or not math.isfinite(v) else v for v in values])
     everyone = [None] * run.world
     dist.all_gather_object(everyone, wrong)
     if any(everyone):
