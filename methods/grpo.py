@@ -243,7 +243,7 @@ def reward_groups(groups, run):
     answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
     others = {name: values for name, values in columns.items() if name not in own}
     parts, wrong = [], None
-    for name, function in zip(run.args.reward, run.rewards):
+    for name, function in zip(run.args.reward, run.rewards) if pairs else ():
         try:
             values = function(prompts=prompts, completions=answers, **others)
         except Exception as e:  # rows may hold anything, and files do anything
@@ -253,10 +253,7 @@ def reward_groups(groups, run):
             wrong = f"--reward {name} must return a list of {len(pairs)} numbers (or None), one for each completion."
         else:
             parts.append([math.nan if v is None or not math.isfinite(v) else v for v in values])
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, wrong)
-    if any(everyone):
-        raise InputError(next(filter(None, everyone)))
+    agree(run, wrong)
     weights = torch.tensor(run.args.reward_weights or [1.0] * len(parts), dtype=torch.float64)
     for (_, completion), values in zip(pairs, torch.tensor(parts, dtype=torch.float64).T):
         completion["parts"] = values.tolist()
