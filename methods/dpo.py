@@ -44,7 +44,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import arg
 
 STOP = {"signal": 0}  # set by the handler, read at step boundaries
@@ -62,6 +61,7 @@ if __name__ == "__main__":  # before the slow imports: a preemption during them 
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "common" / "tiny").is_dir())
 sys.path.insert(0, str(ROOT))  # python and torchrun add the script's own folder only
+from common.flags import read_flags
 
 
 # ---- args ----------------------------------------------------------------------------------------
@@ -112,23 +112,23 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip() + "\n")  # tyro would re-flow it
-    args = tyro.cli(Args, args=argv)
+    args = read_flags(Args, argv)
     if args.model == "tiny":
         presets = json.loads((ROOT / "common/tiny/presets.json").read_text())
         names = [Path(__file__).stem, *re.findall(r"^Parent: \S*?(\w+)\.py", __doc__, re.M)]
         preset = next((presets[name] for name in names if name in presets), {})
-        args = tyro.cli(Args, args=argv, default=replace(Args(), **preset))
+        args = read_flags(Args, argv, default=replace(Args(), **preset))
     wrong = []
     for name, value in asdict(args).items():
         zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
-        least = 0 if zero else 1
+        least, most = 0 if zero else 1, 2**20 if name in ("batch_size", "num_generations") else 2**53
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
-        if number and value != getattr(Args(), name) and not least <= value < math.inf:
-            wrong.append(f"--{name} {value}: must be a number from {least} on.")
+        if number and value != getattr(Args(), name) and not least <= value <= most:
+            wrong.append(f"--{name} {value}: must be a number from {least} to {most}.")
     try:
         assert isinstance(json.loads(args.chat_template_kwargs), dict)
-    except (ValueError, AssertionError):
-        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs}: must be a JSON object.")
+    except (ValueError, AssertionError, RecursionError):
+        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs[:200]!a}: must be a JSON object.")
     if max(args.adam_beta1, args.adam_beta2) >= 1 or not 0 <= args.seed < 2**32:
         wrong.append("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
     if wrong:
