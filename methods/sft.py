@@ -148,7 +148,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
 from common.tokenization import InputError, balance, encode_demonstration, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
+from common.tokenization import load_tokenizer, micro_batches, order, printable, stop_ids, token_picture
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -250,15 +250,19 @@ def load_model(args, run):
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(path, args.chat_template)
     try:
+        named = read_json(Path(path, "model.safetensors.index.json")).get("weight_map", {}).values()
+        if outside := [name for name in named if Path(name).name != name]:
+            raise ValueError(f"its index names {outside[0]}, which is not in the folder")
         lm, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+    except Exception as e:  # the loader may raise anything, and what it reads is input
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     if missing := sorted(info["missing_keys"]):
-        raise InputError(f"--model {args.model}: its weights lack {len(missing)} tensors, {missing[0]} for one.")
-    if len(tokenizer) > (rows := lm.get_input_embeddings().num_embeddings):
-        raise InputError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows.")
+        raise InputError(f"--model {args.model}: its weights lack {len(missing)} tensors. Pass one with {missing[0]}.")
+    ids, rows = max(tokenizer.get_vocab().values(), default=0) + 1, lm.get_input_embeddings().num_embeddings
+    if ids > rows:
+        raise InputError(f"--model {args.model}: {rows} embeddings, but {ids} token ids. Pass another.")
     refuse_rotary(lm.config, args.max_length)
     for module in lm.modules():
         for name, value in vars(module).items():
@@ -390,6 +394,8 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), files, save_distributed=True))
         for name in [k for k in tensors if k.startswith("model.")]:
             tensor = full(tensors[name]).detach()  # one gathered tensor at a time
+            if not tensor.isfinite().all():
+                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
             if run.rank == 0:
                 weights[name.removeprefix("model.lm.")] = tensor.to("cpu", run.save_dtype)
         if run.rank == 0:
@@ -541,8 +547,10 @@ def whole(folder):
     try:
         meta = json.loads((folder / "trainer" / "meta.json").read_text())
         own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
-        return own and all(crc32(folder / name) == crc for name, crc in meta["crc32"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        own = own and {"step", "flags", "data", "versions", "state", "offsets"} <= meta.keys()
+        here = {str(p.relative_to(folder)) for p in folder.rglob("*")}  # no name in meta.json leads out of the folder
+        return own and all(name in here and crc32(folder / name) == crc for name, crc in meta["crc32"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -624,13 +632,13 @@ def prepare_folder(args, attempt):
     unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = read_json(out / "run.json")
-    if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
-        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
-    if attempt != "0" and ended.get("exit_code") in (2, 3):
-        sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
-    if given and not (given in checkpoints(given.parent) and whole(given)):
-        return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
     try:
+        if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
+            return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
+        if attempt != "0" and ended.get("exit_code") in (2, 3):
+            sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
+        if given and not (given in checkpoints(given.parent) and whole(given)):
+            return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
         out.mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -642,7 +650,7 @@ def prepare_folder(args, attempt):
             (out / name).unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
-        return str(out), None, f"--output_dir {out}: {first_line(e)}"
+        return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
 
 
 def command_line(args):
@@ -666,8 +674,9 @@ def record(rank, out, **fields):
 def read_json(path):
     """-> the object in a file, or {} where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = json.loads(path.read_text())
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -772,6 +781,8 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     """The first row token by token, and the run in numbers."""
     if steps < 1:
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
+    if run.args.eval_dataset and not heldout:
+        raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
     record(run.rank, run.out, data=run.data, steps=steps)
     weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
@@ -791,13 +802,19 @@ def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
     codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that a terminal's encoding lacks
     try:
         main(args)
         code = 0
-    except tuple(codes) as e:
-        code = next(number for kind, number in codes.items() if isinstance(e, kind))
+    except (MemoryError, RuntimeError, *codes) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+        code = 2 if memory else next((number for kind, number in codes.items() if isinstance(e, kind)), 1)
+        if code == 1:
+            raise
+        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
+        text = "not enough memory. Lower --tokens_per_microbatch or --batch_size." if memory else text
         if rank == 0 or code == 2:
-            print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
+            print("error: " * (code < 4) + printable(text)[:1000], file=sys.stderr, flush=True)
     finally:
         out = Path(args.output_dir or "-")
         if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
