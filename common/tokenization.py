@@ -75,6 +75,7 @@ def read_rows(name, split):
             import datasets  # takes a second, and most runs do not need it
 
             datasets.disable_progress_bars()
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
             if path.is_dir():
                 data = datasets.load_from_disk(name)
                 data = data[split] if isinstance(data, dict) else data
@@ -121,7 +122,7 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
         row.index, row.where = len(rows), where
         rows.append(row)
     if not rows:
-        raise problem(name, "no rows in split", split, f"Files, in a folder SPLIT*{'|'.join(FILES)}, need rows")
+        raise problem(name, "no rows in split", split, f"Give a file, or a folder with SPLIT*{'|'.join(FILES)}")
     if "" in names.values() or names.keys() - columns:
         raise problem(name, f"--rename {rename} does not fit columns", sorted(columns), "Type --rename old:new,old:new")
     return rows
@@ -187,22 +188,23 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
     """-> ids (or text) of the messages; the row's columns tools and chat_template_kwargs, values or JSON, take part."""
     if not tokenizer.chat_template:
         raise problem(row, "messages, but the tokenizer has no chat template", messages, "Type --chat_template FILE")
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(PATIENCE)
     try:
         tools, extra = (json.loads(value) if isinstance(value, str) else value
                         for value in (row.get("tools"), row.get("chat_template_kwargs")))
-        text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
-            messages, tools=tools, chat_template=None, add_generation_prompt=generation, tokenize=False,
-            continue_final_message=False, **{**(options or {}), **(extra or {})})
+        before = signal.signal(signal.SIGALRM, expire)
+        signal.alarm(PATIENCE)
+        try:
+            text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
+                messages, tools=tools, chat_template=None, add_generation_prompt=generation, tokenize=False,
+                continue_final_message=False, **{**(options or {}), **(extra or {})})
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
         if len(text) > 2**24:
             raise ValueError(f"it writes {len(text)} characters")
         return encode(tokenizer, text) if tokenize else text
     except Exception as error:  # a template is a program of its own, and may raise anything
         raise problem(row, "the chat template fails", error, "Fix the row, or type --chat_template FILE") from error
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def column(row, name):
@@ -210,7 +212,7 @@ def column(row, name):
     value, messages = row[name], []
     chat = isinstance(value, list) and len(value) > 0
     if chat != {"text": False, "messages": True, "conversations": True}.get(name, chat):
-        raise problem(row, f"wrong kind of column {name}", value, 'Messages: [{"role": "user", "content": "..."}]')
+        raise problem(row, f"wrong kind of column {name}", value, 'Write [{"role": "user", "content": "..."}]')
     for message in value if chat else [{"role": "user", "content": value}]:
         message = message if isinstance(message, dict) else {"role": message}
         role, content = str(message.get("role", message.get("from"))), message.get("content", message.get("value"))
