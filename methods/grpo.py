@@ -481,9 +481,10 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    if not 2 <= args.num_generations <= 2**20 // args.batch_size // args.steps_per_generation or args.temperature <= 0:
-        raise InputError("--num_generations must be at least 2 (a group needs a mean) and a rollout of at most a million "
-                         "completions (lower --batch_size or --steps_per_generation), and --temperature above 0.")
+    size = args.batch_size * args.steps_per_generation * args.num_generations
+    if args.num_generations < 2 or args.temperature <= 0 or size > 2**20:
+        raise InputError("--num_generations must be at least 2, --temperature above 0, and --num_generations x "
+                         f"--batch_size x --steps_per_generation ({size}) at most a million.")
     run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
     oracle = reference_logprobs(lm, run.probe, args.temperature)
     run.sampler = copy.deepcopy(lm).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
@@ -577,6 +578,7 @@ def load_model(args, run):
     shared prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     tokenizer = load_tokenizer(path, args.chat_template)
     try:
         named = read_json(Path(path, "model.safetensors.index.json")).get("weight_map", {}).values()

@@ -248,6 +248,7 @@ def load_model(args, run):
     shared prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     tokenizer = load_tokenizer(path, args.chat_template)
     try:
         named = read_json(Path(path, "model.safetensors.index.json")).get("weight_map", {}).values()
