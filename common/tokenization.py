@@ -9,6 +9,7 @@ import heapq
 import json
 import re
 import reprlib
+import signal
 from array import array
 from functools import lru_cache, partial
 from itertools import compress, groupby, pairwise, repeat
@@ -21,13 +22,22 @@ FILES = (".jsonl", ".json", ".parquet", ".csv")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = dict(human="user", gpt="assistant", function_call="assistant", function="tool", observation="tool")
 TEXT = re.compile("[^\ud800-\udfff]*")  # no half of a surrogate pair, which JSON can write and no tokenizer takes
+PATIENCE = 10  # seconds that a chat template may take for one conversation; milliseconds are usual
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 160
 SHORT.maxlist = 20
 
 
+def printable(text):
+    """What a terminal obeys, line breaks too, spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class InputError(ValueError):
     """One line: what is wrong (where): what was found. What to type. Scripts print it and exit with code 2."""
+
+    def __str__(self):  # names of files and flags are in it as they are
+        return printable(super().__str__())
 
 
 class Row(dict):
@@ -64,6 +74,8 @@ def read_rows(name, split):
         else:
             import datasets  # takes a second, and most runs do not need it
 
+            datasets.disable_progress_bars()
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
             if path.is_dir():
                 data = datasets.load_from_disk(name)
                 data = data[split] if isinstance(data, dict) else data
@@ -75,7 +87,7 @@ def read_rows(name, split):
             rows = list(enumerate(data.to_list(), 1))
         return [(f"{name}:{line}", row) for line, row in rows]
     except Exception as error:  # readers share no class of errors; all of them are about the input, and stay chained
-        raise problem(f"{name}:{line}" if line else name, "cannot read the data", error,
+        raise problem(f"{name}:{line}" if line else name, "cannot read the data", error.__cause__ or error,
                       "Type --dataset FILE (.jsonl: an object per line), FOLDER, HUB_ID or HUB_ID:SPLIT") from error
 
 
@@ -102,12 +114,15 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
         if not isinstance(value, dict):
             raise problem(where, "a row is not an object", value, "Write one JSON object per line")
         columns.update(value)
-        row = Row(strip_none(value))
+        try:
+            row = Row(strip_none(value))
+        except RecursionError as error:
+            raise problem(where, "nested too deep", value, "Write flat columns") from error
         row |= {new: row.pop(old) for old, new in names.items() if old in row}
         row.index, row.where = len(rows), where
         rows.append(row)
     if not rows:
-        raise problem(name, "no rows in split", split, f"Files, in a folder SPLIT*{'|'.join(FILES)}, need rows")
+        raise problem(name, "no rows in split", split, f"Give a file, or a folder with SPLIT*{'|'.join(FILES)}")
     if "" in names.values() or names.keys() - columns:
         raise problem(name, f"--rename {rename} does not fit columns", sorted(columns), "Type --rename old:new,old:new")
     return rows
@@ -134,9 +149,14 @@ def load_tokenizer(path, chat_template=""):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, ValueError, KeyError) as error:
+        encode(tokenizer, "a")  # what is broken inside shows only now
+    except Exception as error:  # these loaders raise anything, plain Exception too; the files are input
         raise problem(path, "cannot load the tokenizer", error, "Check --model and --chat_template FILE") from error
     return tokenizer
+
+
+def encode(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)  # not: no word about long texts
 
 
 def stop_ids(tokenizer, generation_config=None):
@@ -149,26 +169,41 @@ def stop_ids(tokenizer, generation_config=None):
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
         after = render(Row(), tokenizer, None, turn, False, tokenize=False).rpartition("ANSWER")[2]
-        ids = tokenizer.encode(after, add_special_tokens=False)
+        ids = encode(tokenizer, after)
         stops.add(next((token for token in ids if token in tokenizer.added_tokens_decoder), None))
+    known = set(tokenizer.get_vocab().values())
+    if not all(type(stop) is int and stop in known for stop in stops - {None}):
+        raise problem(tokenizer.name_or_path, "no tokens of the tokenizer", eos, "Fix eos_token_id in its *config.json")
     if stops == {None}:
         raise problem(tokenizer.name_or_path, "no token ends a completion", tokenizer.special_tokens_map,
                       "Set eos_token in tokenizer_config.json, or type --chat_template FILE with an end of turn")
     return sorted(stops - {None})
 
 
+def expire(*_):
+    raise TimeoutError(f"no end after {PATIENCE} seconds")
+
+
 def render(row, tokenizer, options, messages, generation, tokenize=True):
     """-> ids (or text) of the messages; the row's columns tools and chat_template_kwargs, values or JSON, take part."""
-    import jinja2
-
     if not tokenizer.chat_template:
         raise problem(row, "messages, but the tokenizer has no chat template", messages, "Type --chat_template FILE")
     try:
         tools, extra = (json.loads(value) if isinstance(value, str) else value
                         for value in (row.get("tools"), row.get("chat_template_kwargs")))
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=generation, tokenize=tokenize,
-                                             return_dict=False, **{**(options or {}), **(extra or {})})
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        before = signal.signal(signal.SIGALRM, expire)
+        signal.alarm(PATIENCE)
+        try:
+            text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
+                messages, tools=tools, chat_template=None, add_generation_prompt=generation, tokenize=False,
+                continue_final_message=False, **{**(options or {}), **(extra or {})})
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        if len(text) > 2**24:
+            raise ValueError(f"it writes {len(text)} characters")
+        return encode(tokenizer, text) if tokenize else text
+    except Exception as error:  # a template is a program of its own, and may raise anything
         raise problem(row, "the chat template fails", error, "Fix the row, or type --chat_template FILE") from error
 
 
@@ -177,7 +212,7 @@ def column(row, name):
     value, messages = row[name], []
     chat = isinstance(value, list) and len(value) > 0
     if chat != {"text": False, "messages": True, "conversations": True}.get(name, chat):
-        raise problem(row, f"wrong kind of column {name}", value, 'Messages: [{"role": "user", "content": "..."}]')
+        raise problem(row, f"wrong kind of column {name}", value, 'Write [{"role": "user", "content": "..."}]')
     for message in value if chat else [{"role": "user", "content": value}]:
         message = message if isinstance(message, dict) else {"role": message}
         role, content = str(message.get("role", message.get("from"))), message.get("content", message.get("value"))
@@ -206,7 +241,7 @@ def columns_of(row, *formats):
 
 def encode_text(tokenizer, text):
     """-> ids of a text that begins a sequence: BOS once if the tokenizer adds it to texts, nothing at the end."""
-    ids, bos = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode("")[:1]
+    ids, bos = encode(tokenizer, text), tokenizer.encode("")[:1]
     return ids if bos != [tokenizer.bos_token_id] or ids[:1] == bos else bos + ids
 
 
@@ -251,7 +286,7 @@ def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all")
     for answer in answers:
         ids = encode_text(tokenizer, prompt + answer)  # SentencePiece adds a space to a text that stands alone
         clean = ids[: len(start)] == start  # else a token straddles the border
-        ids = ids[len(start) :] if clean else tokenizer.encode(answer, add_special_tokens=False)
+        ids = ids[len(start) :] if clean else encode(tokenizer, answer)
         if not ids or ids[-1] not in stops:
             ids.append(stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
         groups.append([make_group(row, start, ids)])
@@ -286,9 +321,11 @@ def encode_preference(row, tokenizer, stops, template_kwargs=None):
 def encode_prompt(row, tokenizer, template_kwargs=None):
     """-> array("i"): what the model sees before its own first token."""
     (prompt,) = columns_of(row, ["prompt"])
-    if isinstance(prompt, str):
-        return array("i", encode_text(tokenizer, prompt))
-    return array("i", render(row, tokenizer, template_kwargs, prompt, True))
+    text = isinstance(prompt, str)
+    ids = encode_text(tokenizer, prompt) if text else render(row, tokenizer, template_kwargs, prompt, True)
+    if not ids:
+        raise problem(row, "no token in column prompt", prompt, "Write a prompt, or --rename old:new")
+    return array("i", ids)
 
 
 def token_picture(group, tokenizer, color=True):
@@ -296,7 +333,7 @@ def token_picture(group, tokenizer, color=True):
     def paint(ids, style, limit=1600):
         text = tokenizer.decode(list(ids), skip_special_tokens=False)
         text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        text = printable(text)
         return f"\x1b[{style}m{text}\x1b[0m" if color else f">>{text}<<" if style == 32 else text
 
     picture = paint(group["prompt"], 2, 400)

@@ -57,7 +57,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import arg
 
 STOP = {"signal": 0}  # set by the handler, read at step boundaries
@@ -75,6 +74,7 @@ if __name__ == "__main__":  # before the slow imports: a preemption during them 
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "common" / "tiny").is_dir())
 sys.path.insert(0, str(ROOT))  # python and torchrun add the script's own folder only
+from common.flags import read_flags
 
 
 # ---- args ----------------------------------------------------------------------------------------
@@ -143,23 +143,23 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip() + "\n")  # tyro would re-flow it
-    args = tyro.cli(Args, args=argv)
+    args = read_flags(Args, argv)
     if args.model == "tiny":
         presets = json.loads((ROOT / "common/tiny/presets.json").read_text())
         names = [Path(__file__).stem, *re.findall(r"^Parent: \S*?(\w+)\.py", __doc__, re.M)]
         preset = next((presets[name] for name in names if name in presets), {})
-        args = tyro.cli(Args, args=argv, default=replace(Args(), **preset))
+        args = read_flags(Args, argv, default=replace(Args(), **preset))
     wrong = []
     for name, value in asdict(args).items():
         zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
-        least = 0 if zero else 1
+        least, most = 0 if zero else 1, 2**20 if name in ("batch_size", "num_generations") else 2**53
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
-        if number and value != getattr(Args(), name) and not least <= value < math.inf:
-            wrong.append(f"--{name} {value}: must be a number from {least} on.")
+        if number and value != getattr(Args(), name) and not least <= value <= most:
+            wrong.append(f"--{name} {value}: must be a number from {least} to {most}.")
     try:
         assert isinstance(json.loads(args.chat_template_kwargs), dict)
-    except (ValueError, AssertionError):
-        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs}: must be a JSON object.")
+    except (ValueError, AssertionError, RecursionError):
+        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs[:200]!a}: must be a JSON object.")
     if max(args.adam_beta1, args.adam_beta2) >= 1 or not 0 <= args.seed < 2**32:
         wrong.append("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
     if wrong:
@@ -189,7 +189,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
 from common.rewards import RewardFile
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
+from common.tokenization import load_tokenizer, micro_batches, order, printable, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -478,8 +478,10 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    if args.num_generations < 2 or args.temperature <= 0:
-        raise InputError("--num_generations must be at least 2 (a group needs a mean), and --temperature above 0.")
+    size = args.batch_size * args.steps_per_generation * args.num_generations
+    if args.num_generations < 2 or args.temperature <= 0 or size > 2**20:
+        raise InputError("--num_generations must be at least 2, --temperature above 0, and --num_generations x "
+                         f"--batch_size x --steps_per_generation ({size}) at most a million.")
     run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
     run.sampler, starting = copy.deepcopy(lm), copy.deepcopy(lm)
     for p in run.sampler.parameters():  # not the buffers: rotary tables stay fp32
@@ -1014,8 +1016,10 @@ def whole(folder):
     try:
         meta = json.loads((folder / "trainer" / "meta.json").read_text())
         own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
-        return own and all(crc32(folder / name) == crc for name, crc in meta["crc32"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        own = own and {"step", "flags", "data", "versions", "state", "offsets"} <= meta.keys()
+        here = {str(p.relative_to(folder)) for p in folder.rglob("*")}  # no name in meta.json leads out of the folder
+        return own and all(name in here and crc32(folder / name) == crc for name, crc in meta["crc32"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -1146,13 +1150,13 @@ def prepare_folder(args, attempt):
     unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = read_json(out / "run.json")
-    if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
-        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
-    if attempt != "0" and ended.get("exit_code") in (2, 3):
-        sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
-    if given and not (given in checkpoints(given.parent) and whole(given)):
-        return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
     try:
+        if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
+            return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
+        if attempt != "0" and ended.get("exit_code") in (2, 3):
+            sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
+        if given and not (given in checkpoints(given.parent) and whole(given)):
+            return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
         out.mkdir(parents=True, exist_ok=True)
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
@@ -1164,7 +1168,7 @@ def prepare_folder(args, attempt):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
-        return str(out), None, f"--output_dir {out}: {first_line(e)}"
+        return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
 
 
 def command_line(args):
@@ -1188,8 +1192,9 @@ def record(rank, out, **fields):
 def read_json(path):
     """-> the object in a file, or {} where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = json.loads(path.read_text())
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -1299,6 +1304,8 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     """The first row token by token, and the run in numbers."""
     if steps < 1:
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
+    if run.args.eval_dataset and not heldout:
+        raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
     record(run.rank, run.out, data=run.data, steps=steps)
     weights = run.weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
@@ -1328,11 +1335,17 @@ def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
     codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that a terminal's encoding lacks
     try:
         main(args)
         code = 0
-    except tuple(codes) as e:
-        code = next(number for kind, number in codes.items() if isinstance(e, kind))
+    except (MemoryError, RuntimeError, *codes) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+        code = 2 if memory else next((number for kind, number in codes.items() if isinstance(e, kind)), 1)
+        if code == 1:
+            raise
+        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
+        text = "not enough memory. Lower --tokens_per_microbatch or --batch_size." if memory else text
         if rank == 0 or code == 2:
             print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
     except (RuntimeError, MemoryError) as e:

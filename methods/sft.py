@@ -41,7 +41,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import arg
 
 STOP = {"signal": 0, "run": None}  # set by the handler, read at step boundaries; `launch` asks the run why it stopped
@@ -59,6 +58,7 @@ if __name__ == "__main__":  # before the slow imports: a preemption during them 
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "common" / "tiny").is_dir())
 sys.path.insert(0, str(ROOT))  # python and torchrun add the script's own folder only
+from common.flags import read_flags
 
 
 # ---- args ----------------------------------------------------------------------------------------
@@ -113,23 +113,23 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip() + "\n")  # tyro would re-flow it
-    args = tyro.cli(Args, args=argv)
+    args = read_flags(Args, argv)
     if args.model == "tiny":
         presets = json.loads((ROOT / "common/tiny/presets.json").read_text())
         names = [Path(__file__).stem, *re.findall(r"^Parent: \S*?(\w+)\.py", __doc__, re.M)]
         preset = next((presets[name] for name in names if name in presets), {})
-        args = tyro.cli(Args, args=argv, default=replace(Args(), **preset))
+        args = read_flags(Args, argv, default=replace(Args(), **preset))
     wrong = []
     for name, value in asdict(args).items():
         zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
-        least = 0 if zero else 1
+        least, most = 0 if zero else 1, 2**20 if name in ("batch_size", "num_generations") else 2**53
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
-        if number and value != getattr(Args(), name) and not least <= value < math.inf:
-            wrong.append(f"--{name} {value}: must be a number from {least} on.")
+        if number and value != getattr(Args(), name) and not least <= value <= most:
+            wrong.append(f"--{name} {value}: must be a number from {least} to {most}.")
     try:
         assert isinstance(json.loads(args.chat_template_kwargs), dict)
-    except (ValueError, AssertionError):
-        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs}: must be a JSON object.")
+    except (ValueError, AssertionError, RecursionError):
+        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs[:200]!a}: must be a JSON object.")
     if max(args.adam_beta1, args.adam_beta2) >= 1 or not 0 <= args.seed < 2**32:
         wrong.append("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
     if wrong:
@@ -158,7 +158,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
 from common.tokenization import InputError, balance, encode_demonstration, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
+from common.tokenization import load_tokenizer, micro_batches, order, printable, stop_ids, token_picture
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -269,6 +269,7 @@ def load_model(args, run):
     prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     try:
         if not Path(path).is_dir():
             from huggingface_hub import snapshot_download
@@ -279,11 +280,12 @@ def load_model(args, run):
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         if (Path(path) / "generation_config.json").is_file():
             lm.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except Exception as e:  # the loader may raise anything, and what it reads is input
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     tokenizer = load_tokenizer(path, args.chat_template)
-    if len(tokenizer) > (rows := lm.get_input_embeddings().num_embeddings):
-        raise InputError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows.")
+    ids, rows = max(tokenizer.get_vocab().values(), default=0) + 1, lm.get_input_embeddings().num_embeddings
+    if ids > rows:
+        raise InputError(f"--model {args.model}: {rows} embeddings, but {ids} token ids. Pass another.")
     refuse_rotary(lm.config, args.max_length)
     for module in lm.modules():
         for name, value in vars(module).items():
@@ -373,13 +375,16 @@ def load_weights(policy, run):
             return policy
         whole = {}
         if run.rank == 0:
+            named = read_json(Path(run.model_path, "model.safetensors.index.json")).get("weight_map", {}).values()
+            if outside := [name for name in named if Path(name).name != name]:
+                raise ValueError(f"its index names {outside[0]}, which is not in the folder")
             model, info = AutoModelForCausalLM.from_pretrained(
                 run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
             )
             whole, missing = model.state_dict(), sorted(info["missing_keys"])
             error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as e:
+    except (Exception, CheckpointException) as e:  # readers may raise anything; the last is a BaseException
         error = first_line(e)
     agree(run, error and f"--model {run.args.model}: {error}. Pass a Hugging Face model folder or hub id.")
     set_model_state_dict(lm, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -547,6 +552,8 @@ def export(policy, folder, run):
         part, held = folder / f"part-{number}" if len(files) > 1 else folder, {}
         for name in names:
             tensor = full(weights[name]).detach()  # all ranks take part
+            if not tensor.isfinite().all():
+                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
             held |= {name: tensor.to("cpu", run.save_dtype)} if number % run.world == run.rank else {}
         if held:
             policy.lm.save_pretrained(part, state_dict=held, max_shard_size="1000GB")
@@ -696,8 +703,10 @@ def whole(folder):
     try:
         meta = json.loads((folder / "trainer" / "meta.json").read_text())
         own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
-        return own and all(crc32(folder / name) == crc for name, crc in meta["crc32"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        own = own and {"step", "flags", "data", "versions", "state", "offsets"} <= meta.keys()
+        here = {str(p.relative_to(folder)) for p in folder.rglob("*")}  # no name in meta.json leads out of the folder
+        return own and all(name in here and crc32(folder / name) == crc for name, crc in meta["crc32"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
@@ -828,13 +837,13 @@ def prepare_folder(args, attempt):
     unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = read_json(out / "run.json")
-    if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
-        return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
-    if attempt != "0" and ended.get("exit_code") in (2, 3):
-        sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
-    if given and not (given in checkpoints(given.parent) and whole(given)):
-        return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
     try:
+        if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
+            return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
+        if attempt != "0" and ended.get("exit_code") in (2, 3):
+            sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
+        if given and not (given in checkpoints(given.parent) and whole(given)):
+            return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
         out.mkdir(parents=True, exist_ok=True)
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
@@ -846,7 +855,7 @@ def prepare_folder(args, attempt):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
     except OSError as e:
-        return str(out), None, f"--output_dir {out}: {first_line(e)}"
+        return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
 
 
 def command_line(args):
@@ -870,8 +879,9 @@ def record(rank, out, **fields):
 def read_json(path):
     """-> the object in a file, or {} where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = json.loads(path.read_text())
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -981,6 +991,8 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     """The first row token by token, and the run in numbers."""
     if steps < 1:
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
+    if run.args.eval_dataset and not heldout:
+        raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
     record(run.rank, run.out, data=run.data, steps=steps)
     weights = run.weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
@@ -997,34 +1009,35 @@ def first_line(error):
 
 
 def memory_advice(run):
-    """What takes most of this rank's memory, and the flag to lower."""
+    """The largest term of this rank's memory, and the flag to lower."""
     static, peak = 16 * run.weights * run.args.replicate_size / run.world / 1e9, peak_bytes() / 1e9
     if static > peak - static:
-        return f"weights, gradients and Adam take {static:.1f} GB of {peak:.1f}: more ranks, --tp_size or --cpu_offload"
+        return f"weights, gradients and Adam take {static:.1f} of {peak:.1f} GB. Use more ranks, or --cpu_offload."
     half = max(1, run.args.tokens_per_microbatch // 2)
-    return (f"what is computed takes {peak - static:.1f} GB of {peak:.1f}: --tokens_per_microbatch {half}, and a "
-            f"--max_length below {run.args.max_length} if rows are longer than that")
+    return (f"step {run.step + 1} computes with {peak - static:.1f} of {peak:.1f} GB. Lower --tokens_per_microbatch to "
+            f"{half}, and --max_length if rows are longer.")
 
 
 def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
     codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that a terminal's encoding lacks
     try:
         main(args)
         code = 0
-    except tuple(codes) as e:
-        code = next(number for kind, number in codes.items() if isinstance(e, kind))
-        if rank == 0 or code == 2:
-            print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
-    except (RuntimeError, MemoryError) as e:
-        run, text = STOP["run"], first_line(e)
-        if run and re.search("[Gg]loo|NCCL|[Cc]onnection", text):
-            roll_call(run, text)
-        if not run or not re.search("memory", f"{type(e).__name__} {text}".lower()):
+    except (MemoryError, RuntimeError, *codes) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+        code, run = 2 if memory else next((n for kind, n in codes.items() if isinstance(e, kind)), 1), STOP["run"]
+        if code == 1 and run and re.search("[Gg]loo|NCCL|[Cc]onnection", str(e)):
+            roll_call(run, first_line(e))
+        if code == 1:
             raise
-        code = 2
-        print(f"error: out of memory in step {run.step + 1}: {memory_advice(run)}", file=sys.stderr, flush=True)
+        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
+        if memory:
+            text = f"out of memory: {memory_advice(run) if run else 'use a smaller --model or more ranks.'}"
+        if rank == 0 or code == 2:
+            print("error: " * (code < 4) + printable(text)[:1000], file=sys.stderr, flush=True)
     finally:
         try:
             if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own
