@@ -589,6 +589,7 @@ def load_model(args, run):
     prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     try:
         if not Path(path).is_dir():
             from huggingface_hub import snapshot_download
@@ -599,11 +600,12 @@ def load_model(args, run):
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         if (Path(path) / "generation_config.json").is_file():
             lm.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except Exception as e:  # the loader may raise anything, and what it reads is input
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     tokenizer = load_tokenizer(path, args.chat_template)
-    if len(tokenizer) > (rows := lm.get_input_embeddings().num_embeddings):
-        raise InputError(f"--model {args.model}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} rows.")
+    ids, rows = max(tokenizer.get_vocab().values(), default=0) + 1, lm.get_input_embeddings().num_embeddings
+    if ids > rows:
+        raise InputError(f"--model {args.model}: {rows} embeddings, but {ids} token ids. Pass another.")
     refuse_rotary(lm.config, args.max_length)
     for module in lm.modules():
         for name, value in vars(module).items():
@@ -693,13 +695,16 @@ def load_weights(policy, run):
             return policy
         whole = {}
         if run.rank == 0:
+            named = read_json(Path(run.model_path, "model.safetensors.index.json")).get("weight_map", {}).values()
+            if outside := [name for name in named if Path(name).name != name]:
+                raise ValueError(f"its index names {outside[0]}, which is not in the folder")
             model, info = AutoModelForCausalLM.from_pretrained(
                 run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
             )
             whole, missing = model.state_dict(), sorted(info["missing_keys"])
             error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as e:
+    except (Exception, CheckpointException) as e:  # readers may raise anything; the last is a BaseException
         error = first_line(e)
     agree(run, error and f"--model {run.args.model}: {error}. Pass a Hugging Face model folder or hub id.")
     set_model_state_dict(lm, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -867,6 +872,8 @@ def export(policy, folder, run):
         part, held = folder / f"part-{number}" if len(files) > 1 else folder, {}
         for name in names:
             tensor = full(weights[name]).detach()  # all ranks take part
+            if not tensor.isfinite().all():
+                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
             held |= {name: tensor.to("cpu", run.save_dtype)} if number % run.world == run.rank else {}
         if held:
             policy.lm.save_pretrained(part, state_dict=held, max_shard_size="1000GB")
@@ -1322,13 +1329,13 @@ def first_line(error):
 
 
 def memory_advice(run):
-    """What takes most of this rank's memory, and the flag to lower."""
+    """The largest term of this rank's memory, and the flag to lower."""
     static, peak = 16 * run.weights * run.args.replicate_size / run.world / 1e9, peak_bytes() / 1e9
     if static > peak - static:
-        return f"weights, gradients and Adam take {static:.1f} GB of {peak:.1f}: more ranks, --tp_size or --cpu_offload"
+        return f"weights, gradients and Adam take {static:.1f} of {peak:.1f} GB. Use more ranks, or --cpu_offload."
     half = max(1, run.args.tokens_per_microbatch // 2)
-    return (f"what is computed takes {peak - static:.1f} GB of {peak:.1f}: --tokens_per_microbatch {half}, and a "
-            f"--max_length below {run.args.max_length} if rows are longer than that")
+    return (f"step {run.step + 1} computes with {peak - static:.1f} of {peak:.1f} GB. Lower --tokens_per_microbatch to "
+            f"{half}, and --max_length if rows are longer.")
 
 
 def launch(main, args):
@@ -1341,21 +1348,16 @@ def launch(main, args):
         code = 0
     except (MemoryError, RuntimeError, *codes) as e:
         memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-        code = 2 if memory else next((number for kind, number in codes.items() if isinstance(e, kind)), 1)
+        code, run = 2 if memory else next((n for kind, n in codes.items() if isinstance(e, kind)), 1), STOP["run"]
+        if code == 1 and run and re.search("[Gg]loo|NCCL|[Cc]onnection", str(e)):
+            roll_call(run, first_line(e))
         if code == 1:
             raise
         text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
-        text = "not enough memory. Lower --tokens_per_microbatch or --batch_size." if memory else text
+        if memory:
+            text = f"out of memory: {memory_advice(run) if run else 'use a smaller --model or more ranks.'}"
         if rank == 0 or code == 2:
-            print(f"error: {e}" if code < 4 else str(e), file=sys.stderr, flush=True)
-    except (RuntimeError, MemoryError) as e:
-        run, text = STOP["run"], first_line(e)
-        if run and re.search("[Gg]loo|NCCL|[Cc]onnection", text):
-            roll_call(run, text)
-        if not run or not re.search("memory", f"{type(e).__name__} {text}".lower()):
-            raise
-        code = 2
-        print(f"error: out of memory in step {run.step + 1}: {memory_advice(run)}", file=sys.stderr, flush=True)
+            print("error: " * (code < 4) + printable(text)[:1000], file=sys.stderr, flush=True)
     finally:
         try:
             if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own
