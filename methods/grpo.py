@@ -864,33 +864,35 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
 
 
 def export(policy, folder, run):
-    """The Hugging Face files. Weights go out in files of about FILE_BYTES: the tensors of one file are gathered on the
-    rank that writes it, so no rank ever holds more. transformers' own save converts names and layouts."""
-    weights = own_tensors(policy.lm)
-    ends = accumulate(tensor.numel() * run.save_dtype.itemsize for tensor in weights.values())
-    files = [[name for name, _ in same] for _, same in groupby(zip(weights, ends), lambda pair: pair[1] // FILE_BYTES)]
+    """The Hugging Face files, names and layouts as transformers stores them. Weights go out in files of whole layers, each
+    gathered, tensor by tensor, on the rank that writes it: no rank ever holds more."""
+    weights, files, size = own_tensors(policy.lm), [[]], 0
+    for _, layer in groupby(weights, key=lambda name: re.match(r"(.*?\.\d+\.)?", name)[0]):
+        files, size = (files, size) if size < FILE_BYTES else ([*files, []], 0)
+        files[-1] += layer
+        size = sum(weights[name].numel() for name in files[-1]) * run.save_dtype.itemsize
+    index = {}
     for number, names in enumerate(files):
-        part, held = folder / f"part-{number}" if len(files) > 1 else folder, {}
+        held, writer = {}, number % run.world
         for name in names:
             tensor = full(weights[name]).detach()  # all ranks take part
             if not tensor.isfinite().all():
                 raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
-            held |= {name: tensor.to("cpu", run.save_dtype)} if number % run.world == run.rank else {}
+            held |= {name: tensor.to("cpu", run.save_dtype)} if run.rank == writer else {}
+        file = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
         if held:
-            policy.lm.save_pretrained(part, state_dict=held, max_shard_size="1000GB")
-            fsync(part / "model.safetensors")  # by its writer: rank 0, which syncs all the rest, may be far away
-        if held and part != folder:  # save_pretrained takes the files of other parts for old ones
-            name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
-            os.rename(part / "model.safetensors", folder / name)
-            shutil.rmtree(part)
-    dist.barrier()
+            held = revert_weight_conversion(policy.lm, held)
+            save_file({name: x.contiguous() for name, x in held.items()}, folder / file, metadata={"format": "pt"})
+            fsync(folder / file)  # by its writer: rank 0, which syncs all the rest, may be far away
+        index |= dict.fromkeys(held, file)
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, index)
     if run.rank == 0:
         if len(files) > 1:
-            index = {key: path.name for path in folder.glob("model-*") for key in safe_open(path, "pt").keys()}
-            index = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+            index = {"metadata": {}, "weight_map": {name: file for part in everyone for name, file in part.items()}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
-        config.dtype = run.save_dtype  # save_pretrained writes that of the fp32 module
+        config.dtype, config.architectures = run.save_dtype, [type(policy.lm).__name__]
         config.save_pretrained(folder)
         policy.lm.generation_config.save_pretrained(folder)
 
