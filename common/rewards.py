@@ -1,5 +1,5 @@
 """Reward files, FILE.py:FUNCTION, in processes of their own: RewardFile is training's end of one, `serve` the other.
-The two exchange lines of JSON, never pickles. Run as a script this file imports the standard library only."""
+The two exchange lines of JSON. Run as a script this file imports the standard library only."""
 import importlib.util
 import json
 import os

@@ -602,8 +602,8 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
 
 
 def export(policy, folder, run):
-    """The Hugging Face files, names and layouts as transformers stores them. Weights go out in files of whole layers, each
-    gathered, tensor by tensor, on the rank that writes it: no rank ever holds more."""
+    """The Hugging Face files, names and layouts as transformers stores them. Weights go out in files of whole layers,
+    each gathered, tensor by tensor, on the rank that writes it: no rank ever holds more."""
     weights, files, size = own_tensors(policy.lm), [[]], 0
     for _, layer in groupby(weights, key=lambda name: re.match(r"(.*?\.\d+\.)?", name)[0]):
         files, size = (files, size) if size < FILE_BYTES else ([*files, []], 0)

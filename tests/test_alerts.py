@@ -262,12 +262,12 @@ def test_model001_a_weight_that_is_not_a_number(name, tmp_path):
 
 
 def test_train001_three_steps_that_are_not_finite(tmp_path):
-    """A learning rate of 1e30: the first step makes weights whose logits are not finite, the next three are skipped."""
-    result = provoke("sft", tmp_path, "--learning_rate", 1e30, steps=9)
+    """A learning rate of 1e15: the first step makes weights whose logits are not finite, the next three are skipped."""
+    result = provoke("sft", tmp_path, "--learning_rate", 1e15, steps=9)
     assert result.code == 3
     found = [a for a in result.alerts if a["code"] == "TRAIN001"]
     assert found[0]["level"] == "error" and found[0]["step"] == 2
-    assert found[0]["fix"] == [{"flag": "--learning_rate", "from": 1e30, "to": 5e29}]
+    assert found[0]["fix"] == [{"flag": "--learning_rate", "from": 1e15, "to": 5e14}]
     steps = [strict(line)["step"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps in ([1, 2, 3], [1, 2, 3, 4])  # whether the last skipped step is still logged does not matter
     dumps = sorted(result.folder.glob("debug/*"))
