@@ -183,7 +183,7 @@ def seq_sums(values, batch):
 
 @torch.no_grad()
 def attach_reference(policy, groups, name, args, run):
-    """Give every completion its log pi_ref, of the untrained policy; a file keeps it under a digest of rows and probe."""
+    """Give every completion its log pi_ref, of the starting policy; a file has it under a digest of rows and probe."""
     path, probe = run.out / f"ref_logprobs_{name}.safetensors", policy(flat_batch(run.probe, run.device))["logprobs"]
     about = repr((run.data, [g["row"] for g in groups], args.max_length, [round(x, 3) for x in probe.tolist()]))
     key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
