@@ -706,7 +706,8 @@ def apart(reference, out, lr):
             close = math.isclose(x[key], y.get(key, math.nan), rel_tol=RELATIVE, abs_tol=FLOOR.get(key, 0))
             wrong += [] if close else [f"step {x['step']}: {key} {x[key]!r} {y.get(key)!r}"]
     a, b = ([(x["prompt"], x["completion"]) for x in logged(folder / "samples.jsonl")] for folder in (reference, out))
-    return round(worst, 5), wrong + ([f"{sum(x != y for x, y in zip(a, b))} of {len(a)} samples differ"] if a != b else [])
+    wrong += [f"{sum(x != y for x, y in zip(a, b))} of {len(a)} samples differ"] if a != b else []
+    return round(worst, 5), wrong
 
 
 def moved(name, folder, stages_of, rng, undone):
