@@ -168,7 +168,10 @@ def test_every_damaged_checkpoint_is_named(three, tmp_path):
     """Two in a row; the one before is used, and keep_last counts none that is damaged."""
     flags, whole = three
     shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-000003" / "trainer" / "meta.json").unlink()
+    meta = tmp_path / "run" / "checkpoint-000003" / "trainer" / "meta.json"
+    text = meta.read_text()
+    meta.write_text(text.replace('"step": 3', '"step": 1', 1))  # good JSON, and every other file is as it says
+    assert meta.read_text() != text
     (tmp_path / "run" / "checkpoint-000002" / "model.safetensors").write_bytes(b"x")
     code, text = ended(command("sft", tmp_path / "run", *flags, "--keep_last", 1, "--resume", "auto"))
     assert code == 0 and f"resumed   {tmp_path / 'run' / 'checkpoint-000001'}" in text, text[-2000:]
