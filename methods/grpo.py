@@ -59,7 +59,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-STOP = {"signal": 0}  # set by the handler, read at step boundaries
+STOP = {"signal": 0, "run": None}  # set by the handler, read at step boundaries; `launch` asks the run why it stopped
 
 
 def on_signal(number, _frame):

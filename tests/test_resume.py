@@ -267,7 +267,7 @@ def test_refused(name, runs, tmp_path):
         assert code == 2 and len(errors) == 1 and what in errors[0] and "--allow_changes" in errors[0], text[-2000:]
         assert "Traceback" not in text
     code, text = ended(command(name, out, *flags))
-    assert code == 2 and "--resume auto" in text  # never a second run into the folder of a first
+    assert code == 2 and "--resume auto" in text, text  # never a second run into the folder of a first
     assert all(path.read_bytes() == data for path, data in before.items())
     code, text = ended(command(name, out, *flags, "--resume", "auto", "--allow_changes", *changes["model"]))
     assert code == 2 and "does not fit" in text and "Traceback" not in text  # allowed is not possible
