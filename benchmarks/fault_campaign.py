@@ -678,6 +678,8 @@ def campaign(name, world, args, done, folder, disk):
 MESHES = {  # name -> stages: ranks, and flags besides. All but the last are killed when their part of the steps is done
     "1-2-4-1": [(1, ""), (2, ""), (4, ""), (1, "")],
     "4-1-2": [(4, ""), (1, ""), (2, "")],
+    "fsdp-tp": [(2, ""), (2, "--tp_size 2"), (4, "--tp_size 2"), (1, "")],
+    "hsdp-tp": [(4, "--replicate_size 2"), (4, "--tp_size 4"), (4, "--replicate_size 2 --tp_size 2"), (2, "")],
 }
 STEPS = 10
 RELATIVE, PER_LR = 1e-5, 0.02  # of losses and gradient norms; of weights, in learning rates
