@@ -904,6 +904,7 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
     run.step, run.beat = step, time.monotonic()
     stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
     if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
+        begun = time.monotonic()
         write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
         if run.rank == 0:
             discard(run.out / f"checkpoint-{step:06d}")  # of a damaged one there may be a rest
@@ -912,6 +913,7 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
             for old in checkpoints(run.out)[: -run.args.keep_last]:
                 discard(old)
         run.saved_at = time.monotonic()
+        run.saving += run.saved_at - begun
     if stop and step < steps:
         raise Preempted(f"stopped and saved after step {step}; to go on: {run.command} --resume auto")
 
@@ -1011,7 +1013,8 @@ def finish(policy, tokenizer, heldout, run):
     say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
     summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
-    record(run.rank, run.out, status="finished", exit_code=0, **summary)
+    times = {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
+    record(run.rank, run.out, status="finished", exit_code=0, **summary, **times)
     if run.tracker:
         run.tracker.finish()
 
@@ -1115,7 +1118,7 @@ def setup(args):
         except ImportError as e:
             raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
         run.tracker.init(project="cleanpost", name=run.out.name, config=asdict(args))
-    run.weights, STOP["run"] = 0, run
+    run.weights, run.started, run.saving, STOP["run"] = 0, time.monotonic(), 0.0, run
     watch(run)
     return run
 
