@@ -144,7 +144,7 @@ def parse_args(argv=None):
     wrong = []
     for name, value in asdict(args).items():
         zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
-        least, most = 0 if zero else 1, 2**20 if name in ("batch_size", "num_generations") else 2**53
+        least, most = 0 if zero else 1, 2**20 if re.match("batch_size|num_gen|max_compl", name) else 2**53
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
         if number and value != getattr(Args(), name) and not least <= value <= most:
             wrong.append(f"--{name} {value}: must be a number from {least} to {most}.")
@@ -178,7 +178,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, printable, stop_ids, token_picture
+from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -822,7 +822,9 @@ def check_export(policy, folder, run):
     if sum(p.numel() for p in policy.parameters()) > 250e6:
         return None
     if run.rank == 0:
-        reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        reloaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     theirs = dict(reloaded.named_parameters()) if reloaded else {}
     for name, p in policy.lm.named_parameters():
         ours = full(p).detach().to("cpu", run.save_dtype).float()
@@ -972,7 +974,7 @@ def prepare_folder(args, attempt):
             return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
         out.mkdir(parents=True, exist_ok=True)
         for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
         if candidates and checkpoint != candidates[0]:
@@ -980,7 +982,7 @@ def prepare_folder(args, attempt):
         for name in [] if checkpoint else LOGS:
             (out / name).unlink(missing_ok=True)
         return str(out), checkpoint, None
-    except OSError as e:
+    except (OSError, RecursionError) as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
 
 
@@ -1132,20 +1134,18 @@ def first_line(error):
 def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
-    codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
-    sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that a terminal's encoding lacks
+    codes = {InputError: 2, OSError: 2, MemoryError: 2, torch.OutOfMemoryError: 2, HealthError: 3, Preempted: 4}
+    code, rank = 1, int(os.environ.get("RANK", "0"))
     try:
         main(args)
         code = 0
-    except (MemoryError, RuntimeError, *codes) as e:
-        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-        code = 2 if memory else next((number for kind, number in codes.items() if isinstance(e, kind)), 1)
-        if code == 1:
-            raise
-        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
-        text = "not enough memory. Lower --tokens_per_microbatch or --batch_size." if memory else text
+    except tuple(codes) as e:
+        code = next(number for kind, number in codes.items() if isinstance(e, kind))
+        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else f"{e}"
+        text = text or "not enough memory. Lower --tokens_per_microbatch or --batch_size."
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])  # data may have named itself
         if rank == 0 or code == 2:
-            print("error: " * (code < 4) + printable(text)[:1000], file=sys.stderr, flush=True)
+            print(f"error: {text}" if code < 4 else text, file=sys.stderr, flush=True)
     finally:
         out = Path(args.output_dir or "-")
         if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
