@@ -13,7 +13,7 @@ import signal
 from array import array
 from functools import lru_cache, partial
 from itertools import compress, groupby, pairwise, repeat
-from os.path import commonprefix
+from os.path import commonprefix, exists, isdir, isfile  # Path's own raise where a name is too long
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def read_rows(name, split):
 
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
-            if path.is_dir():
+            if isdir(name):
                 data = datasets.load_from_disk(name)
                 data = data[split] if isinstance(data, dict) else data
             elif path.suffix in FILES:
@@ -86,7 +86,7 @@ def read_rows(name, split):
 def load_rows(name, split=None, rename="", tiny="demonstrations"):
     """-> rows in file order. name: "tiny" | file | folder (files SPLIT*, or saved by `datasets`) | hub id; all :SPLIT.
     rename: "old:new,old:new". Keys that hold None are dropped, nested ones too."""
-    if split is None and ":" in name and not Path(name).exists():
+    if split is None and ":" in name and not exists(name):
         name, split = name.rsplit(":", 1)
     path = Path(name)
     if not name:
@@ -97,7 +97,7 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
     files = [str(path)]
     if path.suffix in FILES and split != "train":
         raise problem(name, "a single file has no splits", split, "Give the file of that split as --dataset")
-    if path.is_dir() and not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+    if isdir(path) and not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
         every = sorted(file for file in path.iterdir() if file.suffix in FILES)
         mine = [file for file in every if file.name.startswith(split)]
         files = [str(file) for file in mine or (every if split == "train" else [])]
@@ -135,7 +135,7 @@ def load_tokenizer(path, chat_template=""):
     """-> tokenizer of a model folder or hub id; chat_template: FILE with a jinja template that replaces its own."""
     from transformers import AutoTokenizer
 
-    if chat_template and not Path(chat_template).is_file():
+    if chat_template and not isfile(chat_template):
         raise problem(chat_template, "no chat template", "no such file", "Type --chat_template FILE")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
