@@ -9,7 +9,7 @@ template, tokenizer, configuration, weights, checkpoint, flags or folders. Scrip
     code 0  final/ loads and is finite, metrics are finite (or TRAIN001 says so), the rows kept are those that the
             generator expects; a resumed run ends with bitwise the weights of one that nobody touched
     code 2  one line `error: ...` that names an input of the case and what to type; alerts ([CODE ...]) may stand before
-    code 3  the same, and the line or an alert names a code
+    code 3  the same, but what it names is the code of an alert
     always  no traceback, no hang, no control character on the terminal, nothing that looks finished after a failure,
             run.json agrees, planted code did not run, the file that the data points at was not read
 
@@ -1584,8 +1584,9 @@ def obeyed(text):
 
 def contents(folder):
     """Files of checkpoints -> digests."""
-    paths = [Path(top, name) for top, _, names in os.walk(folder) for name in names if "checkpoint-" in top]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if os.path.isfile(p)}
+    paths = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
+    paths = [path for path in paths if str(path.relative_to(folder)).startswith("checkpoint-") and os.path.isfile(path)]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def judge(case, code, out, err, before):
@@ -1641,7 +1642,7 @@ def refused(case, code, folder, lines, known, before):
     (line,) = errors
     if not line.isprintable() or len(line) > 1200:
         wrong.append(f"error line of {len(line)} characters")
-    if not any(name and name in line for name in case.names):
+    if code == 2 and not any(name and name in line for name in case.names):
         wrong.append("the line names no input")
     if not ACT.search(line):
         wrong.append("the line says nothing to type")
@@ -1680,7 +1681,7 @@ def right(case, folder, out, err, known):
             wrong.append(f"steps {steps}")
     except (ValueError, TypeError):
         rows, steps = [], [1, 2, 3]
-        if "strange_run_files" not in case.mutations:  # a log that was junk before it was continued: the weights must do
+        if "strange_run_files" not in case.mutations:  # that log was junk before: the weights must do
             wrong.append("metrics.jsonl is broken")
     if any(value is None for row in rows for value in row.values()) and "TRAIN001" not in err:
         wrong.append("a metric is not finite, and nothing says so")
