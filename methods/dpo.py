@@ -474,8 +474,9 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
             for path in [*files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
-    except (OSError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
-        raise InputError(f"could not save to {folder.parent}: {first_line(e)}. The checkpoint before is whole.") from e
+    except (OSError, ValueError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
+        text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
+        raise InputError(f"could not save to {folder.parent}: {first_line(e)}. {text}") from e
     dist.barrier()
 
 
@@ -871,7 +872,8 @@ def launch(main, args):
         code = next(number for kind, number in codes.items() if isinstance(e, kind))
         text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else f"{e}"
         text = text or "not enough memory. Lower --tokens_per_microbatch or --batch_size."
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])  # data may have named itself
+        text = text if len(text) < 1000 else f"{text[:500]} ... {text[-450:]}"
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # data may have named itself
         if rank == 0 or code == 2:
             print(f"error: {text}" if code < 4 else text, file=sys.stderr, flush=True)
     finally:
