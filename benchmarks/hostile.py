@@ -1677,12 +1677,12 @@ def right(case, folder, out, err, known):
     try:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows if "loss" in row]
-        if steps != list(range(1, len(steps) + 1)) or not steps:
-            wrong.append(f"steps {steps}")
+        broken = [] if steps == list(range(1, len(steps) + 1)) and steps else [f"steps {steps}"]
     except (ValueError, TypeError):
-        rows, steps = [], [1, 2, 3]
-        if "strange_run_files" not in case.mutations:  # that log was junk before: the weights must do
-            wrong.append("metrics.jsonl is broken")
+        rows, steps, broken = [], [], ["metrics.jsonl is broken"]
+    if {"strange_run_files", "forged_meta"} & set(case.mutations):  # the log, or where it is cut, was junk before
+        steps, broken = [1, 2, 3], []
+    wrong += broken
     if any(value is None for row in rows for value in row.values()) and "TRAIN001" not in err:
         wrong.append("a metric is not finite, and nothing says so")
     try:
