@@ -481,10 +481,8 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    size = args.batch_size * args.steps_per_generation * args.num_generations
-    if args.num_generations < 2 or args.temperature <= 0 or size > 2**20:
-        raise InputError("--num_generations must be at least 2, --temperature above 0, and --num_generations x "
-                         f"--batch_size x --steps_per_generation ({size}) at most a million.")
+    if not 2 <= args.num_generations <= 2**20 // (args.batch_size * args.steps_per_generation) or args.temperature <= 0:
+        raise InputError("--num_generations must be at least 2 and a rollout at most a million, --temperature above 0.")
     run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
     oracle = reference_logprobs(lm, run.probe, args.temperature)
     run.sampler = copy.deepcopy(lm).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
