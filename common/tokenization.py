@@ -199,7 +199,7 @@ def column(row, name):
     value, messages = row[name], []
     chat = isinstance(value, list) and len(value) > 0
     if chat != {"text": False, "messages": True, "conversations": True}.get(name, chat):
-        raise problem(row, f"wrong kind of column {name}", value, 'Write [{"role": "user", "content": "..."}]')
+        raise problem(row, f"wrong kind of column {name}", value, 'Write text or [{"role": "user", "content": ""}]')
     for message in value if chat else [{"role": "user", "content": value}]:
         message = message if isinstance(message, dict) else {"role": message}
         role, content = str(message.get("role", message.get("from"))), message.get("content", message.get("value"))
