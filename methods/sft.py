@@ -475,7 +475,7 @@ def resume(policy, optimizer, tokenizer, run):
     except CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    run.state = meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
+    run.state = {"alerts": {}} | meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     run.step = meta["step"]
     if run.rank == 0:
         for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
@@ -551,7 +551,8 @@ def whole(folder):
     try:
         meta = json.loads((folder / "trainer" / "meta.json").read_text())
         own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
-        own = own and {"step", "flags", "data", "versions", "state", "offsets"} <= meta.keys()
+        kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict}
+        own = own and all(type(meta[key]) is kind for key, kind in kinds.items())
         here = {str(p.relative_to(folder)) for p in folder.rglob("*")}  # no name in meta.json leads out of the folder
         return own and all(name in here and crc32(folder / name) == crc for name, crc in meta["crc32"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
