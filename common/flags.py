@@ -16,6 +16,7 @@ def read_flags(kind, argv, **more):
             return tyro.cli(kind, args=argv, **more)
     except (SystemExit, UnicodeEncodeError) as e:
         if getattr(e, "code", 2):  # tyro draws a frame of many lines, and shows what was typed as it is
-            text = said.getvalue() or f"a flag is not UTF-8: {e}. Type text"
-            print("error:", " ".join(re.sub("[^ -~]+", " ", text).split())[:900], file=sys.stderr)
+            text = said.getvalue() or f"a flag is not UTF-8: {e.object[max(0, e.start - 60) : e.end]!a}. Type text"
+            text = " ".join(re.sub("[^ -~]+|-{9,}", " ", text).split())
+            print("error:", text if len(text) < 900 else f"{text[:400]} ... {text[-450:]}", file=sys.stderr)
         sys.exit(getattr(e, "code", 2))

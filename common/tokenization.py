@@ -13,7 +13,7 @@ import signal
 from array import array
 from functools import lru_cache, partial
 from itertools import compress, groupby, pairwise, repeat
-from os.path import commonprefix
+from os.path import commonprefix, exists, isdir, isfile  # Path's own raise where a name is too long
 from pathlib import Path
 
 import torch
@@ -28,16 +28,8 @@ SHORT.maxstring = SHORT.maxother = 160
 SHORT.maxlist = 20
 
 
-def printable(text):
-    """What a terminal obeys, line breaks too, spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 class InputError(ValueError):
     """One line: what is wrong (where): what was found. What to type. Scripts print it and exit with code 2."""
-
-    def __str__(self):  # names of files and flags are in it as they are
-        return printable(super().__str__())
 
 
 class Row(dict):
@@ -76,7 +68,7 @@ def read_rows(name, split):
 
             datasets.disable_progress_bars()
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says it
-            if path.is_dir():
+            if isdir(name):
                 data = datasets.load_from_disk(name)
                 data = data[split] if isinstance(data, dict) else data
             elif path.suffix in FILES:
@@ -94,7 +86,7 @@ def read_rows(name, split):
 def load_rows(name, split=None, rename="", tiny="demonstrations"):
     """-> rows in file order. name: "tiny" | file | folder (files SPLIT*, or saved by `datasets`) | hub id; all :SPLIT.
     rename: "old:new,old:new". Keys that hold None are dropped, nested ones too."""
-    if split is None and ":" in name and not Path(name).exists():
+    if split is None and ":" in name and not exists(name):
         name, split = name.rsplit(":", 1)
     path = Path(name)
     if not name:
@@ -105,7 +97,7 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
     files = [str(path)]
     if path.suffix in FILES and split != "train":
         raise problem(name, "a single file has no splits", split, "Give the file of that split as --dataset")
-    if path.is_dir() and not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+    if isdir(path) and not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
         every = sorted(file for file in path.iterdir() if file.suffix in FILES)
         mine = [file for file in every if file.name.startswith(split)]
         files = [str(file) for file in mine or (every if split == "train" else [])]
@@ -143,20 +135,16 @@ def load_tokenizer(path, chat_template=""):
     """-> tokenizer of a model folder or hub id; chat_template: FILE with a jinja template that replaces its own."""
     from transformers import AutoTokenizer
 
-    if chat_template and not Path(chat_template).is_file():
+    if chat_template and not isfile(chat_template):
         raise problem(chat_template, "no chat template", "no such file", "Type --chat_template FILE")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if chat_template:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        encode(tokenizer, "a")  # what is broken inside shows only now
+        tokenizer.encode("a")  # what is broken inside shows only now
     except Exception as error:  # these loaders raise anything, plain Exception too; the files are input
         raise problem(path, "cannot load the tokenizer", error, "Check --model and --chat_template FILE") from error
     return tokenizer
-
-
-def encode(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)  # not: no word about long texts
 
 
 def stop_ids(tokenizer, generation_config=None):
@@ -169,7 +157,7 @@ def stop_ids(tokenizer, generation_config=None):
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
         after = render(Row(), tokenizer, None, turn, False, tokenize=False).rpartition("ANSWER")[2]
-        ids = encode(tokenizer, after)
+        ids = tokenizer.encode(after, add_special_tokens=False)
         stops.add(next((token for token in ids if token in tokenizer.added_tokens_decoder), None))
     known = set(tokenizer.get_vocab().values())
     if not all(type(stop) is int and stop in known for stop in stops - {None}):
@@ -191,7 +179,7 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
     try:
         tools, extra = (json.loads(value) if isinstance(value, str) else value
                         for value in (row.get("tools"), row.get("chat_template_kwargs")))
-        before = signal.signal(signal.SIGALRM, expire)
+        signal.signal(signal.SIGALRM, expire)
         signal.alarm(PATIENCE)
         try:
             text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
@@ -199,10 +187,9 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
                 continue_final_message=False, **{**(options or {}), **(extra or {})})
         finally:
             signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
         if len(text) > 2**24:
             raise ValueError(f"it writes {len(text)} characters")
-        return encode(tokenizer, text) if tokenize else text
+        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
     except Exception as error:  # a template is a program of its own, and may raise anything
         raise problem(row, "the chat template fails", error, "Fix the row, or type --chat_template FILE") from error
 
@@ -212,7 +199,7 @@ def column(row, name):
     value, messages = row[name], []
     chat = isinstance(value, list) and len(value) > 0
     if chat != {"text": False, "messages": True, "conversations": True}.get(name, chat):
-        raise problem(row, f"wrong kind of column {name}", value, 'Write [{"role": "user", "content": "..."}]')
+        raise problem(row, f"wrong kind of column {name}", value, 'Write text or [{"role": "user", "content": ""}]')
     for message in value if chat else [{"role": "user", "content": value}]:
         message = message if isinstance(message, dict) else {"role": message}
         role, content = str(message.get("role", message.get("from"))), message.get("content", message.get("value"))
@@ -241,7 +228,7 @@ def columns_of(row, *formats):
 
 def encode_text(tokenizer, text):
     """-> ids of a text that begins a sequence: BOS once if the tokenizer adds it to texts, nothing at the end."""
-    ids, bos = encode(tokenizer, text), tokenizer.encode("")[:1]
+    ids, bos = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode("")[:1]
     return ids if bos != [tokenizer.bos_token_id] or ids[:1] == bos else bos + ids
 
 
@@ -286,7 +273,7 @@ def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all")
     for answer in answers:
         ids = encode_text(tokenizer, prompt + answer)  # SentencePiece adds a space to a text that stands alone
         clean = ids[: len(start)] == start  # else a token straddles the border
-        ids = ids[len(start) :] if clean else encode(tokenizer, answer)
+        ids = ids[len(start) :] if clean else tokenizer.encode(answer, add_special_tokens=False)
         if not ids or ids[-1] not in stops:
             ids.append(stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
         groups.append([make_group(row, start, ids)])
@@ -333,7 +320,7 @@ def token_picture(group, tokenizer, color=True):
     def paint(ids, style, limit=1600):
         text = tokenizer.decode(list(ids), skip_special_tokens=False)
         text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-        text = printable(text)
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         return f"\x1b[{style}m{text}\x1b[0m" if color else f">>{text}<<" if style == 32 else text
 
     picture = paint(group["prompt"], 2, 400)

@@ -152,7 +152,7 @@ def parse_args(argv=None):
     wrong = []
     for name, value in asdict(args).items():
         zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
-        least, most = 0 if zero else 1, 2**20 if name in ("batch_size", "num_generations") else 2**53
+        least, most = 0 if zero else 1, 2**20 if re.match("batch_size|num_gen|max_compl", name) else 2**53
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
         if number and value != getattr(Args(), name) and not least <= value <= most:
             wrong.append(f"--{name} {value}: must be a number from {least} to {most}.")
@@ -190,7 +190,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
 from common.rewards import RewardFile
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, printable, stop_ids, token_picture
+from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -479,10 +479,8 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(passes * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    size = args.batch_size * args.steps_per_generation * args.num_generations
-    if args.num_generations < 2 or args.temperature <= 0 or size > 2**20:
-        raise InputError("--num_generations must be at least 2, --temperature above 0, and --num_generations x "
-                         f"--batch_size x --steps_per_generation ({size}) at most a million.")
+    if not 2 <= args.num_generations <= 2**20 // (args.batch_size * args.steps_per_generation) or args.temperature <= 0:
+        raise InputError("--num_generations must be at least 2 and a rollout at most a million, --temperature above 0.")
     run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
     run.sampler, starting = copy.deepcopy(lm), copy.deepcopy(lm)
     for p in run.sampler.parameters():  # not the buffers: rotary tables stay fp32
@@ -858,8 +856,9 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
             for path in [*map(run.out.joinpath, meta["offsets"]), *files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
-    except (OSError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
-        raise InputError(f"could not save to {folder.parent}: {first_line(e)}. The checkpoint before is whole.") from e
+    except (OSError, ValueError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
+        text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
+        raise InputError(f"could not save to {folder.parent}: {first_line(e)}. {text}") from e
     dist.barrier()
 
 
@@ -971,7 +970,9 @@ def check_export(policy, folder, run):
     if sum(p.numel() for p in policy.parameters()) > 250e6:
         return None
     if run.rank == 0:
-        reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        reloaded, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     theirs = dict(reloaded.named_parameters()) if reloaded else {}
     for name, p in policy.lm.named_parameters():
         ours = full(p).detach().to("cpu", run.save_dtype).float()
@@ -1029,7 +1030,8 @@ def whole(folder):
     try:
         meta = json.loads((folder / "trainer" / "meta.json").read_text())
         own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
-        own = own and {"step", "flags", "data", "versions", "state", "offsets"} <= meta.keys()
+        kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict}
+        own = own and all(type(meta[key]) is kind for key, kind in kinds.items())
         here = {str(p.relative_to(folder)) for p in folder.rglob("*")}  # no name in meta.json leads out of the folder
         return own and all(name in here and crc32(folder / name) == crc for name, crc in meta["crc32"].items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
@@ -1180,7 +1182,7 @@ def prepare_folder(args, attempt):
         for path in [*out.glob(".tmp-*"), *out.glob(".old-*"), *([] if checkpoint else map(out.joinpath, LOGS))]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
-    except OSError as e:
+    except (OSError, RecursionError) as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
 
 
@@ -1347,8 +1349,8 @@ def memory_advice(run):
 def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
-    codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
-    sys.stdout.reconfigure(errors="backslashreplace")  # data in letters that a terminal's encoding lacks
+    codes = {InputError: 2, OSError: 2, MemoryError: 2, torch.OutOfMemoryError: 2, HealthError: 3, Preempted: 4}
+    code, rank = 1, int(os.environ.get("RANK", "0"))
     try:
         main(args)
         code = 0
@@ -1363,7 +1365,7 @@ def launch(main, args):
         if memory:
             text = f"out of memory: {memory_advice(run) if run else 'use a smaller --model or more ranks.'}"
         if rank == 0 or code == 2:
-            print("error: " * (code < 4) + printable(text)[:1000], file=sys.stderr, flush=True)
+            print(f"error: {text}" if code < 4 else text, file=sys.stderr, flush=True)
     finally:
         try:
             if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own

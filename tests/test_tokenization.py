@@ -364,6 +364,10 @@ ROW_ERRORS = [
     ({"messages": says("a", "b"), "tools": "[{"}, TOOLS, "template fails"),
     ({"messages": says("a", "b"), "tools": 7}, TOOLS, "template fails"),
     ({"messages": says("a", "b"), "chat_template_kwargs": {"tokenize": False}}, TOOLS, "template fails.*tokenize"),
+    ({"messages": says("a", "b"), "chat_template_kwargs": {"chat_template": "x"}}, CHATML, "fails.*chat_template"),
+    ({"messages": says("a", "b"), "chat_template_kwargs": {"continue_final_message": True}}, CHATML, "continue_final"),
+    ({"messages": says("a", "b")}, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "template fails.*recursion"),
+    ({"messages": says("a", "b")}, "{{ 'x' * 2 ** 25 }}", "template fails.*33554432 characters"),
     ({"text": ["a"]}, CHATML, "column text"),
     ({"text": 1.5}, CHATML, "not text.*1.5"),
     ({"prompt": "a", "completion": says("b", first="user")}, CHATML, "no assistant turn"),
@@ -380,6 +384,32 @@ def test_rows_that_cannot_be_encoded(row, template, match):
         tok.encode_demonstration(row, make(template), [EOS, IM_END])
     text = str(caught.value)
     assert "data.jsonl:7" in text and text.isprintable() and "\n" not in text and len(text) < 700
+
+
+def test_a_template_without_an_end(monkeypatch):
+    monkeypatch.setattr(tok, "PATIENCE", 1)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match="template fails.*no end after 1 seconds.*--chat_template FILE"):
+        tok.encode_demonstration({"messages": says("a", "b")}, make(loops), [EOS])
+
+
+def test_template_arguments_cut_nothing():
+    """What a tokenizer would take for an order to truncate or to pad is a name in the template, and no more."""
+    row = {"messages": says("a", "b"), "chat_template_kwargs": {"truncation": True, "max_length": 2, "padding": "left"}}
+    (group,) = tok.encode_demonstration(row, make(CHATML), [EOS, IM_END])
+    check(group, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]")
+
+
+def test_a_prompt_without_a_token():
+    with pytest.raises(InputError, match="no token in column prompt.*--rename"):
+        tok.encode_prompt({"prompt": ""}, make())
+    assert list(tok.encode_prompt({"prompt": ""}, make(bos=True))) == [BOS]
+
+
+@pytest.mark.parametrize("eos", ["</s>", [EOS, "x"], 10**9, -1, True, 1.5, [EOS, 7.0]])
+def test_stop_ids_that_are_no_tokens(eos):
+    with pytest.raises(InputError, match="no tokens of the tokenizer.*eos_token_id"):
+        tok.stop_ids(make(), GenerationConfig(eos_token_id=eos))
 
 
 @pytest.mark.parametrize("row, match", [
@@ -408,6 +438,7 @@ def test_pair_of_several_turns_in_a_rewriting_template_is_refused():
     ({"a.jsonl": b'{"a": "\xff"}'}, "a.jsonl", {}, r"a.jsonl:1\)"),
     ({"a.jsonl": b'{"a": 1}\n3\n'}, "a.jsonl", {}, r"a.jsonl:2\): 3"),
     ({"a.jsonl": b'{"a":' * 100_000}, "a.jsonl", {}, "a.jsonl"),
+    ({"a.jsonl": b'{"b": 1}\n{"a":' + b'{"a":' * 900 + b"1" + b"}" * 901}, "a.jsonl", {}, r"a.jsonl:2\)"),
     ({"a.json": b'[{"a": 1}, 3'}, "a.json", {}, "a.json"),
     ({"a.parquet": b"no"}, "a.parquet", {}, "a.parquet"),
     ({"a.txt": b"x"}, ".", {}, "no rows"),

@@ -1,0 +1,1791 @@
+"""Bad inputs by the thousand: each ends in a run that is right, or in exit code 2 or 3 with one line to act on.
+
+    python benchmarks/hostile.py [--cases 1000] [--seed 0] [--only FAMILY ...] [--case N] [--out FILE.jsonl]
+
+Case N of a seed is always the same: a small valid run of one script, then one to three mutations of its rows, files,
+template, tokenizer, configuration, weights, checkpoint, flags or folders. Scripts run as their last line runs them
+(parse_args, launch), in a fork; every 20th case is a real `python methods/x.py`. What is asked of the end:
+
+    code 0  final/ loads and is finite, metrics are finite (or TRAIN001 says so), the rows kept are those that the
+            generator expects; a resumed run ends with bitwise the weights of one that nobody touched
+    code 2  one line `error: ...` that names an input of the case and what to type; alerts ([CODE ...]) may stand before
+    code 3  the same, but what it names is the code of an alert
+    always  no traceback, no hang, no control character on the terminal, nothing that looks finished after a failure,
+            run.json agrees, planted code did not run, the file that the data points at was not read
+
+FILE.jsonl: a first row about the campaign, then a row per case: case, family, script, via, mutations, expected (good,
+bad or either), code, error, seconds, ok, why (it is not). The same command goes on where it was interrupted.
+"""
+import argparse
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "common" / "tiny" / "model"
+SCRIPTS = ["sft", "dpo", "grpo"]
+LIMIT = 60  # seconds that a case may take: most take one, a real process on a busy core ten
+ROOM = 3 * 2**30  # bytes of memory that a case may ask for beyond the imports: a greedy one must not take the machine
+SECRET = "SECRET-5f0c"  # in a file that rows, templates and indices point at
+GRPO = ["--num_generations", "2", "--max_completion_length", "24", "--allow", "GRPO001", "GRPO002"]
+BASE = "--batch_size 2 --max_steps 1 --max_length 200 --learning_rate 1e-4 --eval_every 0".split()
+ROWS = 8
+FAMILIES, EXPECTED = {}, ("bad", "either", "good")
+
+
+def mutation(family, often=1):
+    """Enter a function of a case into the corpus. It changes the case and returns what must become of it."""
+
+    def enter(function):
+        FAMILIES.setdefault(family, []).extend([function] * often)
+        return function
+
+    return enter
+
+
+class Poison:
+    """What a pickle does when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+class Case:
+    """A valid small run in a folder of its own; mutations change it before write() puts it on the disk."""
+
+    def __init__(self, number, seed, folder, only=None):
+        self.rng, self.number, self.folder = random.Random(f"{seed} {number}"), number, Path(folder)
+        families, names = list(FAMILIES) if only is None else only, set()
+        self.script, self.family = SCRIPTS[number % 3], families[number // 3 % len(families)] if families else None
+        self.canary, self.secret = self.folder / "canary", self.folder / "secret.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.secret.write_text(json.dumps({"text": SECRET, "prompt": SECRET, "completion": "x"}) + "\n")
+        self.flags, self.names, self.kept, self.resumed, self.endless = {}, {"rows.jsonl"}, ROWS, False, False
+        self.data, self.raw, self.chat, self.out, self.argv = self.folder / "rows.jsonl", None, True, "out", []
+        self.rows = self.base_rows()
+        draw, chosen = self.rng, []
+        for k in range(draw.choice((1, 1, 2, 3)) if families else 0):
+            easy = [name for name in ("rows", "text", "flags") if name in FAMILIES]
+            pool = self.family if k == 0 else draw.choice(easy)
+            mutate = draw.choice(FAMILIES[pool])
+            if mutate not in [m for m, _ in chosen] and (k == 0 or self.family != "checkpoints"):
+                self.names = {"rows.jsonl"}
+                chosen.append((mutate, mutate(self)))
+                names |= self.names
+        self.names = names
+        self.mutations = [m.__name__ for m, _ in chosen]
+        self.expected = min((verdict for _, verdict in chosen), key=EXPECTED.index, default="good")
+        if len(chosen) > 1:
+            self.kept = None
+            self.expected = "good" if self.expected == "good" else "either"  # one mutation may undo another
+
+    def base_rows(self):
+        """Eight rows of one of the script's formats."""
+        rng, rows = self.rng, []
+        kind = rng.choice({"sft": ("messages", "conversations", "text", "texts", "chats"),
+                           "dpo": ("texts", "chats", "implicit"), "grpo": ("texts", "chats")}[self.script])
+        self.kind, self.chat = kind, kind not in ("text", "texts")
+        for _ in range(ROWS):
+            a, b = rng.randrange(100, 999), rng.randrange(100, 999)
+            q, right, wrong = f"What is {a} + {b}?", f"#### {a + b}", f"#### {a - b}"
+            ask = [{"role": "user", "content": q}]
+            say, err = ([{"role": "assistant", "content": text}] for text in (right, wrong))
+            human = [{"from": "human", "value": q}, {"from": "gpt", "value": right}]
+            rows.append({
+                ("sft", "messages"): {"messages": ask + say}, ("sft", "conversations"): {"conversations": human},
+                ("sft", "text"): {"text": f"{q} {right}"}, ("sft", "texts"): {"prompt": q, "completion": right},
+                ("sft", "chats"): {"prompt": ask, "completion": say},
+                ("dpo", "texts"): {"prompt": q, "chosen": right, "rejected": wrong},
+                ("dpo", "chats"): {"prompt": ask, "chosen": say, "rejected": err},
+                ("dpo", "implicit"): {"chosen": ask + say, "rejected": ask + err},
+                ("grpo", "texts"): {"prompt": q, "answer": str(a + b)},
+                ("grpo", "chats"): {"prompt": ask, "answer": str(a + b)},
+            }[self.script, kind])
+        return json.loads(json.dumps(rows))  # no object is in two rows
+
+    def need_chat(self):
+        while not self.chat:
+            self.rows = self.base_rows()
+
+    def row(self):
+        return self.rng.choice(self.rows or [{}])
+
+    def column(self, row):
+        """A column that the script needs."""
+        return self.rng.choice([name for name in row if name != "answer"] or ["prompt"])
+
+    def messages(self):
+        """-> a list of messages in a row; the case becomes one with messages."""
+        self.need_chat()
+        row = self.row()
+        return self.rng.choice([value for value in row.values() if isinstance(value, list) and value] or [[{}]])
+
+    def texts(self):
+        """-> places (container, key) of all texts of a row."""
+        row, found = self.row(), []
+        for key, value in row.items():
+            if isinstance(value, str):
+                found.append((row, key))
+            for message in value if isinstance(value, list) else []:
+                found += [(message, k) for k in ("content", "value") if isinstance(message, dict) and k in message]
+        return found or [(row, "prompt")]
+
+    def lines(self):
+        """The rows as lines of JSON, for what breaks them."""
+        if self.raw is None:
+            self.raw = [json.dumps(row).encode() for row in self.rows]
+        return self.raw
+
+    def model(self):
+        """A copy of the tiny model that the case may damage."""
+        folder = self.folder / "model"
+        if not folder.exists():
+            shutil.copytree(MODEL, folder)
+            for path in folder.iterdir():
+                path.chmod(0o644)
+        self.flags["--model"] = str(folder)
+        self.names |= {"--model", "model", "tokenizer"}
+        return folder
+
+    def edit(self, name, change):
+        """change(settings) of a JSON file of the model; what it returns, if anything, is what is written."""
+        path = self.model() / name
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        result = change(settings)
+        path.write_text(json.dumps(settings if result is None else result))
+        self.names |= {name}
+
+    def write(self):
+        """-> the command line."""
+        if self.raw is not None:
+            self.data.write_bytes(b"\n".join(self.raw))
+        elif not self.data.exists():
+            limit = sys.getrecursionlimit()
+            sys.setrecursionlimit(9 * limit)  # ours only: a row may be as deep as the script's own limit, and deeper
+            self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            sys.setrecursionlimit(limit)
+        flags = [*BASE, *(GRPO if self.script == "grpo" else []), "--dataset", str(self.data),
+                 "--output_dir", str(self.folder / self.out), "--eval_dataset", ""]
+        if "--model" not in self.flags:
+            flags += ["--model", str(MODEL)]
+        for name, value in self.flags.items():
+            flags += [name, value] if value is not None else [name]
+        return [*flags, *self.argv]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+WRONG = [None, 7, 1.5, True, False, [], {}, [1, 2], ["a"], [[]], [None], {"a": 1}, [{"role": "user"}], [{}], 10**30]
+
+
+@mutation("rows")
+def drop_column(case):
+    row = case.row()
+    row.pop(case.column(row), None)
+    return "either" if case.script == "dpo" else "bad"
+
+
+@mutation("rows", 3)
+def wrong_type(case):
+    row = case.row()
+    row[case.column(row)] = case.rng.choice(WRONG)
+    return "either" if case.script == "dpo" and "prompt" not in case.row() else "bad"
+
+
+@mutation("rows")
+def wrong_type_everywhere(case):
+    value, name = case.rng.choice(WRONG), case.column(case.row())
+    for row in case.rows:
+        row[name] = value
+    return "bad" if value is not None or case.script != "dpo" else "either"
+
+
+@mutation("rows")
+def strange_answer(case):
+    case.row()["answer"] = case.rng.choice([*WRONG, "", "9" * 5000, "####", "\x1b[31m", "1e999", "-", ["a", {}]])
+    case.names |= {"GRPO003"}
+    return "either"
+
+
+@mutation("rows", 2)
+def extra_columns(case):
+    names = ["x", "", " ", "row", "ids", "completions", "scored", "__class__", "self", "\u202e", "a\x1b[2J", "k" * 3000]
+    for row in [case.row() for _ in range(3)]:
+        row[case.rng.choice(names)] = case.rng.choice(WRONG)
+    return "either" if case.script == "grpo" else "good"  # a reward function takes columns by name
+
+
+@mutation("rows")
+def other_spelling(case):
+    row = case.row()
+    name = case.column(row)
+    row[case.rng.choice([name.upper(), name + " ", "\ufeff" + name, name + "\x00"])] = row.pop(name, "x")
+    return "either" if case.script == "dpo" else "bad"
+
+
+@mutation("rows")
+def other_column_kind(case):
+    """Messages where a text stands, and the reverse."""
+    row = case.row()
+    name = case.column(row)
+    row[name] = "text" if isinstance(row.get(name), list) else [{"role": "user", "content": "hi"}]
+    return "either"
+
+
+@mutation("rows", 2)
+def bad_message(case):
+    message = case.rng.choice(case.messages())
+    keys = [key for key in ("role", "content", "from", "value") if key in message] or ["role"]
+    message[case.rng.choice(keys)] = case.rng.choice([*WRONG, "wizard\x1b[31m", "USER", [{"type": "image", "path":
+                                                     str(case.secret)}], [{"type": "text", "text": 3}]])
+    return "either"
+
+
+@mutation("rows")
+def message_that_is_none(case):
+    messages = case.messages()
+    messages[case.rng.randrange(len(messages))] = case.rng.choice([None, "hi", 3, [], ["role", "user"]])
+    return "bad"
+
+
+@mutation("rows")
+def strange_turns(case):
+    messages = case.messages()
+    one = messages[-1]
+    case.rng.choice([messages.reverse, messages.clear, lambda: messages.extend([dict(one)] * 500),
+                     lambda: messages.insert(0, {"role": "system", "content": "s"}),
+                     lambda: messages.insert(0, {"role": "assistant", "content": "s"}),
+                     lambda: messages.append({"role": "tool", "content": "4"}),
+                     lambda: messages.append({"role": "assistant", "tool_calls": [{"name": "f"}]}),
+                     lambda: messages.append({"role": "assistant", "content": None, "tool_calls": 7})])()
+    case.kept = None
+    return "either"
+
+
+@mutation("rows")
+def template_arguments_in_a_row(case):
+    case.need_chat()
+    case.kept, attack = None, "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}"
+    case.row()["chat_template_kwargs"] = case.rng.choice([
+        {"chat_template": attack.replace("CANARY", str(case.canary))}, {"chat_template": "x"},
+        {"truncation": True, "max_length": 2}, {"tokenize": False},
+        {"return_tensors": "pt"}, {"continue_final_message": True}, {"messages": []}, {"conversation": []},
+        {"documents": 3}, {"return_dict": True}, {"padding": "max_length", "max_length": 10**9}, {"a": {"b": None}},
+        {"tokenizer_kwargs": {"truncation": True, "max_length": 1}}, "no json", "[1]", 7, [1], "\x1b[31m", "null",
+        {"add_generation_prompt": True}, {"tools": [1]}, {"x y": 1}, {"": 1}, {"eos_token": None}])
+    return "either"
+
+
+@mutation("rows")
+def tools_in_a_row(case):
+    case.need_chat()
+    case.kept = None
+    case.row()["tools"] = case.rng.choice([[{"name": "f"}], '[{"name": "f"}]', "[{", 7, {"a": 1}, [1], [[]], "",
+                                           [{"name": "f", "parameters": {"file": str(case.secret)}}], "null"])
+    return "either"
+
+
+@mutation("rows")
+def fewer_rows(case):
+    del case.rows[case.rng.choice([0, 1, 2]):]
+    case.kept = len(case.rows)
+    return "good" if case.rows else "bad"
+
+
+@mutation("rows")
+def deep_value(case):
+    """Nested deeper than Python's stack, or nearly."""
+    value, depth = 1, case.rng.choice([20, 200, 400, 700, 930, 990])
+    for _ in range(depth):
+        value = {"k": value} if case.rng.random() < 0.5 else [value]
+    case.row()[case.rng.choice(["x", case.column(case.row())])] = value
+    return "either"
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+STRINGS = [
+    " ", "\t\n", "\x00", "\x00" * 50, "\x1b]0;title\x07\x1b[2J", "\x1b[8m", "\u202eabc", "\u200b", "\ufeff",
+    "\u2028a\x85b",
+    "e" + "\u0301" * 60, "\U0001f9d1\u200d\U0001f4bb", "\U0010ffff", "\ufffe", "\u0627\u0644", "\u6f22\u5b57" * 20,
+    "\r\n",
+    "<|end|>", "<|im_end|>", "</s>", "<|user|>a<|assistant|>", "<|pad|>", "<|unk|>", "[INST]", "{{ 7 * 7 }}",
+    "{% for %}",
+    "{{ messages }}", "{% include 'secret.jsonl' %}", "%s%n{0}{x.__class__}", "$(touch canary)", "`touch canary`",
+    "'; DROP TABLE rows; --", "../../secret.jsonl", "file:secret.jsonl", "\\u0000", "\\", '"', "null", "NaN", "####",
+    "#### 1", "0" * 50, "a" * 60, "=cmd|'/c calc'!A0", "\x7f\x80\x9b31m", "#### \u0661\u0662", "-" * 30, "#" * 50,
+]
+
+
+@mutation("text", 5)
+def strange_text(case):
+    place, key = case.rng.choice(case.texts())
+    place[key] = case.rng.choice(STRINGS)
+    return "either" if case.script != "sft" else "good"  # pairs may lose their common message, answers their number
+
+
+@mutation("text")
+def strange_text_everywhere(case):
+    text = case.rng.choice(STRINGS)
+    for row in case.rows:
+        for key, value in row.items():
+            for message in value if isinstance(value, list) else []:
+                if isinstance(message, dict):
+                    message["content" if "content" in message else "value"] = text
+            row[key] = value if isinstance(value, list) else text
+    case.kept = None
+    return "either"
+
+
+@mutation("text")
+def empty_text(case):
+    place, key = case.rng.choice(case.texts())
+    place[key], case.kept = "", None
+    return "either"
+
+
+@mutation("text")
+def half_a_surrogate(case):
+    place, key = case.rng.choice(case.texts())
+    place[key] = case.rng.choice(["\ud800", "a\udfffb", "\udc00\ud800"])
+    return "bad" if key != "answer" else "either"
+
+
+@mutation("text", 2)
+def huge_text(case):
+    """Such a row is dropped, and counted."""
+    place, key = case.rng.choice(case.texts())
+    place[key] = case.rng.choice("a9 \n\U0001f600\u0301<") * case.rng.choice([1_000, 30_000, 1_000_000])
+    case.names |= {"--max_length", "DATA005"}
+    case.flags["--allow"] = "DATA005"
+    if case.script == "grpo":
+        case.argv += ["--allow", "DATA005", "GRPO001", "GRPO002", "GRPO003"]
+    case.kept = ROWS if key == "answer" else ROWS - 1
+    return "good" if case.kind != "implicit" else "either"
+
+
+@mutation("text")
+def huge_text_is_an_error(case):
+    place, key = case.rng.choice(case.texts())
+    place[key] = "1 + 1 = 2 " * 300
+    case.flags["--overlong"] = "error"
+    case.names |= {"--max_length"}
+    return "bad" if key != "answer" and case.kind != "implicit" else "either"
+
+
+@mutation("text")
+def text_cut_from_the_left(case):
+    place, key = case.rng.choice(case.texts())
+    place[key] = "1 + 1 = 2 " * 100
+    case.flags |= {"--overlong": "truncate_prompt", "--allow": "DATA005"}
+    if case.script == "grpo":
+        case.argv += ["--allow", "DATA005", "GRPO001", "GRPO002"]
+    case.kept = None
+    return "either"
+
+
+# ---- lines of JSON ---------------------------------------------------------------------------------------------------
+
+
+@mutation("lines", 3)
+def broken_line(case):
+    lines = case.lines()
+    k = case.rng.randrange(len(lines))
+    line = lines[k]
+    lines[k] = case.rng.choice([
+        line[: case.rng.randrange(1, len(line))], line + b"}", line + b",", line + line, line.replace(b'"', b"'"),
+        b"// " + line, b"\x00", b"\xff\xfe", line.replace(b":", b": \xff", 1), b"3", b"null", b"[]", b"true", b'"text"',
+        b"[" + line + b"]", b"NaN", b"-", b"{}", b'{"a": ' * 100_000, b'{"a": 1' + b"0" * 5000 + b"}", b'{"a"}',
+        line.replace(b"{", b"{\n", 1), b"{" + line[1:-1] + b",}", b"\x1b[2J" + line, gzip.compress(line, mtime=0),
+    ])
+    return "bad"
+
+
+@mutation("lines", 2)
+def harmless_bytes(case):
+    lines = case.lines()
+    change = case.rng.randrange(7)
+    if change == 0:
+        lines[0] = b"\xef\xbb\xbf" + lines[0]
+    elif change == 1:
+        lines[:] = [line + b"\r" for line in lines]
+    elif change == 2:
+        lines[1:1] = [b"", b"   ", b"\t\r"]
+    elif change == 3:
+        lines[:] = [b"[" + b",\n".join(lines) + b"]"]
+    elif change == 4:
+        lines[0] = lines[0][:-1] + b', "x": NaN, "y": -Infinity, "z": 1e999}'
+    elif change == 5:
+        lines[0] = b"  " + lines[0] + b"  "
+    else:
+        lines[:] = [json.dumps(json.loads(line), ensure_ascii=False).encode() for line in lines]
+    return "good"
+
+
+@mutation("lines")
+def keys_twice(case):
+    lines = case.lines()
+    name = case.column(case.row())
+    lines[0] = lines[0][:-1] + f', "{name}": {case.rng.choice(["7", "null", "[]"])}}}'.encode()
+    return "either"
+
+
+@mutation("lines", 2)
+def not_lines(case):
+    whole = b"\n".join(case.lines())
+    noise = bytes(case.rng.randrange(256) for _ in range(500))
+    case.raw = [case.rng.choice([
+        b"", b"\n\n \n", whole.decode().encode("utf-16"), gzip.compress(whole, mtime=0), noise, b"PAR1" + noise,
+        b'{"data": [' + b",".join(whole.split(b"\n")) + b"]}", b"[" + whole + b"]", b"[]", b"[[]]", b"{}", b"[1, 2]",
+        b"prompt,completion\na,b\n", b"<html>", b"\x00" * 1000, b"[" * 100_000, whole[: len(whole) // 2],
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    ])]
+    return "bad"
+
+
+# ---- tables and folders ----------------------------------------------------------------------------------------------
+
+
+def table(case):
+    import pyarrow
+
+    return pyarrow.Table.from_pylist(case.rows)
+
+
+def as_parquet(case, content):
+    import pyarrow.parquet
+
+    case.data = case.folder / "rows.parquet"
+    pyarrow.parquet.write_table(content, case.data)
+    case.names = {"rows.parquet"}
+
+
+@mutation("tables")
+def whole_parquet(case):
+    as_parquet(case, table(case))
+    return "good"
+
+
+@mutation("tables", 2)
+def damaged_parquet(case):
+    as_parquet(case, table(case))
+    data = bytearray(case.data.read_bytes())
+    how, verdict = case.rng.randrange(5), "bad"
+    if how == 0:
+        data = data[: case.rng.randrange(len(data))]
+    elif how == 1:
+        data = data[case.rng.randrange(1, len(data)):]
+    elif how == 2:
+        data, verdict = data.replace(b"PAR1", b"PAR2"), "bad"
+    elif how == 3:
+        verdict, case.kept = "either", None
+        for _ in range(case.rng.choice([1, 5, 50])):
+            data[case.rng.randrange(len(data))] ^= 1 << case.rng.randrange(8)
+    else:
+        data = bytearray()
+    case.data.write_bytes(data)
+    return verdict
+
+
+@mutation("tables", 2)
+def strange_columns(case):
+    import pyarrow
+
+    content, name = table(case), case.column(case.row())
+    n, how = len(case.rows), case.rng.randrange(8)
+    column = pyarrow.array([str(k) for k in range(n)])
+    at = content.column_names.index(name)
+    verdict = "either" if case.script == "dpo" else "bad"
+    if how == 0:
+        content = content.set_column(at, name, pyarrow.array(range(n)))
+    elif how == 1:
+        content = content.set_column(at, name, pyarrow.nulls(n))
+    elif how == 2:
+        content = content.set_column(at, name, pyarrow.array([b"\xff\x00"] * n))
+    elif how == 3:
+        content = content.set_column(at, name, pyarrow.array([[[["deep"]]]] * n))
+    elif how == 4:
+        content, verdict = content.append_column(name, column), "either"  # the name twice
+    elif how == 5:
+        content, verdict = content.append_column("x", pyarrow.nulls(n)), "good"
+    elif how == 6:
+        content = content.slice(0, 0)
+    else:
+        content, verdict = content.append_column("y", column.dictionary_encode()), "good"
+    as_parquet(case, content)
+    return verdict if case.script != "grpo" or verdict != "good" else "either"
+
+
+@mutation("tables", 2)
+def strange_csv(case):
+    if case.chat:
+        case.kind, case.chat = "texts", False
+        case.rows = [{"prompt": f"What is {k} + 1?", "completion": "two words", "chosen": "two words",
+                      "rejected": "three", "answer": str(k + 1)} for k in range(ROWS)]
+    names = list(case.rows[0])
+    lines = [",".join(names), *(",".join(f'"{row[name]}"' for name in names) for row in case.rows)]
+    text, verdict = "\n".join(lines) + "\n", "bad"
+    how = case.rng.randrange(10)
+    if how == 0:
+        verdict = "good"
+    elif how == 1:
+        text = "\n".join(lines[1:])  # no header
+    elif how == 2:
+        text = lines[0] + "\n"
+    elif how == 3:
+        text, verdict = text.replace('"', "", 1), "either"
+    elif how == 4:
+        text = text.replace(",", ";")
+    elif how == 5:
+        text, verdict = "\ufeff" + text.replace("\n", "\r\n"), "good"
+    elif how == 6:
+        text, verdict = text + '"a"\n' + ",".join(['"a"'] * 30) + "\n", "bad"
+    elif how == 7:
+        text, verdict = text + '"\x00","\x1b[31m"\n', "either"
+    elif how == 8:
+        text, verdict = f"{lines[0]},{names[0]}\n" + "".join(line + ',"z"\n' for line in lines[1:]), "either"
+    else:
+        text = ""
+    case.data = case.folder / "rows.csv"
+    case.data.write_text(text, encoding="utf-8")
+    case.names = {"rows.csv"}
+    case.kept = ROWS if verdict == "good" else None
+    return verdict
+
+
+@mutation("tables", 2)
+def saved_folder(case):
+    """As `datasets` saves one, and then not quite."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    case.data = case.folder / "saved"
+    datasets.Dataset.from_list(case.rows).save_to_disk(str(case.data))
+    case.names = {"saved"}
+    files = sorted(case.data.iterdir())
+    path, how = case.rng.choice(files), case.rng.randrange(5)
+    if how == 0:
+        return "good"
+    case.kept = None
+    if how == 1:
+        path.unlink()
+    elif how == 2:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == 3:
+        path.write_text("{}")
+    else:
+        state = case.data / "state.json"
+        state.write_text(state.read_text().replace("data-00000-of-00001.arrow", "../secret.jsonl"))
+    return "either"
+
+
+@mutation("tables", 2)
+def strange_folder(case):
+    case.data = folder = case.folder / "folder"
+    folder.mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in case.rows)
+    case.names, how = {"folder"}, case.rng.randrange(8)
+    if how == 0:
+        return "bad"
+    (folder / "train-0.jsonl").write_text(text)
+    if how == 1:
+        (folder / "train-1.jsonl").mkdir()
+        return "bad"
+    if how == 2:
+        (folder / "train-1.jsonl").symlink_to(folder / "train-1.jsonl")
+        return "bad"
+    if how == 3:
+        (folder / "train\x1b[31m\n.jsonl").write_text("{")
+        case.names = {"train\\x1b[31m\\n.jsonl"}
+        return "bad"
+    if how == 4:
+        for name in "notes.txt", "x.bin", "evil.py", "y.pkl":
+            (folder / name).write_bytes(pickle.dumps(Poison(case.canary)))
+        return "good"
+    if how == 5:
+        (folder / "train-1.jsonl").write_text(text)
+        case.kept = 2 * ROWS
+        return "good"
+    if how == 6:
+        case.flags["--dataset_split"] = case.rng.choice(["validation", "", "*", "../x", "train[:2]", "\x1b[31m"])
+        case.kept = None
+        return "either"
+    (folder / "train-1.parquet").write_bytes(b"PAR1")
+    return "bad"
+
+
+@mutation("tables")
+def datasets_that_are_none(case):
+    name = case.rng.choice([
+        "", "/", ".", "..", "no/such", "no/such/rows.jsonl", "tiny:", "tiny:nothing", "tiny:../../secret", ":", "a:b:c",
+        "x" * 300, "x" * 5000, "a\nb", "\x1b[31m", "{}", "s3://bucket/x.jsonl", "http://127.0.0.1:9/x.jsonl", "-",
+        "hf://datasets/a/b", "/dev/null", "/dev/null.jsonl", "~", "$HOME", "rows.pkl", "no such.jsonl", "a b/c d",
+        "../" * 50 + "x.csv", "\u202ex.jsonl", "tiny:\x1b[31m", "squad:train:test", "__pycache__", ".jsonl",
+        "x.jsonl:y",
+        str(case.folder / "poison.pkl"), str(case.folder / "script.py"),
+    ])
+    (case.folder / "poison.pkl").write_bytes(pickle.dumps(Poison(case.canary)))
+    (case.folder / "script.py").write_text(f"open({str(case.canary)!r}, 'w')\n")
+    case.argv += ["--dataset", name]
+    case.names = {"--dataset"}
+    return "bad"
+
+
+@mutation("tables")
+def evaluation_data(case):
+    """The held-out rows are as hostile as those to train on."""
+    path = case.folder / "heldout.jsonl"
+    how = case.rng.randrange(5)
+    path.write_text(["", "{", json.dumps({"x": 1}), "".join(json.dumps(row) + "\n" for row in case.rows[:3]),
+                     json.dumps({"prompt": "a" * 999, "completion": "b", "chosen": "b", "rejected": "c"})][how])
+    case.argv += ["--eval_dataset", str(path), *(["--eval_samples", "1"] if case.script == "grpo" else [])]
+    case.names = {"heldout.jsonl"}
+    return "good" if how == 3 else "bad"
+
+
+@mutation("tables")
+def renamed_columns(case):
+    name = case.column(case.row())
+    how = case.rng.choice([f"{name}:", f":{name}", ":", "a", "a:b:c", f"{name}:x", ",,,", "no\x1b[31m:prompt", "::::",
+                           f"{name}:{name}", "x" * 3000, f"{name}:x,x:{name}", "\n:\n"])
+    case.flags["--rename"] = how
+    case.names |= {"--rename"}
+    return "good" if how in (",,,", f"{name}:{name}") else "either"
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+BAD_TEMPLATES = [
+    "{{ messages[0].content.no.such }}", "{% for %}", "{% for m in messages %}", "{{ messages | nofilter }}", "{{",
+    "{% nosuchtag %}", "{{ raise_exception('three\nlines\x1b[31m') }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}",
+    "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}", "{% include 'SECRET' %}",
+    "{% import 'SECRET' as x %}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ lipsum.__globals__['os'].system('touch CANARY') }}",
+    "{% extends 'SECRET' %}", "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{{ range(10 ** 9) | list }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10 ** 11 }}",
+    "{% set n = namespace(s='ab') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "{{ '%d' % 'x' }}",
+    "{{ messages[99] + 1 }}", "{{ none.x }}", "{{ messages | map('no') | list }}", "{{ 'a' + 1 }}", "{{ {}[[]] }}",
+    "{% for i in range(60000) %}{% for j in range(600) %}aaaaaaaaaaaaaaaa{% endfor %}{% endfor %}", "{{ 9 ** 9 ** 9 }}",
+    "{{ '%999999999999d' % 1 }}", "{{ messages | batch(0) | list }}", "{{ 'x'.format_map(messages) + 1 }}",
+    "{{ ''.join(messages) }}", "{{ messages.__class__ }}{{ raise_exception() }}", "{{ x.y.z }}",
+    "{{ (1).__class__() }}",
+    "{% set x = messages[0].update({'a': 1}) %}", "{{ messages | attr('clear')() }}", "{{ self.__init__.__globals__ }}",
+    "{% for m in messages recursive %}{{ loop([m]) }}{% endfor %}", "{{ 'a' * 2 ** 31 }}", "{{ dict(**3) }}",
+]
+STRANGE_TEMPLATES = [
+    "", " ", "constant", "{{ nope }}", "{{ messages | length }}", "{{ messages }}", "<|end|>", "{{ eos_token * 50 }}",
+    "{% if add_generation_prompt %}x{% endif %}", "{{ messages[0].role }}", "{{ bos_token }}" + CHAT, "{# #}", CHAT * 2,
+    "{% for i in range(5000) %}<|end|>{% endfor %}" + CHAT, "{{ messages | tojson }}", CHAT[::-1], CHAT[:60], "\ufeff",
+    CHAT.replace("<|end|>", ""), CHAT.replace("m.content", "''"), "{{ strftime_now('%Y') }}" + CHAT, "\x1b[2J" + CHAT,
+    "{% if messages | length > 1 %}x{% endif %}" + CHAT, "{{ messages[-1].content }}", "{{ messages[::-1] }}",
+    "{{ 7 }}",
+    "{% generation %}" + CHAT + "{% endgeneration %}", CHAT.replace("content", "content[::-1]"), "\U0001f600" + CHAT,
+    CHAT + "\u2028{{ undefined_name }}", "{{ range(3) | list }}" + CHAT, "{% set messages = [] %}" + CHAT, "x" * 50_000,
+]
+
+
+@mutation("templates", 4)
+def bad_template(case):
+    case.need_chat()
+    path = case.folder / "chat.jinja"
+    text = case.rng.choice(BAD_TEMPLATES)
+    path.write_text(text.replace("CANARY", str(case.canary)).replace("SECRET", str(case.secret)))
+    case.flags["--chat_template"] = str(path)
+    case.names |= {"--chat_template"}
+    return "bad"
+
+
+@mutation("templates", 2)
+def strange_template(case):
+    case.need_chat()
+    path = case.folder / "chat.jinja"
+    path.write_text(case.rng.choice(STRANGE_TEMPLATES), encoding="utf-8")
+    case.flags["--chat_template"] = str(path)
+    case.names |= {"--chat_template", "--dataset", "DATA"}
+    case.kept = None
+    return "either"
+
+
+@mutation("templates")
+def template_that_is_no_file(case):
+    (case.folder / "latin.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    name = case.rng.choice(["no/such.jinja", "/", str(case.folder), "latin.jinja", "{{ messages }}", "x" * 5000, "\n"])
+    case.flags["--chat_template"] = str(case.folder / name) if name == "latin.jinja" else name
+    case.names |= {"--chat_template"}
+    return "bad"
+
+
+@mutation("templates", 2)
+def template_arguments(case):
+    case.need_chat()
+    case.kept = None
+    case.flags["--chat_template_kwargs"] = case.rng.choice([
+        "", "{", "[1]", "7", "null", '"x"', "{'a': 1}", '{"tokenize": true}', '{"chat_template": "{{ 1 / 0 }}"}',
+        '{"return_tensors": "pt"}', '{"truncation": true, "max_length": 1}', '{"add_generation_prompt": 1}', "{}x",
+        '{"continue_final_message": true}', '{"a": NaN}', '{"messages": [], "tools": 3}', '{"\\u001b[31m": "\\ud800"}',
+        '{"return_dict": true}', "{" * 5000, '{"documents": "x"}', '{"raise_exception": 1}',
+        '{"a":' * 2000 + "1" + "}" * 2000,
+    ])
+    case.names |= {"--chat_template"}
+    return "either"
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def junk(rng):
+    return rng.choice([None, 0, -1, 10**9, 2**70, 1.5, math.nan, True, "", "x", "\x1b[31m", [], {}, [1], ["x"],
+        {"a": 1},
+                       [None], "<|end|>", [2, "x"], [[2]], "../secret.jsonl", 1e30])
+
+
+@mutation("tokenizers", 2)
+def no_special_tokens(case):
+    names = case.rng.sample(["eos_token", "pad_token", "unk_token", "bos_token"], case.rng.randrange(1, 4))
+    case.edit("tokenizer_config.json", lambda settings: [settings.pop(name, None) for name in names] and None)
+    if case.rng.random() < 0.5:
+        case.edit("generation_config.json", lambda settings: settings.pop("eos_token_id") and None)
+        case.edit("config.json", lambda settings: settings.pop("eos_token_id") and None)
+    if case.rng.random() < 0.5:
+        (case.model() / "chat_template.jinja").unlink(missing_ok=True)
+        case.names |= {"--chat_template"}
+    case.names |= {"eos_token"}
+    return "either"
+
+
+@mutation("tokenizers", 2)
+def strange_tokenizer_config(case):
+    name = case.rng.choice([
+        "eos_token", "pad_token", "bos_token", "unk_token", "model_max_length", "tokenizer_class", "padding_side",
+        "chat_template", "backend", "added_tokens_decoder", "extra_special_tokens", "add_bos_token", "auto_map",
+        "tokenizer_file", "vocab_file", "name_or_path", "additional_special_tokens", "split_special_tokens",
+        "model_input_names", "legacy", "truncation_side", "tokenizer_type", "processor_class", "init_inputs",
+        "do_lower_case",
+    ])
+    value = junk(case.rng)
+    case.edit("tokenizer_config.json", lambda settings: settings.update({name: value}))
+    case.mutated = f"{name}"
+    return "either"
+
+
+@mutation("tokenizers", 2)
+def strange_tokenizer(case):
+    name = case.rng.choice([
+        "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "truncation", "padding",
+        "version"])
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    value = case.rng.choice([junk(case.rng), cut, {"type": "Lowercase"}, {"type": "Nonsense"}, {"type": "ByteLevel"}])
+
+    def change(settings):
+        if case.rng.random() < 0.3:
+            settings.pop(name, None)
+        else:
+            settings[name] = value
+
+    case.edit("tokenizer.json", change)
+    return "either"
+
+
+@mutation("tokenizers", 2)
+def tokens_beyond_the_model(case):
+    token = case.rng.choice([103, 104, 5000, 2**20, 2**31, 2**40, -1])
+
+    def change(settings):
+        where = case.rng.randrange(3)
+        if where == 0:
+            settings["added_tokens"].append(settings["added_tokens"][0] | {"id": token, "content": "What"})
+        elif where == 1:
+            settings["model"]["vocab"]["a"] = token
+        else:
+            settings["added_tokens"][2]["id"] = token
+
+    case.edit("tokenizer.json", change)
+    return "either"
+
+
+@mutation("tokenizers", 2)
+def broken_tokenizer_file(case):
+    name = case.rng.choice(["tokenizer.json", "tokenizer_config.json"])
+    path = case.model() / name
+    data = path.read_bytes()
+    path.unlink()
+    content = case.rng.choice([None, b"", b"{", b"{}", b"[]", b"null", b"7", data[: len(data) // 2],
+        data.replace(b":", b";"),
+                               b"\xff\xfe", b"\x00" * 100, data.replace(b'"vocab"', b'"vocabulary"'),
+                               pickle.dumps(Poison(case.canary)), b'{"a":' * 100_000, "folder", "loop"])
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "loop":
+        path.symlink_to(path)
+    return "either" if name == "tokenizer_config.json" else "bad"
+
+
+@mutation("tokenizers")
+def tokenizer_with_code(case):
+    folder = case.model()
+    for name in "mine.py", "tokenization_mine.py", "__init__.py", "configuration_mine.py":
+        (folder / name).write_text(f"open({str(case.canary)!r}, 'w')\n")
+    target = case.rng.choice(["mine.Tokenizer", ["mine.Slow", "mine.Fast"], [None, "mine.Fast"], "x--mine.Tokenizer"])
+    settings = {"auto_map": {"AutoTokenizer": target}, "tokenizer_class": case.rng.choice(["Tokenizer",
+        "mine.Tokenizer"])}
+    case.edit("tokenizer_config.json", lambda old: old.update(settings))
+    return "either"
+
+
+@mutation("tokenizers")
+def strange_template_file(case):
+    path = case.model() / "chat_template.jinja"
+    case.need_chat()
+    path.unlink()
+    content = case.rng.choice([None, b"", b"\xff", b"{% for %}", b"{{ nope.x }}", "folder", b"{{ 1 / 0 }}"])
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    case.names |= {"--chat_template", "DATA"}
+    return "bad"
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+@mutation("configs", 2)
+def missing_field(case):
+    name = case.rng.choice(sorted(json.loads((MODEL / "config.json").read_text())))
+    case.edit("config.json", lambda settings: settings.pop(name) and None)
+    return "either"
+
+
+@mutation("configs", 4)
+def strange_field(case):
+    names = sorted(json.loads((MODEL / "config.json").read_text()))
+    name = case.rng.choice([*names, "sliding_window", "layer_types", "quantization_config", "attn_implementation",
+                            "_attn_implementation", "torch_dtype", "rope_scaling", "is_decoder", "base_model_tp_plan"])
+    small = [None, 0, -1, 1, 3, 64, 1.5, math.nan, True, "", "x", "\x1b[31m", [], {}, [1], {"a": 1},
+        "someone/kernel", 1e30]
+    small += [10**9] if name not in ("num_hidden_layers",) else []
+    value = case.rng.choice(small)
+    case.edit("config.json", lambda settings: settings.update({name: value}))
+    return "either"
+
+
+@mutation("configs")
+def other_model_type(case):
+    kind = case.rng.choice(["bert", "t5", "gpt2", "mamba", "whisper", "no-such", "", 7, None, [], "qwen3", "llama4",
+    "clip"])
+    arch = case.rng.choice([["X"], [], None, "x", ["BertForMaskedLM"], ["LlamaForCausalLM"], [7]])
+    case.edit("config.json", lambda settings: settings.update(model_type=kind, architectures=arch))
+    return "either"
+
+
+@mutation("configs", 2)
+def strange_generation_config(case):
+    name = case.rng.choice(["eos_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "max_length", "temperature",
+                            "do_sample", "transformers_version", "cache_implementation", "custom_generate", "x"])
+    value = junk(case.rng)
+    case.edit("generation_config.json", lambda settings: settings.update({name: value}))
+    case.names |= {"eos_token"}
+    return "either"
+
+
+@mutation("configs", 2)
+def broken_config_file(case):
+    name = case.rng.choice(["config.json", "config.json", "generation_config.json"])
+    path = case.model() / name
+    data = path.read_bytes()
+    path.unlink()
+    content = case.rng.choice([None, b"", b"{", b"{}", b"[]", b"null", b"7", data[: len(data) // 2], b"\xff\xfe",
+                               b"\x00" * 100, data.replace(b":", b";"), pickle.dumps(Poison(case.canary)),
+                               b'{"a":' * 99_999,
+                               data + data])
+    if content is not None:
+        path.write_bytes(content)
+    return "either"
+
+
+@mutation("configs")
+def model_with_code(case):
+    folder = case.model()
+    for name in "mine.py", "modeling_mine.py", "generate.py", "__init__.py", "custom_generate/generate.py":
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(case.canary)!r}, 'w')\ndef generate(*a, **k): return None\n")
+    target = case.rng.choice(["mine.Model", "x--mine.Model", ["mine.Model"], "../mine.Model", 7])
+    settings = {"auto_map": {"AutoConfig": target, "AutoModelForCausalLM": target}}
+    kind = case.rng.choice([{}, {"model_type": "mine"}])
+    case.edit("config.json", lambda old: old.update(settings | kind))
+    return "either"
+
+
+@mutation("configs")
+def models_that_are_none(case):
+    case.flags["--model"] = case.rng.choice([
+        "", " ", "/", ".", "..", "no/such", "no such", "x" * 300, "x" * 5000, "a\nb", "\x1b[31m", "a/b/c/d", "-",
+        "model.gguf",
+        str(case.data), str(case.folder), "http://127.0.0.1:9/m", "/dev/null", "~", "\u202e", "Tiny", "tiny ", "--",
+        "{}",
+        "a" * 96 + "/b", "..model", "s3://x/y"])
+    case.names = {"--model"}
+    return "bad"
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def shards(case):
+    """The model's weights as two files and an index -> folder, index."""
+    folder = case.model()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for k, part in enumerate((names[::2], names[1::2]), 1):
+        name = f"model-0000{k}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in part}, folder / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder, index
+
+
+@mutation("weights", 3)
+def damaged_weights(case):
+    path = case.model() / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    how, verdict, size = case.rng.randrange(9), "bad", int.from_bytes(data[:8], "little")
+    if how == 0:
+        data = data[: case.rng.randrange(len(data))]
+    elif how == 1:
+        data[:8] = case.rng.choice([0, 1, 2**63, 2**64 - 1, len(data), size + 1]).to_bytes(8, "little")
+    elif how == 2:
+        data[8 + case.rng.randrange(size)] ^= 1 << case.rng.randrange(8)
+        verdict = "either"
+    elif how == 3:
+        data[8 + size + case.rng.randrange(len(data) - size - 8)] ^= 1 << case.rng.randrange(8)
+        verdict = "either"
+    elif how == 4:
+        data = data + b"more"
+    elif how == 5:
+        data = bytearray(pickle.dumps(Poison(case.canary)))
+    elif how == 6:
+        data[8 : 8 + size] = data[8 : 8 + size].replace(b"BF16", b"NONE")
+    elif how == 7:
+        data = data[:8] + b" " * size + data[8 + size :]
+    else:
+        data = bytearray(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1014264\n")
+    path.write_bytes(data)
+    return verdict
+
+
+@mutation("weights", 3)
+def other_tensors(case):
+    path = case.model() / "model.safetensors"
+    tensors = load_file(path)
+    name, how, verdict = case.rng.choice(sorted(tensors)), case.rng.randrange(9), "bad"
+    tensor = tensors[name]
+    if how == 0:
+        del tensors[name]
+    elif how == 1:
+        tensors[name] = tensor[:-1].clone()
+    elif how == 2:
+        tensors[name] = tensor.flatten()[:0].clone()
+    elif how == 3:
+        tensors[name] = torch.full_like(tensor, case.rng.choice([math.nan, math.inf]))
+    elif how == 4:
+        tensors[name], verdict = torch.zeros_like(tensor), "either"
+    elif how == 5:
+        tensors["model.more.weight"], verdict = tensor.clone(), "either"
+    elif how == 6:
+        tensors[name], verdict = tensor.to(case.rng.choice([torch.int64, torch.bool, torch.float64])), "either"
+    elif how == 7:
+        tensors[f"{name}.more"] = tensors.pop(name)
+    else:
+        tensors[name], verdict = torch.full_like(tensor, 3e38), "either"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return verdict
+
+
+@mutation("weights", 4)
+def damaged_shards(case):
+    folder, index = shards(case)
+    files, where = sorted(set(index["weight_map"].values())), index["weight_map"]
+    name, how, verdict = case.rng.choice(sorted(where)), case.rng.randrange(11), "bad"
+    path = folder / "model.safetensors.index.json"
+    case.names |= {path.name}
+    outside = case.folder / "outside.safetensors"
+    shutil.copy(folder / files[0], outside)
+    if how == 0:
+        (folder / files[1]).unlink()
+    elif how == 1:
+        index["weight_map"] = {k: v if v != files[0] else "../outside.safetensors" for k, v in where.items()}
+    elif how == 2:
+        index["weight_map"] = {k: v if v != files[0] else str(outside) for k, v in where.items()}
+    elif how == 3:
+        where[name] = case.rng.choice(["nowhere.safetensors", "", None, 7, [], "../../secret.jsonl", "config.json",
+            "\x1b[31m"])
+    elif how == 4:
+        index = case.rng.choice([{}, [], {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}, 7])
+    elif how == 5:
+        path.write_text(json.dumps(index)[:200])
+        return "bad"
+    elif how == 6:
+        (folder / files[0]).write_bytes((folder / files[0]).read_bytes()[:10_000])
+    elif how == 7:
+        (folder / files[0]).write_bytes((folder / files[1]).read_bytes())
+    elif how == 8:
+        del where[name]
+        verdict = "either"
+    elif how == 9:
+        where["model.more.weight"] = files[0]
+        verdict = "either"
+    else:
+        verdict = "good"
+    path.write_text(json.dumps(index))
+    return verdict
+
+
+@mutation("weights", 2)
+def weights_that_are_pickles(case):
+    folder = case.model()
+    poison = pickle.dumps(Poison(case.canary))
+    names = ["pytorch_model.bin", "model.pt", "model.pkl", "tf_model.h5", "adapter_model.bin", "training_args.bin"]
+    for name in names:
+        (folder / name).write_bytes(poison)
+    if case.rng.random() < 0.3:
+        return "good"
+    (folder / "model.safetensors").unlink()
+    if case.rng.random() < 0.5:
+        where = {"weight_map": {"model.norm.weight": "pytorch_model.bin"}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(where))
+        if case.rng.random() < 0.5:
+            (folder / "model.safetensors.index.json").write_text(json.dumps(where))
+    return "bad"
+
+
+@mutation("weights")
+def adapters(case):
+    """A folder that says that it is an adapter of something else."""
+    folder = case.model()
+    settings = {"base_model_name_or_path": case.rng.choice(["no/such", str(MODEL), str(case.secret), "../x", 7, None])}
+    settings |= {"peft_type": case.rng.choice(["LORA", "x", 7]), "auto_mapping": {"parent_library": "os",
+        "base_model_class": "x"}}
+    (folder / "adapter_config.json").write_text(case.rng.choice([json.dumps(settings), "{", "[]"]))
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Poison(case.canary)))
+    return "either"
+
+
+@mutation("weights")
+def weights_that_are_no_file(case):
+    path = case.model() / "model.safetensors"
+    path.unlink()
+    how = case.rng.randrange(4)
+    if how == 0:
+        path.mkdir()
+    elif how == 1:
+        path.symlink_to(path)
+    elif how == 2:
+        path.symlink_to(case.folder / "nowhere")
+    else:
+        path.symlink_to(case.secret)
+    return "bad"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# A run that was killed after step 2 of 3, with checkpoints 1 and 2. Whatever happens to the newest one, --resume auto
+# ends with the weights of a run that nobody touched.
+
+STEPS = ["--max_steps", "3", "--save_every", "1", "--keep_last", "9"]
+
+
+def earlier(case):
+    """-> the two checkpoint folders; what the case's run is compared with is made by `whole_runs`."""
+    out = case.folder / "out"
+    if not out.exists():
+        shutil.copytree(WHOLE[case.script], out, symlinks=True)
+        shutil.rmtree(out / "final")
+        shutil.rmtree(out / "checkpoint-000003")
+        shutil.copy(WHOLE[case.script].parent / "rows.jsonl", case.data)
+        case.argv += [*STEPS, "--resume", "auto"]
+        case.names, case.resumed, case.kept = {"out", "checkpoint-", "--resume"}, True, ROWS
+    return out / "checkpoint-000001", out / "checkpoint-000002"
+
+
+def damage(case, folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = case.rng.choice(files)
+    data, how = bytearray(path.read_bytes()), case.rng.randrange(8)
+    if how == 0 and data:
+        data[case.rng.randrange(len(data))] ^= 1 << case.rng.randrange(8)
+    elif how == 1:
+        data = data[: case.rng.randrange(max(1, len(data)))]
+    elif how == 2:
+        path.unlink()
+        return
+    elif how == 3:
+        data = bytearray()
+    elif how == 4:
+        data = bytearray(pickle.dumps(Poison(case.canary)))
+    elif how == 5:
+        data = bytearray(case.rng.choice([p for p in files if p.read_bytes() != data]).read_bytes())
+    elif how == 6:
+        shutil.rmtree(folder / "trainer")
+        return
+    else:
+        data = data + b"\n"
+    path.write_bytes(data)
+
+
+def sign(folder, change):
+    """A forged checkpoint: changed, and all sums made right again."""
+    path = folder / "trainer" / "meta.json"
+    meta = json.loads(path.read_text())
+    meta.pop("own_crc32")
+    change(meta)
+    for name in meta.get("crc32") if isinstance(meta.get("crc32"), dict) else []:
+        if (folder / name).is_file():
+            meta["crc32"][name] = zlib.crc32((folder / name).read_bytes())
+    meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
+    path.write_text(json.dumps(meta, indent=1))
+
+
+@mutation("checkpoints", 4)
+def damaged_newest(case):
+    damage(case, earlier(case)[1])
+    return "good"
+
+
+@mutation("checkpoints", 2)
+def damaged_both(case):
+    for folder in earlier(case):
+        damage(case, folder)
+    return "good"
+
+
+@mutation("checkpoints", 2)
+def damaged_and_asked_for(case):
+    folder = earlier(case)[1]
+    damage(case, folder)
+    case.argv += ["--resume", str(folder)]
+    return "bad"
+
+
+@mutation("checkpoints")
+def planted_pickles(case):
+    poison = pickle.dumps(Poison(case.canary))
+    for folder in earlier(case):
+        for name in ".metadata", "trainer/.metadata", "optimizer.pt", "trainer/rng.pkl", "pytorch_model.bin":
+            (folder / name).write_bytes(poison)
+    return "good"
+
+
+@mutation("checkpoints", 2)
+def forged_meta(case):
+    folder = earlier(case)[1]
+    name = case.rng.choice(["step", "flags", "data", "versions", "state", "offsets", "crc32"])
+    value = case.rng.choice(["drop", None, "x", [], 1.5, {"../../secret.jsonl": 1}, {"/etc/passwd": 0}])
+    sign(folder, lambda meta: meta.pop(name) if value == "drop" else meta.update({name: value}))
+    return "either"
+
+
+@mutation("checkpoints", 2)
+def forged_tensors(case):
+    folder = earlier(case)[1]
+    path = case.rng.choice(sorted((folder / "trainer").glob("*.safetensors")))
+    tensors = load_file(path)
+    name = case.rng.choice(sorted(tensors) or ["x"])
+    tensor, how = tensors.get(name, torch.zeros(3)), case.rng.randrange(3)
+    if how == 0:
+        tensors.pop(name, None)
+    elif how == 1:
+        tensors[name] = tensor.flatten()[:1].clone()
+    else:
+        tensors["optim.more"] = torch.zeros(3)
+    save_file(tensors, path)
+    sign(folder, lambda meta: None)
+    return "either"
+
+
+@mutation("checkpoints", 2)
+def strange_run_files(case):
+    out = earlier(case)[0].parent
+    name = case.rng.choice(["run.json", "metrics.jsonl", "alerts.jsonl", "samples.jsonl"])
+    content = case.rng.choice(["", "{", "[]", "null", "7", "\x00" * 9, '{"pid": 1}', '{"exit_code": 2}', None,
+        "folder", "loop"])
+    path = out / name
+    path.unlink(missing_ok=True)
+    if content == "folder":
+        path.mkdir()
+    elif content == "loop":
+        path.symlink_to(path)
+    elif content is not None:
+        path.write_text(content)
+    case.names |= {name}
+    return "good" if name == "run.json" and content not in ("folder", "loop") else "either"
+
+
+@mutation("checkpoints", 2)
+def strange_neighbours(case):
+    out = earlier(case)[0].parent
+    (out / "checkpoint-000009").mkdir()
+    (out / "checkpoint-").mkdir()
+    (out / "checkpoint-x").write_text("x")
+    (out / "checkpoint-000007" / "trainer").mkdir(parents=True)
+    (out / "checkpoint-000007" / "trainer" / "meta.json").write_text(case.rng.choice(["{}", "[]", "7", "",
+    '{"crc32": {}}']))
+    (out / ".tmp-x").write_text("x")
+    (out / ".old-x").mkdir()
+    (case.folder / "precious").mkdir()
+    (case.folder / "precious" / "file").write_text("x")
+    if case.rng.random() < 0.5:
+        (out / ".tmp-link").symlink_to(case.folder / "precious")
+    return "either"
+
+
+@mutation("checkpoints", 2)
+def resume_from_elsewhere(case):
+    out = earlier(case)[0].parent
+    where = case.rng.choice(["out", "out/checkpoint-000009", "rows.jsonl", "out/run.json", "nowhere", "", "x" * 300,
+        "a\nb",
+                             "..", "out/final", "\x1b[31m", "/", "always", "x" * 5000])
+    case.argv += ["--resume", str(out.parent / where) if where.startswith("out") else where]
+    case.names |= {"--output_dir"}
+    return "bad"
+
+
+@mutation("checkpoints")
+def resume_something_else(case):
+    earlier(case)
+    change = case.rng.choice([["--learning_rate", "1e-3"], ["--seed", "7"], ["--batch_size", "3"], ["--max_length",
+    "150"],
+                              ["--adam_beta1", "0.5"], ["--warmup_steps", "1"], ["--weight_decay", "0.1"]])
+    case.argv += change
+    case.names |= {"--allow_changes"}
+    return "bad"
+
+
+@mutation("checkpoints")
+def resume_another_model(case):
+    earlier(case)
+    case.edit("config.json", lambda settings: settings.update(num_hidden_layers=2))
+    case.argv += ["--allow_changes"]
+    return "bad"
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+NUMBERS = ["0", "1", "-1", "-0", "1e-300", "1e300", "2147483648", "9223372036854775808", "1" + "0" * 30, "nan",
+"inf", "-inf",
+           "", " ", "x", "1e3", " 1", "1_000", "\u0661", "0x10", "1.0", "None", "True", "--", "1" + "0" * 4400,
+           "1e400", "3"]
+TEXTS = ["", " ", "\n", "a\x1b[31mb", "x" * 5000, "..", "/", "~", "\u00e9", "\udcff", "--", "-", "$(touch canary)",
+"{}", "%s",
+         "; touch canary", "\u202e", "None", "a,b", "a:b", "0", "tiny"]
+
+
+@mutation("flags", 6)
+def strange_number(case):
+    names = [f.name for f in fields(MODULES[case.script].Args) if re.search("int|float", str(f.type))]
+    name, value = case.rng.choice([n for n in names if n != "reward_weights"]), case.rng.choice(NUMBERS)
+    case.argv += [f"--{name}", value]
+    case.names = {f"--{name}", f"--{name.replace('_', '-')}", "--max_length", "--temperature", "--learning_rate",
+    "DATA005"}
+    case.names |= {"memory", "TRAIN001", "MODEL001"}
+    case.kept, case.endless = None, name == "max_steps"
+    return "either"
+
+
+@mutation("flags", 3)
+def strange_string(case):
+    kinds = {f.name: str(f.type) for f in fields(MODULES[case.script].Args)}
+    name = case.rng.choice([n for n, kind in kinds.items() if "str" in kind or "Literal" in kind])
+    value = case.rng.choice(TEXTS)
+    if name == "output_dir" and value in ("/", "..", "~", "."):
+        value = "out"
+    case.argv += [f"--{name}", value]
+    case.names = {f"--{name}", f"--{name.replace('_', '-')}", "tokenizer", "memory"}
+    case.kept, case.out = None, case.out if name != "output_dir" else value
+    return "either"
+
+
+@mutation("flags", 2)
+def no_such_flag(case):
+    flag = case.rng.choice(["--learning_rat", "--max_legnth", "stray", "--no-seed", "-x", "--\x1b[31m",
+    "--batch-size=many",
+                            "--output_dir", "--seed", "--model=", "---", "--trust_remote_code", "--lr", "--resume=",
+                            "--allow_changes=yes", "--overlong=cut", "--report_to=nowhere", "--\u202e", "--a\nb",
+                            "--=1"])
+    case.argv += [flag]
+    case.names = {flag.split("=")[0].replace("_", "-"), flag.split("=")[0], "Unrecognized", "option", "--model",
+    "--resume"}
+    return "bad" if flag not in ("--resume=",) else "either"
+
+
+@mutation("flags")
+def many_flags(case):
+    case.argv += case.rng.choice([["--seed", "1"] * 300, ["--allow", *["X"] * 3000], ["--allow"], ["--allow",
+    "\x1b[31m"],
+                                  ["--allow-changes"], ["--no-allow-changes"], ["--allow", "DATA005", "--seed", "3"]])
+    case.names |= {"--seed", "--allow"}
+    return "either"
+
+
+@mutation("flags", 2)
+def numbers_together(case):
+    """Each may be right alone."""
+    pairs = [["--max_length", "2000000000"], ["--num_train_epochs", "1e300"], ["--warmup_steps", "100"],
+        ["--batch_size", "64"],
+             ["--learning_rate", "1e30"], ["--weight_decay", "1e30"], ["--adam_beta1", "0"], ["--adam_beta2", "0"],
+             ["--max_grad_norm", "1e-30"], ["--tokens_per_microbatch", "1"], ["--max_length", "3"], ["--max_length",
+             "60"],
+             ["--save_minutes", "0"], ["--eval_rows", "1"], ["--keep_last", "1"], ["--save_dtype", "bfloat16"],
+             ["--learning_rate", "0"], ["--batch_size", "1000000000"], ["--batch_size", "500"], ["--seed",
+             "4294967295"],
+             ["--lr_scheduler_type", "cosine"], ["--max_grad_norm", "0"], ["--save_every", "1"]]
+    more = {"sft": [["--train_on", "last"]], "dpo": [["--beta", "0"], ["--beta", "1e30"]],
+            "grpo": [["--num_generations", "1000000000"], ["--max_completion_length", "1000000000", "--max_length",
+            "2000000000"],
+                     ["--temperature", "1e-30"], ["--temperature", "1e30"], ["--num_generations", "1"], ["--beta",
+                     "1e30"],
+                     ["--epsilon", "0"], ["--epsilon_high", "1e30"], ["--steps_per_generation", "1000000000"],
+                     ["--temperature", "0"],
+                     ["--num_iterations", "1000000000"], ["--reward_weights", "1", "2"], ["--reward", "no.py:f"],
+                     ["--reward"],
+                     ["--reward", "format", "accuracy", "--reward_weights", "nan", "1"], ["--max_completion_length",
+                     "1"],
+                     ["--reward_timeout", "1e300"], ["--reward_timeout", "1e-9"], ["--reward", "accuracy", "accuracy"]]}
+    for pair in case.rng.sample(pairs + 2 * more[case.script], 3):
+        case.argv += pair
+    case.names = {word for word in case.argv if word.startswith("--")} | {"DATA005", "TRAIN001", "GRPO003", "memory",
+    "MODEL001"}
+    case.kept = None
+    return "either"
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+@mutation("folders", 3)
+def strange_output(case):
+    (case.folder / "file").write_text("x")
+    (case.folder / "loop").symlink_to(case.folder / "loop")
+    (case.folder / "other").mkdir()
+    (case.folder / "link").symlink_to(case.folder / "other")
+    (case.folder / "dangling").symlink_to(case.folder / "nowhere")
+    case.out, verdict = case.rng.choice([
+        ("file", "bad"), ("file/out", "bad"), ("loop", "bad"), ("loop/out", "bad"), ("x" * 300, "bad"), ("a/" * 2000,
+        "bad"),
+        ("a b/c d", "good"), ("other/../new", "good"), ("link", "good"), ("link/deep/er", "good"), ("dangling",
+        "either"),
+        ("\u00e9\u6f22\U0001f600", "good"), ("a\nb", "either"), ("\x1b[31m", "either"), ("-x", "good"), ("./.",
+        "either"),
+        ("a'b\"c", "good"), ("$(touch canary)", "good"), ("{x}%s", "good"), (".hidden", "good"), ("[a-z]*", "good"),
+        ("checkpoint-000001", "good"), ("final", "good"), ("runs/../../" + case.folder.name + "/back", "either"),
+    ])
+    case.names = {"--output_dir"}
+    return verdict
+
+
+@mutation("folders", 2)
+def output_in_use(case):
+    """Something stands in the folder already."""
+    out = case.folder / "out"
+    out.mkdir()
+    verdict, name, content = case.rng.choice([
+        ("bad", "run.json", "{}"), ("bad", "run.json", "["), ("bad", "run.json", "[]"), ("bad", "run.json", ""),
+        ("good", "notes.txt", "x"), ("good", "metrics.jsonl", "old\n"), ("good", "rows.jsonl", "{}\n"),
+        ("either", "metrics.jsonl/", ""), ("either", "alerts.jsonl/", ""), ("either", ".tmp-checkpoint/x", "x"),
+        ("either", "final/config.json", "{}"), ("either", "checkpoint-000001/x", "x"), ("either", ".run.json/", ""),
+        ("either", "run.json/", ""), ("either", ".tmp-rehearsal", "x"), ("either", "checkpoint-000001", "x"),
+        ("either", "final", "x"),
+    ])
+    if name.endswith("/"):
+        (out / name).mkdir(parents=True)
+    else:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(content)
+    case.names = {"--output_dir", "out"}
+    if name == "run.json" and case.rng.random() < 0.5:
+        case.flags["--resume"], verdict = "auto", "good"
+    return verdict
+
+
+@mutation("folders")
+def full_disk(case):
+    """Files may not grow: at once, or when the first checkpoint is written."""
+    case.file_size = case.rng.choice([20_000, 100_000, 700_000, 2_000_000])
+    case.names = {"out", "save"}
+    return "bad"
+
+
+@mutation("folders")
+def output_that_cannot_be(case):
+    case.argv += ["--output_dir", case.rng.choice(["/proc/cleanpost", "/dev/null", "/dev/null/x", "/sys/x",
+    "/proc/1/x"])]
+    case.names = {"--output_dir"}
+    return "bad"
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+MODULES, WHOLE = {}, {}
+
+
+def load(name):
+    """The script as a module; its imports are paid once, here, and every run is a fork."""
+    spec = importlib.util.spec_from_file_location(f"hostile_{name}", ROOT / "methods" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare(folder):
+    """Modules, and for every script a run of three steps that nobody touches; imports that every case needs."""
+    import datasets
+    import pyarrow.parquet  # noqa: F401
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in SCRIPTS:
+        MODULES[name] = load(name)
+    datasets.enable_progress_bars()  # as a user's process has them
+    for name in SCRIPTS:
+        case = Case(SCRIPTS.index(name), "whole", Path(folder) / f"whole-{name}", [])
+        case.argv = list(STEPS)
+        code, _, err, _ = forked(case, case.write())
+        assert code == 0, err
+        WHOLE[name] = case.folder / "out"
+
+
+def size_now():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def child(case, argv, out, err):
+    """Never returns. What the script's last line does, and what a terminal shows if it is not enough."""
+    try:
+        os.setsid()
+        for number, path, stream in (1, out, "stdout"), (2, err, "stderr"):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            setattr(sys, stream, os.fdopen(number, "w", buffering=1))
+        limits(case)
+        os.chdir(case.folder)
+        sys.argv = [f"methods/{case.script}.py", *argv]
+        torch.set_num_threads(1)
+        module = MODULES[case.script]
+        signal.signal(signal.SIGTERM, module.on_signal)
+        module.launch(module.main, module.parse_args(argv))
+        os._exit(0)
+    except SystemExit as e:
+        sys.stdout.flush()
+        os._exit(e.code if isinstance(e.code, int) else 1)
+    except BaseException:  # of any kind: the parent reads it
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def limits(case):
+    if Path("/proc/self/statm").exists():
+        most = size_now() + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if hasattr(case, "file_size"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_size, case.file_size))
+
+
+def watch(case, alive, pid, end):
+    """Wait for a process; one with endless steps is told to stop when it has made one."""
+    metrics, told = case.folder / case.out / "metrics.jsonl", False
+    while alive() and time.monotonic() < end:
+        time.sleep(0.01)
+        if case.endless and not told and os.path.isfile(metrics) and metrics.stat().st_size:
+            os.kill(pid, signal.SIGTERM)
+            told = True
+    if alive():
+        os.killpg(pid, signal.SIGKILL)
+        return True
+    return False
+
+
+def forked(case, argv):
+    """-> exit code (None: it hangs; negative: a signal), stdout, stderr, seconds."""
+    out, err = case.folder / "stdout", case.folder / "stderr"
+    began, pid = time.monotonic(), os.fork()
+    if not pid:
+        child(case, argv, out, err)
+    state = []
+
+    def alive():
+        if not state:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            state.extend([os.waitstatus_to_exitcode(status)] if found else [])
+        return not state
+
+    hung = watch(case, alive, pid, began + LIMIT)
+    if hung:
+        os.waitpid(pid, 0)
+    texts = [path.read_text(errors="backslashreplace") if path.exists() else "" for path in (out, err)]
+    return None if hung else state[0], *texts, time.monotonic() - began
+
+
+def process(case, argv):
+    """The same as a user types it."""
+    out, err, began = case.folder / "stdout", case.folder / "stderr", time.monotonic()
+    with open(out, "w") as o, open(err, "w") as e:
+        command = [sys.executable, str(ROOT / "methods" / f"{case.script}.py"), *argv]
+        run = subprocess.Popen(command, cwd=case.folder, stdout=o, stderr=e, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+        hung = watch(case, lambda: run.poll() is None, run.pid, began + LIMIT)
+        run.wait()
+    texts = [path.read_text(errors="backslashreplace") for path in (out, err)]
+    return None if hung else run.returncode, *texts, time.monotonic() - began
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+ACT = re.compile(r"--\w|\b(Write|Type|Give|Use|Set|Pass|Name|Fix|Check|Raise|Lower|Move|Keep|Let|Add|Make|must)\b")
+
+
+def obeyed(text):
+    """Characters that a terminal would act on."""
+    return sorted({c for c in text if not c.isprintable() and c != "\n"})
+
+
+def contents(folder):
+    """Files of checkpoints -> digests."""
+    paths = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
+    paths = [path for path in paths if str(path.relative_to(folder)).startswith("checkpoint-") and os.path.isfile(path)]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def judge(case, code, out, err, before):
+    """-> what is wrong with how the case ended; nothing if it ended as asked."""
+    wrong, folder = [], case.folder / case.out
+    if code is None:
+        return ["hangs"]
+    if "Traceback" in out + err:
+        wrong.append("traceback")
+    if case.canary.exists():
+        wrong.append("planted code ran")
+    if strange := obeyed(err):
+        wrong.append(f"control characters on stderr: {strange[:5]}")
+    typed = case.argv or not case.out.isprintable()  # a run's own command is echoed as it was typed
+    if not typed and (strange := obeyed(out)):
+        wrong.append(f"control characters on stdout: {strange[:5]}")
+    left = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
+    for path in [p for p in left if p.suffix in (".json", ".jsonl", ".md") and os.path.isfile(p)]:
+        if SECRET in path.read_text(errors="replace"):
+            wrong.append(f"{path.name} holds what a path in the data points at")
+    if SECRET in out + err:
+        wrong.append("a file that a path in the data points at was read")
+    lines = [line for line in err.split("\n") if line]
+    known = read(folder / "run.json")
+    allowed = {0} if case.expected == "good" else {2, 3} if case.expected == "bad" else {0, 2, 3}
+    allowed |= {4} if case.endless else set()
+    if code not in allowed:
+        wrong.append(f"code {code}, expected {sorted(allowed)}")
+    if code == 0:
+        wrong += right(case, folder, out, err, known)
+    elif code in (2, 3):
+        wrong += refused(case, code, folder, lines, known, before)
+    return wrong
+
+
+def read(path):
+    """-> the object that a file of JSON holds, {} where there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        value = {}
+    return value if isinstance(value, dict) else {}
+
+
+def refused(case, code, folder, lines, known, before):
+    wrong = []
+    errors = [line for line in lines if line.startswith("error: ")]
+    others = [line for line in lines if not re.match(r"error: |\[[A-Z]+\d{3} |skipped |reward ", line)]
+    if len(errors) != 1 or lines[-1:] != errors:
+        return [f"{len(errors)} error lines, last line {lines[-1:]}"]
+    if others:
+        wrong.append(f"{len(others)} other lines: {others[0][:200]}")
+    (line,) = errors
+    if not line.isprintable() or len(line) > 1200:
+        wrong.append(f"error line of {len(line)} characters")
+    if code == 2 and not any(name and name in line for name in case.names):
+        wrong.append("the line names no input")
+    if not ACT.search(line):
+        wrong.append("the line says nothing to type")
+    if code == 3 and not re.search(r"[A-Z]{4,}\d{3}", line):
+        wrong.append("no code")
+    if os.path.exists(folder / "final") and case.family != "folders":
+        wrong.append("final/ stands")
+    if contents(folder) != before and not case.resumed:
+        wrong.append("a checkpoint stands")
+    if case.resumed and not before.items() <= contents(folder).items():
+        wrong.append("an earlier checkpoint was harmed")
+    if known.get("exit_code", code) != code and known.get("status") != "finished":
+        wrong.append(f"run.json says {known.get('exit_code')}")
+    if known.get("status") == "running":
+        wrong.append("run.json says that it runs")
+    return wrong
+
+
+def right(case, folder, out, err, known):
+    wrong = []
+    if case.endless:
+        return wrong
+    if (known.get("status"), known.get("exit_code")) != ("finished", 0):
+        wrong.append(f"run.json says {known.get('status')}, {known.get('exit_code')}")
+    if leftovers := [path.name for path in folder.glob(".*") if path.name not in (".tmp-link",)]:
+        wrong.append(f"leftovers: {leftovers}")
+    said = re.search(r"^data +(\d+) of (\d+) rows kept", out, re.M)
+    if not said:
+        return [*wrong, "no plan"]
+    if case.kept is not None and int(said[1]) != case.kept:
+        wrong.append(f"{said[1]} of {said[2]} rows kept, expected {case.kept}")
+    try:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [row["step"] for row in rows if "loss" in row]
+        broken = [] if steps == list(range(1, len(steps) + 1)) and steps else [f"steps {steps}"]
+    except (ValueError, TypeError):
+        rows, steps, broken = [], [], ["metrics.jsonl is broken"]
+    if {"strange_run_files", "forged_meta"} & set(case.mutations):  # the log, or where it is cut, was junk before
+        steps, broken = [1, 2, 3], []
+    wrong += broken
+    if any(value is None for row in rows for value in row.values()) and "TRAIN001" not in err:
+        wrong.append("a metric is not finite, and nothing says so")
+    try:
+        weights = load_file(folder / "final" / "model.safetensors")
+        lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder / "final", use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        transformers.AutoTokenizer.from_pretrained(folder / "final", trust_remote_code=False)
+        if info["missing_keys"] or info["unexpected_keys"]:
+            wrong.append("final/ lacks tensors")
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            wrong.append("final/ is not finite")
+    except Exception as error:  # of any kind: it does not load
+        return [*wrong, f"final/ does not load: {error}"]
+    if case.resumed:
+        want = load_file(WHOLE[case.script] / "final" / "model.safetensors")
+        if steps != [1, 2, 3] or want.keys() != weights.keys() or not all(torch.equal(want[k],
+        weights[k]) for k in want):
+            wrong.append("the resumed run ended elsewhere")
+    for saved in folder.glob("checkpoint-*"):
+        meta = read(saved / "trainer" / "meta.json")
+        sums = meta.get("crc32") if isinstance(meta.get("crc32"), dict) else {}
+        bad = [name for name, value in sums.items() if not (saved / name).is_file()
+               or zlib.crc32((saved / name).read_bytes()) != value]
+        if bad and not case.resumed:
+            wrong.append(f"{saved.name}: {bad[0]} is not as it was written")
+    return wrong
+
+
+def attempt(number, seed, root, only=None, via=None):
+    """Make and run a case -> its row."""
+    case = Case(number, seed, Path(root) / f"case-{number}", only)
+    argv = case.write()
+    real = number % 20 == 7 and not hasattr(case, "file_size") if via is None else via == "process"
+    real = real and all("\x00" not in word for word in argv)
+    before = contents(case.folder / case.out)
+    code, out, err, seconds = (process if real else forked)(case, argv)
+    wrong = judge(case, code, out, err, before)
+    error = next((line for line in err.split("\n") if line.startswith("error: ")), err[-300:] if code else "")
+    error = error.replace(str(case.folder), ".").replace(str(ROOT), "ROOT").replace(str(root), "ALL")
+    return {"case": number, "family": case.family, "script": case.script, "via": "process" if real else "fork",
+            "mutations": case.mutations, "expected": case.expected, "code": code, "error": error[:1200],
+            "seconds": round(seconds, 2), "ok": not wrong, "why": wrong}, case
+
+
+def about(args):
+    """The first row: what was run. Nothing in it changes while a campaign is interrupted."""
+    files = [*(f"methods/{name}.py" for name in SCRIPTS), "common/logprobs.py", "common/tokenization.py",
+             "benchmarks/hostile.py"]
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers)}
+    return {"command": f"python benchmarks/hostile.py --cases {args.cases} --seed {args.seed}", "git": git,
+            "sha256": {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in files},
+            "versions": versions, "device": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"}
+
+
+def quiet_world(folder):
+    """No network, and caches of its own."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+    HF_HOME=f"{folder}/hf",
+                      PYTHONDONTWRITEBYTECODE="1")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=sorted(FAMILIES), help="these families, without writing FILE")
+    parser.add_argument("--case", type=int, help="one case, with what it printed")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "hostile.jsonl")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hostile") as folder:
+        quiet_world(folder)
+        prepare(folder)
+        if args.case is not None:
+            row, case = attempt(args.case, args.seed, folder, args.only)
+            print(json.dumps(row, indent=1), case.write(), (case.folder / "stdout").read_text(errors="replace"),
+                  (case.folder / "stderr").read_text(errors="replace"), sep="\n")
+            return
+        rows, head = [], about(args)
+        if not args.only and args.out.is_file():
+            first, *rows = (json.loads(line) for line in args.out.read_text().splitlines())
+            if {**first, "git": ""} != {**head, "git": ""}:
+                sys.exit(f"error: {args.out} holds another campaign (other scripts or seed): remove it, or give --out.")
+        elif not args.only:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(head) + "\n")
+        for number in range(len(rows), args.cases):
+            row, case = attempt(number, args.seed, folder, args.only)
+            rows.append(row)
+            if not args.only:
+                with open(args.out, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+            if not row["ok"]:
+                about_it = {key: row[key] for key in ("family", "script", "mutations", "via", "code", "why")}
+                print(f"case {number}: {about_it}\n    {row['error'][:300]!r}", flush=True)
+            shutil.rmtree(case.folder, ignore_errors=True)
+    for family in dict.fromkeys(row["family"] for row in rows):
+        mine = [row for row in rows if row["family"] == family]
+        print(f"{family:12} {sum(row['ok'] for row in mine)} of {len(mine)} as asked; "
+              f"codes {dict(Counter(row['code'] for row in mine))}; {sum(row['seconds'] for row in mine):.0f} s")
+    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} as asked")
+    sys.exit(0 if all(row["ok"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

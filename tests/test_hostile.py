@@ -1,0 +1,142 @@
+"""A slice of benchmarks/hostile.py, whether its judge sees what it is there for, and what no source may call."""
+
+import ast
+import importlib.util
+import os
+import random
+import sys
+
+import pytest
+from conftest import METHODS, ROOT
+
+SEED, ROUNDS = 11, 4  # of one case per family and round; the scripts take turns
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("hostile", ROOT / "benchmarks" / "hostile.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    before, module.root = dict(os.environ), tmp_path_factory.mktemp("hostile")
+    module.quiet_world(module.root)
+    module.prepare(module.root)
+    yield module
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def number(hostile, family, turn):
+    """The case of a family in a round, with another script in each."""
+    families = list(hostile.FAMILIES)
+    return 3 * len(families) * turn + 3 * families.index(family) + (turn + families.index(family)) % 3
+
+
+FAMILIES = ("rows text lines tables templates tokenizers configs weights checkpoints flags folders").split()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slice_ends_as_asked(hostile, family):
+    assert list(hostile.FAMILIES) == FAMILIES
+    for turn in range(ROUNDS):
+        row, _ = hostile.attempt(number(hostile, family, turn), SEED, hostile.root, via="fork")
+        assert row["family"] == family
+        assert row["ok"], row
+
+
+def test_a_case_as_a_process(hostile):
+    row, _ = hostile.attempt(number(hostile, "rows", 0), SEED, hostile.root / "process", via="process")
+    assert row["ok"], row
+
+
+def test_the_same_seed_is_the_same_case(hostile):
+    rows = [hostile.attempt(number(hostile, "lines", 0), SEED, hostile.root / f"again{k}", via="fork")[0] for k in "ab"]
+    assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}
+    made = [hostile.Case(k, SEED, hostile.root / f"made{k}") for k in range(99)]
+    assert len({str(case.rows) for case in made}) > 80 and len({tuple(case.mutations) for case in made}) > 60
+
+
+# ---- the judge -----------------------------------------------------------------------------------
+
+ENDS = {  # what a child does instead of launching -> what the judge has to say
+    "a traceback": (lambda args: 1 / 0, "traceback"),
+    "a crash": (lambda args: os._exit(1), "code 1"),
+    "silence": (lambda args: os._exit(2), "0 error lines"),
+    "no name": (lambda args: leave("error: something is wrong. Type --help"), "names no input"),
+    "no remedy": (lambda args: leave("error: rows.jsonl is wrong"), "nothing to type"),
+    "two lines": (lambda args: leave("error: rows.jsonl\nerror: Type --dataset"), "2 error lines"),
+    "an escape": (lambda args: leave("error: rows.jsonl \x1b[31m. Type --dataset"), "control characters"),
+    "chatter": (lambda args: leave("a warning\nerror: rows.jsonl. Type --dataset"), "other lines"),
+    "a folder": (lambda args: unfinished(args), "final/ stands"),
+    "nothing done": (lambda args: os._exit(0), "expected [2, 3]"),
+    "planted code": (lambda args: os.system("touch canary") or leave("error: rows.jsonl. Type --dataset"), "planted"),
+    "the secret": (lambda args: leave("error: rows.jsonl: SECRET-5f0c. Type --dataset"), "was read"),
+}
+
+
+def leave(text):
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def unfinished(args):
+    os.makedirs(os.path.join(args.output_dir, "final"))
+    leave("error: rows.jsonl. Type --dataset")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_judge_sees(hostile, end, monkeypatch):
+    act, needle = ENDS[end]
+    bad = next(k for k in range(999) if k % 3 == 0 and k // 3 % 11 == FAMILIES.index("lines")
+               and hostile.Case(k, SEED, hostile.root / "look").expected == "bad")
+    monkeypatch.setattr(hostile.MODULES["sft"], "launch", lambda main, args: act(args))
+    row, _ = hostile.attempt(bad, SEED, hostile.root / f"judge-{end.replace(' ', '-')}", via="fork")
+    assert not row["ok"] and needle in str(row["why"]), row
+
+
+def test_the_judge_counts_rows_and_wants_the_weights_of_an_undisturbed_run(hostile, monkeypatch):
+    """A script that drops a row, and a resume that starts with other weights."""
+    module = hostile.MODULES["sft"]
+    rows = module.load_rows
+    monkeypatch.setattr(module, "load_rows", lambda *args: rows(*args)[:-1])
+    case = hostile.Case(0, SEED, hostile.root / "count", [])
+    code, out, err, _ = hostile.forked(case, case.write())
+    assert "7 of 7 rows kept, expected 8" in str(hostile.judge(case, code, out, err, {}))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "schedule", lambda step, steps, args: 0.5)
+    case = hostile.Case(0, SEED, hostile.root / "resume", [])
+    hostile.earlier(case)
+    code, out, err, _ = hostile.forked(case, case.write())
+    assert "ended elsewhere" in str(hostile.judge(case, code, out, err, {})), err
+
+
+# ---- sources -------------------------------------------------------------------------------------
+
+MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "code", "codeop", "pty"}
+CALLS = {"torch.load", "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "np.load",
+         "dcp.FileSystemReader", "runpy.run_path", "jinja2.Template", "jinja2.Environment"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [*METHODS.rglob("*.py"), *(ROOT / "common").glob("*.py")], ids=lambda path: path.stem)
+def test_nothing_runs_what_it_reads(path):
+    """As syntax, so that neither a comment nor an alias of an import decides."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & MODULES, ast.unparse(node)
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in CALLS, ast.unparse(node)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("shell", "False") == "False" and given.get("weights_only", "True") == "True"
+            if ast.unparse(node.func).endswith(".from_pretrained"):
+                assert given.get("trust_remote_code") == "False", ast.unparse(node)
+                if "Model" in ast.unparse(node.func):
+                    assert given.get("use_safetensors") == "True", ast.unparse(node)
+
+
+def test_cases_are_drawn_from_their_own_dice(hostile):
+    random.seed(1)
+    first = hostile.Case(5, SEED, hostile.root / "dice1").mutations
+    random.seed(2)
+    assert hostile.Case(5, SEED, hostile.root / "dice2").mutations == first
