@@ -952,7 +952,8 @@ def resume(policy, optimizer, tokenizer, run):
     except CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    run.step, run.state = meta["step"], meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
+    run.step = meta["step"]
+    run.state = {"alerts": {}} | meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     if run.rank == 0:
         for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
@@ -1180,7 +1181,7 @@ def prepare_folder(args, attempt):
         if candidates and not checkpoint:  # a disk that cannot be read today may be read tomorrow
             return str(out), None, f"{out}: no checkpoint is whole. To start over, move them away."
         for path in [*out.glob(".tmp-*"), *out.glob(".old-*"), *([] if checkpoint else map(out.joinpath, LOGS))]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
     except (OSError, RecursionError) as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
@@ -1364,6 +1365,8 @@ def launch(main, args):
         text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
         if memory:
             text = f"out of memory: {memory_advice(run) if run else 'use a smaller --model or more ranks.'}"
+        text = text if len(text) < 1000 else f"{text[:500]} ... {text[-450:]}"
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # data may have named itself
         if rank == 0 or code == 2:
             print(f"error: {text}" if code < 4 else text, file=sys.stderr, flush=True)
     finally:

@@ -43,7 +43,8 @@ EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "grpo": ["samples.jsonl"],
 }
-RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts seconds save_seconds".split())
+RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
+RUN |= {"seconds", "save_seconds"}
 SHARD = re.compile(r"checkpoint-\d{6}/trainer/shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
