@@ -1090,8 +1090,7 @@ def memory_advice(run):
 def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
-    codes = {InputError: 2, OSError: 2, MemoryError: 2, torch.OutOfMemoryError: 2, HealthError: 3, Preempted: 4}
-    code, rank = 1, int(os.environ.get("RANK", "0"))
+    codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
     try:
         main(args)
         code = 0
