@@ -633,10 +633,10 @@ def tensor_parallel(lm, run):
     for name in "num_attention_heads", "num_key_value_heads":
         if (heads := getattr(config, name, None) or size) % size:
             raise InputError(f"{stop}: {name} is {heads}. Choose a divisor of it.")
-    whole = any(module.weight.shape[0] % size for module in ends.values())
+    odd = any(module.weight.shape[0] % size for module in ends.values())
     for name, module in ends.items():
         plan[name] = "embedding_rowwise" if module is lm.get_input_embeddings() else "colwise_gather_output"
-    plan = {name: style for name, style in plan.items() if not (whole and name in ends)}
+    plan = {name: style for name, style in plan.items() if not (odd and name in ends)}
     for name, style in plan.items():
         shape = lm.get_submodule(name).weight.shape
         if STYLES[style] and shape[int(style.startswith("rowwise"))] % size:
@@ -785,8 +785,9 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     for p in (p for module in policy.partial for p in module.parameters()):
         dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
     grad_norm = gradient_norm(parameters, run)
-    for p in parameters:
-        p.grad.to_local().mul_(min(1.0, limit / (grad_norm + 1e-6)))
+    factor = min(1.0, limit / (grad_norm + 1e-6))
+    for p in parameters if factor < 1 else ():
+        p.grad.to_local().mul_(factor)
     finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if finite and not (step + 1) & step:  # at steps 1, 2, 4, 8, ...
         clipped = gradient_norm(parameters, run)
