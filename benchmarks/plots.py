@@ -280,6 +280,59 @@ def part_faults():
     return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}`{first['command']}`, {first['device']}.\n\n" if text else ""
 
 
+def part_meshes():
+    """Whole runs on meshes against one process: the worst of the models of each script and mesh."""
+    found = lines(RESULTS / "meshes.jsonl")
+    groups = {}
+    for row in found:
+        groups.setdefault((row["script"], row["mesh"]), []).append(row)
+    shown = [[*key, ", ".join(row["model"] for row in rows), f"{max(row['metrics_apart'] for row in rows):.0e}",
+              sum(row["completions"] for row in rows), sum(bool(row["wrong"]) for row in rows)]
+             for key, rows in groups.items()]
+    head = "script", "mesh", "models", "metrics apart:", "same completions:", "unequal runs:"
+    text = """Ten steps on each mesh against ten steps of one process, the same model, rows and flags, equal as
+`tests/test_split.py` defines it; the largest relative difference of any metric. Mixtures of experts shard and
+replicate, but have no plan for tensor parallelism that torch could follow. `python -m pytest tests/test_mesh.py --slow`.
+"""
+    return f"## Meshes\n\n{text}\n{table(head, shown)}\n" if found else ""
+
+
+def part_loading():
+    """Memory and time to load a model into its shards, by ranks and road."""
+    path = RESULTS / "loading.json"
+    about = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    groups = {}
+    for row in about["rows"]:
+        groups.setdefault((row["world"], row["road"]), []).append(row)
+    shown = []
+    for key, rows in groups.items():
+        others = [row["peak_gb"] for row in rows if row["rank"]]
+        numbers = median(row["peak_gb"] for row in rows if row["rank"] == 0), median(others) if others else None
+        numbers = *numbers, rows[0]["shard_gb"], median(row["seconds"] for row in rows)
+        shown.append([*key, *("" if number is None else f"{number:.2f}" for number in numbers)])
+    head = "ranks:", "road", "rank 0, GB:", "other ranks, GB:", "shard, GB:", "seconds:"
+    text = f"""How far the resident memory of a rank rises while a model of {about.get("weights", 0) / 1e6:.0f}M weights
+(bf16 files) is loaded into fp32 shards, pages of mapped files included; medians. The scripts read slices; they
+broadcast from rank 0 only what is stored in another layout than the model's. `{about.get("command")}`, {about.get("device")}.
+"""
+    return f"## Loading\n\n{text}\n{table(head, shown)}\n" if about["rows"] else ""
+
+
+def part_hostile():
+    """Bad inputs by family and by how they ended."""
+    first, *found = lines(RESULTS / "hostile.jsonl") or [{}]
+    families = {}
+    for row in found:
+        families.setdefault(row["family"], []).append(row)
+    codes = sorted({row["code"] for row in found}, key=str)
+    shown = [[family, len(rows), *(sum(row["code"] == code for row in rows) for code in codes),
+              sum(not row["ok"] for row in rows)] for family, rows in [*families.items(), ("all", found)]]
+    head = "family", "cases:", *(f"exit code {code}:" for code in codes), "not as asked:"
+    text = "What is asked of each, and what the families hold, stands at the top of `benchmarks/hostile.py`.\n"
+    about = f"`{first.get('command')}`, {first.get('device')}.\n\n"
+    return f"## Hostile inputs\n\n{text}\n{table(head, shown)}\n{about}" if found else ""
+
+
 PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}
 
 
