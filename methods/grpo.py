@@ -966,7 +966,8 @@ def prepare_folder(args, attempt):
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = read_json(out / "run.json")
     try:
-        if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
+        taken = [p for p in (out / "run.json", out / "final", *out.glob("checkpoint-*")) if p.exists()]  # or in the way
+        if taken and (not again or given and given.parent.resolve() != out.resolve()):
             return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
         if attempt != "0" and ended.get("exit_code") in (2, 3):
             sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
