@@ -585,6 +585,7 @@ def load_model(args, run):
         lm, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+        transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
     except Exception as e:  # the loader may raise anything, and what it reads is input
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     if missing := sorted(info["missing_keys"]):
