@@ -40,6 +40,8 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read at import
+
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -215,8 +217,9 @@ def drop_column(case):
 @mutation("rows", 3)
 def wrong_type(case):
     row = case.row()
-    row[case.column(row)] = case.rng.choice(WRONG)
-    return "either" if case.script == "dpo" and "prompt" not in case.row() else "bad"
+    value, implicit = case.rng.choice(WRONG), case.script == "dpo" and "prompt" not in row
+    row[case.column(row)] = value
+    return "either" if implicit or case.script == "dpo" and value is None else "bad"  # none: as if it were not there
 
 
 @mutation("rows")
@@ -695,13 +698,14 @@ BAD_TEMPLATES = [
     "{% set n = namespace(s='ab') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "{{ '%d' % 'x' }}",
     "{{ messages[99] + 1 }}", "{{ none.x }}", "{{ messages | map('no') | list }}", "{{ 'a' + 1 }}", "{{ {}[[]] }}",
     "{% for i in range(60000) %}{% for j in range(600) %}aaaaaaaaaaaaaaaa{% endfor %}{% endfor %}", "{{ 9 ** 9 ** 9 }}",
-    "{{ '%999999999999d' % 1 }}", "{{ messages | batch(0) | list }}", "{{ 'x'.format_map(messages) + 1 }}",
+    "{{ '%999999999999d' % 1 }}", "{{ 'x'.format_map(messages) + 1 }}",
     "{{ ''.join(messages) }}", "{{ messages.__class__ }}{{ raise_exception() }}", "{{ x.y.z }}",
     "{{ (1).__class__() }}",
     "{% set x = messages[0].update({'a': 1}) %}", "{{ messages | attr('clear')() }}", "{{ self.__init__.__globals__ }}",
     "{% for m in messages recursive %}{{ loop([m]) }}{% endfor %}", "{{ 'a' * 2 ** 31 }}", "{{ dict(**3) }}",
 ]
 STRANGE_TEMPLATES = [
+    "{{ messages | batch(0) | list }}",
     "", " ", "constant", "{{ nope }}", "{{ messages | length }}", "{{ messages }}", "<|end|>", "{{ eos_token * 50 }}",
     "{% if add_generation_prompt %}x{% endif %}", "{{ messages[0].role }}", "{{ bos_token }}" + CHAT, "{# #}", CHAT * 2,
     "{% for i in range(5000) %}<|end|>{% endfor %}" + CHAT, "{{ messages | tojson }}", CHAT[::-1], CHAT[:60], "\ufeff",
@@ -1604,7 +1608,7 @@ def judge(case, code, out, err, before):
     if not typed and (strange := obeyed(out)):
         wrong.append(f"control characters on stdout: {strange[:5]}")
     left = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
-    for path in [p for p in left if p.suffix in (".json", ".jsonl", ".md") and os.path.isfile(p)]:
+    for path in [p for p in left if p.suffix in (".json", ".jsonl", ".md") and os.path.isfile(p) and p != case.secret]:
         if SECRET in path.read_text(errors="replace"):
             wrong.append(f"{path.name} holds what a path in the data points at")
     if SECRET in out + err:
@@ -1739,10 +1743,8 @@ def about(args):
 
 
 def quiet_world(folder):
-    """No network, and caches of its own."""
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-    HF_HOME=f"{folder}/hf",
-                      PYTHONDONTWRITEBYTECODE="1")
+    """Caches of its own, for what is imported from now on and for processes."""
+    os.environ.update(HF_HOME=f"{folder}/hf", PYTHONDONTWRITEBYTECODE="1")
 
 
 def main():

@@ -292,7 +292,8 @@ def part_meshes():
     head = "script", "mesh", "models", "metrics apart:", "same completions:", "unequal runs:"
     text = """Ten steps on each mesh against ten steps of one process, the same model, rows and flags, equal as
 `tests/test_split.py` defines it; the largest relative difference of any metric. Mixtures of experts shard and
-replicate, but have no plan for tensor parallelism that torch could follow. `python -m pytest tests/test_mesh.py --slow`.
+replicate, but have no plan for tensor parallelism that torch could follow.
+`python -m pytest tests/test_mesh.py --slow`.
 """
     return f"## Meshes\n\n{text}\n{table(head, shown)}\n" if found else ""
 
@@ -313,7 +314,8 @@ def part_loading():
     head = "ranks:", "road", "rank 0, GB:", "other ranks, GB:", "shard, GB:", "seconds:"
     text = f"""How far the resident memory of a rank rises while a model of {about.get("weights", 0) / 1e6:.0f}M weights
 (bf16 files) is loaded into fp32 shards, pages of mapped files included; medians. The scripts read slices; they
-broadcast from rank 0 only what is stored in another layout than the model's. `{about.get("command")}`, {about.get("device")}.
+broadcast from rank 0 only what is stored in another layout than the model's.
+`{about.get("command")}`, {about.get("device")}.
 """
     return f"## Loading\n\n{text}\n{table(head, shown)}\n" if about["rows"] else ""
 

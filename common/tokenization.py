@@ -114,7 +114,7 @@ def load_rows(name, split=None, rename="", tiny="demonstrations"):
         row.index, row.where = len(rows), where
         rows.append(row)
     if not rows:
-        raise problem(name, "no rows in split", split, f"Give a file, or a folder with SPLIT*{'|'.join(FILES)}")
+        raise problem(name, "no rows in split", split, f"Type --dataset FILE, or FOLDER of SPLIT*{'|'.join(FILES)}")
     if "" in names.values() or names.keys() - columns:
         raise problem(name, f"--rename {rename} does not fit columns", sorted(columns), "Type --rename old:new,old:new")
     return rows
@@ -153,15 +153,15 @@ def stop_ids(tokenizer, generation_config=None):
     The template's end of turn is the first control token that it puts after an assistant's content; an ordinary token
     there, such as Llama-2's space, would end every answer at its first space."""
     eos = getattr(generation_config, "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    eos, known = eos if isinstance(eos, list) else [eos], tokenizer.get_vocab().values()
+    if not all(stop is None or type(stop) is int and stop in known for stop in eos):
+        raise problem(tokenizer.name_or_path, "no tokens of the tokenizer", eos, "Fix eos_token_id in its *config.json")
+    stops = {tokenizer.eos_token_id, *eos}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
         after = render(Row(), tokenizer, None, turn, False, tokenize=False).rpartition("ANSWER")[2]
         ids = tokenizer.encode(after, add_special_tokens=False)
         stops.add(next((token for token in ids if token in tokenizer.added_tokens_decoder), None))
-    known = set(tokenizer.get_vocab().values())
-    if not all(type(stop) is int and stop in known for stop in stops - {None}):
-        raise problem(tokenizer.name_or_path, "no tokens of the tokenizer", eos, "Fix eos_token_id in its *config.json")
     if stops == {None}:
         raise problem(tokenizer.name_or_path, "no token ends a completion", tokenizer.special_tokens_map,
                       "Set eos_token in tokenizer_config.json, or type --chat_template FILE with an end of turn")

@@ -599,6 +599,7 @@ def load_model(args, run):
             lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         if (Path(path) / "generation_config.json").is_file():
             lm.generation_config = GenerationConfig.from_pretrained(path)
+        transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
     except Exception as e:  # the loader may raise anything, and what it reads is input
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     tokenizer = load_tokenizer(path, args.chat_template)
@@ -1168,7 +1169,8 @@ def prepare_folder(args, attempt):
     out = Path(args.output_dir or (given.parent if given else next(unused)))
     ended = read_json(out / "run.json")
     try:
-        if (out / "run.json").exists() and (not again or given and given.parent.resolve() != out.resolve()):
+        taken = [p for p in (out / "run.json", out / "final", *out.glob("checkpoint-*")) if p.exists()]  # or in the way
+        if taken and (not again or given and given.parent.resolve() != out.resolve()):
             return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
         if attempt != "0" and ended.get("exit_code") in (2, 3):
             sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
