@@ -422,12 +422,14 @@ def gather(groups, ranks):
 def rollout(policy, prompts, index, step, run):
     """Completions, rewards and advantages for this rank's prompts of rollout `index`, with the log-probs that later
     steps will need of the policy as it is now. All of it goes to samples.jsonl, and to the state if it is to last."""
-    args, groups = run.args, [g | {"at": i} for i, g in enumerate(prompts) if i % run.world == run.rank]
+    args = run.args
+    mine = [g | {"at": i} for i, g in enumerate(prompts) if i % run.dp_size == run.dp_rank]
+    groups = mine[run.rank % args.tp_size :: args.tp_size]  # ranks that share layers and rows share the sampling, too
     lasting = args.steps_per_generation * args.num_iterations > 1
     refresh(run.sampler, policy)
     sample(groups, args.num_generations, ("train", index), run)
     reward_groups(groups, run)
-    groups = gather(groups, run.mesh["tp"].get_group())  # ranks that share layers train on the same rows
+    groups = gather(groups, run.mesh["tp"].get_group())
     rewards = torch.tensor([[c["reward"] for c in g["completions"]] for g in groups], dtype=torch.float64)
     for group, advantages in zip(groups, compute_advantages(rewards, args, run).tolist()):
         for completion, advantage in zip(group["completions"], advantages):
@@ -454,8 +456,7 @@ def pack(groups):
 
 def unpack(prompts, run):
     """The inverse, for this rank's prompts; the number of ranks may be another one."""
-    size = run.args.num_generations
-    mine = [i for i in range(len(prompts)) if i % run.world // run.args.tp_size == run.dp_rank]
+    size, mine = run.args.num_generations, range(run.dp_rank, len(prompts), run.dp_size)
     groups = {i: prompts[i] | {"at": i, "completions": [{"scored": None} for _ in range(size)]} for i in mine}
     for name, value in run.state.items():
         head, at, k, key = (*name.split("/"), "", "", "")[:4]

@@ -134,13 +134,13 @@ def make_model(kind, folder):
         (folder / name).write_bytes((ROOT / "common/tiny/model" / name).read_bytes())
 
 
-def run(name, model, out, mesh):
+def run(name, model, out, mesh, batch=BATCH):
     """-> the run's folder; (1, 1, 1) is one process."""
     world, replicate, tp = mesh
     test = (ROOT / "common" / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)
     (out.parent / "heldout.jsonl").write_text("".join(test[:3]))
     flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
-    flags += ["--eval_dataset", out.parent / "heldout.jsonl", "--batch_size", BATCH, "--eval_every", 0]
+    flags += ["--eval_dataset", out.parent / "heldout.jsonl", "--batch_size", batch, "--eval_every", 0]
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
     if name == "grpo":
         (out.parent / "reward.py").write_text(REWARD)
@@ -202,3 +202,13 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
             f.write(json.dumps(row) + "\n")
     assert not wrong, "\n".join(wrong[:20])
     assert moved > 0.05, f"{key} moved by {moved}: nothing was compared"
+
+
+def test_fewer_prompts_than_ranks(tmp_path):
+    """Two prompts a step and four ranks: one of each pair has nothing to sample, and no reward to ask for."""
+    (tmp_path / "model").mkdir()
+    make_model("Llama tied", tmp_path / "model")
+    outs = [run("grpo", tmp_path / "model", tmp_path / name, mesh, batch=2)
+            for name, mesh in (("single", (1, 1, 1)), ("mesh", (4, 1, 2)))]
+    assert not metric_differences(*(read_jsonl(out / "metrics.jsonl") for out in outs))
+    assert len({json.dumps(read_jsonl(out / "samples.jsonl")) for out in outs}) == 1
