@@ -44,6 +44,13 @@ def test_a_slice_ends_as_asked(hostile, family):
         assert row["ok"], row
 
 
+@pytest.mark.parametrize("case", [222, 725, 777, 917, 942])
+def test_cases_that_once_failed(hostile, case):
+    """A forged meta.json, a file named final, an eos_token_id that is an object, a window that is not a number."""
+    row, _ = hostile.attempt(case, 0, hostile.root / "once", via="fork")
+    assert row["ok"], row
+
+
 def test_a_case_as_a_process(hostile):
     row, _ = hostile.attempt(number(hostile, "rows", 0), SEED, hostile.root / "process", via="process")
     assert row["ok"], row
