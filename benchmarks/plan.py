@@ -114,8 +114,8 @@ class Watch(TorchDispatchMode):
         self.groups = {run.mesh[name].get_group().group_name: (name, run.mesh[name].size()) for name in
                        run.mesh.mesh_dim_names}
         self.passes, self.on = 0, False
-        policy.register_forward_pre_hook(self.before)
-        policy.register_forward_hook(self.after)  # after FSDP's own: what it gathered is freed
+        policy.register_forward_pre_hook(self.before, prepend=True)  # before FSDP gathers
+        policy.register_forward_hook(self.after)  # after it has freed what it gathered
 
     def before(self, policy, _):
         if torch.is_grad_enabled():
@@ -294,12 +294,15 @@ def fitting(name, model, gpus, tp, replicate):
     return least | {"fits": "none"}
 
 
+def read_results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
 def write(kind, rows):
     """Replace this kind's lines of the results."""
     about = {"kind": kind, "command": " ".join(["python", "benchmarks/plan.py", *sys.argv[1:]]),
              "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
-    kept = [row for row in old if row["kind"] != kind] + [about | row for row in rows]
+    kept = [row for row in read_results() if row["kind"] != kind] + [about | row for row in rows]
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in sorted(kept, key=lambda row: row["kind"])))
 
 

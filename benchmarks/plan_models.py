@@ -29,7 +29,8 @@ MODELS = {
                                    moe_intermediate_size=1536)),
     "DeepSeek-V3": (671, {"model_type": "deepseek_v3"}),
 }  # fmt: skip
-GPUS = {"H100": 80e9, "H200": 141e9, "B200": 180e9}  # nominal: drivers show some 7 % more, which NCCL and CUDA use
+# as sold, in bytes: but for the last, drivers show some 7 % more, which NCCL and CUDA use (B300: 288 less these)
+GPUS = {"H100": 80e9, "H200": 141e9, "B200": 180e9, "B300": 270e9}
 TABLE = (  # model, gpus, tp_size, replicate_size; each for every script of OFFLINE
     ("Qwen3-0.6B", 1, 1, 1), ("Qwen3-1.7B", 1, 1, 1), ("Qwen3-8B", 8, 1, 1), ("Llama-3.1-8B", 8, 1, 1),
     ("Qwen3-32B", 32, 1, 1), ("Qwen3-32B", 32, 4, 1), ("Llama-3.3-70B", 64, 1, 1), ("Llama-3.3-70B", 64, 8, 1),
