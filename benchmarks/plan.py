@@ -216,10 +216,12 @@ def step(module, policy, batches, run, gpu):
 
 
 def rows(name, length, tokens):
-    """Groups of one micro-batch: prompt and completion of half the length each, for DPO two completions."""
-    half, completions = array("i", [0]) * (length // 2), 2 if FAST[name]["data"] == "pairs" else 1
-    group = {"prompt": half, "completions": [{"ids": half, "scored": None}] * completions, "row": 0}
-    return [group] * max(1, tokens // (len(half) * (1 + completions)))
+    """Groups of one micro-batch, of `length` tokens each: half of it the prompt, the rest one completion or, for DPO,
+    two."""
+    completions = 2 if FAST[name]["data"] == "pairs" else 1
+    ids = array("i", [0]) * (length // 2 // completions)
+    group = {"prompt": array("i", [0]) * (length // 2), "completions": [{"ids": ids, "scored": None}] * completions}
+    return [group] * max(1, tokens // length)
 
 
 @cache

@@ -50,10 +50,17 @@ def test_static_bytes_are_those_of_the_shards(model, world, tp, replicate):
 
 
 def test_few_layers_stand_for_all(model):
-    """A model of four layers, from one and two and as it is."""
-    some, whole = (plan.plan("dpo", model, 4, 2, 1, 512, 64, few=few) for few in (1, LAYERS))
-    assert some["traced"] == [1, 2] and whole["traced"] == [LAYERS, LAYERS]
+    """A model of four layers, from two and three and as it is."""
+    some, whole = (plan.plan("dpo", model, 4, 2, 1, 512, 64, few=few) for few in (2, LAYERS))
+    assert some["traced"] == [2, 3] and whole["traced"] == [LAYERS, LAYERS]
     assert some["activations"] == whole["activations"] > 0 and some["moved"] == whole["moved"]
+    assert some["working"] == pytest.approx(whole["working"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", plan_models.OFFLINE)
+def test_rows_fill_the_budget(name):
+    batches = plan.script(name).micro_batches(plan.rows(name, 64, 512), 512)
+    assert [len(plan.script(name).flat_batch(groups)["input_ids"]) for groups in batches] == [512]
 
 
 def test_traffic_is_that_of_the_shards(model):
