@@ -15,7 +15,8 @@ README, BENCHMARKS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "R
 PAGES = {"README.md": README, "benchmarks/README.md": BENCHMARKS}
 SOURCES = {p: p.read_text() for folder in ("methods", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")}
 METHODS = {p: text for p, text in SOURCES.items() if "methods" in p.relative_to(ROOT).parts}
-TORCHRUN = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "rdzv_conf", "local_addr"}
+TORCHRUN = {"nproc_per_node", "nnodes", "max_restarts", "local_addr"}
+TORCHRUN |= {"rdzv_id", "rdzv_backend", "rdzv_endpoint", "rdzv_conf"}
 SLURM = {"kill_on_bad_exit", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "requeue"}
 
 
