@@ -324,9 +324,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=OFFLINE, default="sft")
     parser.add_argument("--model", help=f"a folder, a config.json or one of {', '.join(MODELS)}")
-    for name, default in (("gpus", 1), ("tp_size", 1), ("replicate_size", 1), ("tokens_per_microbatch", 8192),
-                          ("length", 1024), ("micro_batches", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for flag, default in (("--gpus", 1), ("--tp_size", 1), ("--replicate_size", 1), ("--tokens_per_microbatch", 8192),
+                          ("--length", 1024), ("--micro_batches", 1)):
+        parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--table", action="store_true", help="all published plans")
     parser.add_argument("--validate", action="store_true", help="predictions beside real runs")
     args = parser.parse_args()
