@@ -248,7 +248,8 @@ What the faults are stands at the top of `benchmarks/fault_campaign.py`.
 
 def part_faults():
     """Tables of the fault campaign: points by scenario and side, random faults by kind, and moves between meshes."""
-    first, *found = lines(RESULTS / "fault_campaign.jsonl") or [{}]
+    files = [lines(RESULTS / name) for name in ("fault_points.jsonl", "fault_campaign.jsonl")]
+    found, heads = [row for file in files for row in file[1:]], [file[0] for file in files if file]
     parts = {part: [row for row in found if row["part"] == part] for part in ("points", "random", "mesh")}
     text, unequal = "", lambda rows: sum(not row["equal"] for row in rows)
     if rows := parts["points"]:
@@ -277,7 +278,8 @@ def part_faults():
         shown = [[row["script"], row["mesh"], row["learning_rates_apart"], unequal([row])] for row in rows]
         head = "script", "ranks", "weights apart, in learning rates:", "ended differently:"
         text += f"From one number of ranks to another:\n\n{table(head, shown)}\n"
-    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}`{first['command']}`, {first['device']}.\n\n" if text else ""
+    about = "; ".join(f"`{head['command']}`, {head['device']}" for head in heads)
+    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}{about}.\n\n" if text else ""
 
 
 def part_meshes():
