@@ -288,13 +288,14 @@ def part_meshes():
     groups = {}
     for row in found:
         groups.setdefault((row["script"], row["mesh"]), []).append(row)
-    shown = [[*key, ", ".join(row["model"] for row in rows), f"{max(row['metrics_apart'] for row in rows):.0e}",
-              sum(row["completions"] for row in rows), sum(bool(row["wrong"]) for row in rows)]
+    shown = [[*key, ", ".join(row["model"] for row in rows), f"{max(row['norms_apart'] for row in rows):.0e}",
+              f"{max(row['learning_rates_apart'] for row in rows):.4f}", sum(row["completions"] for row in rows),
+              sum(bool(row["wrong"]) for row in rows)]
              for key, rows in groups.items()]
-    head = "script", "mesh", "models", "metrics apart:", "same completions:", "unequal runs:"
+    head = "script", "mesh", "models", "gradient norms:", "weights:", "same completions:", "unequal runs:"
     text = """Ten steps on each mesh against ten steps of one process, the same model, rows and flags, equal as
-`tests/test_split.py` defines it; the largest relative difference of any metric. Mixtures of experts shard and
-replicate, but have no plan for tensor parallelism that torch could follow.
+`tests/test_split.py` defines it: the largest difference of a gradient norm, relative, and of a weight, in learning
+rates. Mixtures of experts shard and replicate, but have no plan for tensor parallelism that torch could follow.
 `python -m pytest tests/test_mesh.py --slow`.
 """
     return f"## Meshes\n\n{text}\n{table(head, shown)}\n" if found else ""

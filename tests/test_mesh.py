@@ -7,6 +7,7 @@ Runs: whole scripts on meshes against one process, equal as test_split defines i
 takes every script, mesh and model and writes benchmarks/results/meshes.jsonl; without it, one model for each mesh.
 """
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,9 @@ import test_logprobs
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
 from test_logprobs import WANT, build, make_groups, oracle
-from test_split import DEFAULT_FLOOR, NOISE, metric_differences, weight_differences
+from test_split import DEFAULT_FLOOR, metric_differences, weight_differences
 
 from common.logprobs import Policy
 from common.tokenization import InputError, flat_batch
@@ -143,6 +144,7 @@ def make_model(kind, folder):
 def run(name, model, out, mesh, batch=BATCH):
     """-> the run's folder; (1, 1, 1) is one process."""
     world, replicate, tp = mesh
+    out.parent.mkdir(exist_ok=True)
     test = (ROOT / "common" / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)
     (out.parent / "heldout.jsonl").write_text("".join(test[:3]))
     flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
@@ -162,20 +164,21 @@ def case_list():
 
 
 SLICE = [("sft", "Llama untied", "fsdp2 x tp2"), ("dpo", "Qwen3 tied", "replicas2 x tp2"),
-         ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Llama tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2")]  # fmt: skip
+         ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Qwen3 tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """(script, model) -> model folder and the run of one process, made once."""
-    made = {}
+    """(script, model) -> model folder and the run of one process, each made once."""
+    models, made = {}, {}
 
     def reference(name, kind):
+        if kind not in models:
+            models[kind] = tmp_path_factory.mktemp(kind.replace(" ", "-")) / "model"
+            make_model(kind, models[kind])
         if (name, kind) not in made:
-            folder = tmp_path_factory.mktemp(f"{name}-{kind.replace(' ', '-')}")
-            make_model(kind, folder / "model")
-            made[name, kind] = folder / "model", run(name, folder / "model", folder / "single", (1, 1, 1))
-        return made[name, kind]
+            made[name, kind] = run(name, models[kind], models[kind].parent / name / "single", (1, 1, 1))
+        return models[kind], made[name, kind]
 
     return reference
 
@@ -193,16 +196,17 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []
-    moved = 0.0
-    for key in ("reward", "entropy") if name == "grpo" else ("loss",):
-        first, last = (sum(line[key] for line in part) / 3 for part in (lines[1:4], lines[7:10]))  # the same rows
-        moved = max(moved, abs(last / first - 1))
+    if name == "grpo":  # a KL of k nats: log-probs that changed by about sqrt(2 k)
+        moved = math.sqrt(2 * lines[-2]["kl"])
+    else:
+        first, last = (sum(line["loss"] for line in part) / 3 for part in (lines[1:4], lines[7:10]))  # the same rows
+        moved = abs(last / first - 1)
     if slow:
-        keys = [k for k in lines[1] if k not in ("step", "lr")]
-        apart = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-3) for x, y in zip(lines, others) for k in keys
-                    if k in x and (k, x["step"]) not in NOISE)
-        row = {"script": name, "model": kind, "mesh": mesh, "metrics_apart": apart, "completions": len(texts[0])}
-        row |= {"moved": moved, "wrong": wrong}
+        norms = [(x["grad_norm"], y["grad_norm"]) for x, y in zip(lines, others) if "grad_norm" in x]
+        a, b = (trainer_tensors(newest(folder)) for folder in (reference, out))
+        weights = max((a[k] - b[k]).abs().max().item() for k in a if k.startswith("model.")) / float(LR[name])
+        row = {"script": name, "model": kind, "mesh": mesh, "norms_apart": max(abs(x - y) / x for x, y in norms)}
+        row |= {"learning_rates_apart": weights, "completions": len(texts[0]), "moved": moved, "wrong": wrong}
         with open(ROOT / "benchmarks/results/meshes.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
     assert not wrong, "\n".join(wrong[:20])
