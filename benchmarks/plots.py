@@ -240,25 +240,99 @@ def part_trl_full():
     return f"## Against TRL\n\n{text}" if text else ""
 
 
-KILLS_HEAD = """Runs that were killed with SIGKILL at random moments and resumed until they ended, against one that
-nobody killed: tensors, exported model and files, bitwise. The columns in the middle say where the kills hit.
+FAULTS_HEAD = """Runs that were broken, resumed until they ended, and compared with one that nobody disturbed: tensors,
+Adam, state, exported model and files, bitwise (on another number of ranks: as `tests/test_split.py` defines equality).
+What the faults are stands at the top of `benchmarks/fault_campaign.py`.
 """
 
 
-def part_kills():
-    """A line per script of the kill campaign."""
-    first, *found = lines(RESULTS / "kill_campaign.jsonl") or [{}]
-    phases = [p for p in ("start", "rollout", "step", "save", "evaluation", "finish", "ended")
-              if any(row["phase"] == p for row in found)]
-    rows = []
-    for script in dict.fromkeys(row["script"] for row in found):
-        mine = [row for row in found if row["script"] == script]
-        hits = [sum(row["phase"] == p for row in mine) for p in phases]
-        unequal = len({row["run"] for row in mine if not row["equal"]})
-        rows.append([script, len({row["run"] for row in mine}), len(mine), *hits, unequal])
-    head = "script", "runs:", "kills:", *(f"{p}:" for p in phases), "runs that ended differently:"
-    made = f"`{first.get('command')}`, {first.get('device')}."
-    return f"## Kill campaign\n\n{KILLS_HEAD}\n{table(head, rows)}\n{made}\n\n" if rows else ""
+def part_faults():
+    """Tables of the fault campaign: points by scenario and side, random faults by kind, and moves between meshes."""
+    first, *found = lines(RESULTS / "fault_campaign.jsonl") or [{}]
+    parts = {part: [row for row in found if row["part"] == part] for part in ("points", "random", "mesh")}
+    text, unequal = "", lambda rows: sum(not row["equal"] for row in rows)
+    if rows := parts["points"]:
+        sides = [side for side in ("before", "torn", "after", "power") if any(row["side"] == side for row in rows)]
+        groups = {}
+        for row in rows:
+            groups.setdefault((row["scenario"], row["world"], row["rank"]), []).append(row)
+        shown = [[*key, *(sum(row["side"] == side for row in rows) for side in sides), unequal(rows)]
+                 for key, rows in groups.items()]
+        head = "run", "ranks:", "killed rank:", *(f"{side}:" for side in sides), "ended differently:"
+        text += f"At every file-system event:\n\n{table(head, shown)}\n"
+    if rows := parts["random"]:
+        kinds = list(dict.fromkeys(row["kind"] for row in rows))
+        groups = {}
+        for row in rows:
+            groups.setdefault((row["script"], row["world"]), []).append(row)
+        shown = [[*key, *(sum(row["kind"] == kind for row in rows) for kind in kinds), unequal(rows)]
+                 for key, rows in groups.items()]
+        shown.append(["all", "", *(sum(row["kind"] == kind for row in rows) for kind in kinds), unequal(rows)])
+        head = "script", "ranks:", *(f"{kind}:" for kind in kinds), "ended differently:"
+        text += f"At random moments:\n\n{table(head, shown)}\n"
+        phases = [row["phase"] for row in rows if "phase" in row]
+        hits = ", ".join(f"{phase} ({phases.count(phase)})" for phase in dict.fromkeys(phases))
+        text += f"SIGKILL and a locked folder hit in {hits}.\n\n"
+    if rows := parts["mesh"]:
+        shown = [[row["script"], row["mesh"], row["learning_rates_apart"], unequal([row])] for row in rows]
+        head = "script", "ranks", "weights apart, in learning rates:", "ended differently:"
+        text += f"From one number of ranks to another:\n\n{table(head, shown)}\n"
+    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}`{first['command']}`, {first['device']}.\n\n" if text else ""
+
+
+def part_meshes():
+    """Whole runs on meshes against one process: the worst of the models of each script and mesh."""
+    found = lines(RESULTS / "meshes.jsonl")
+    groups = {}
+    for row in found:
+        groups.setdefault((row["script"], row["mesh"]), []).append(row)
+    shown = [[*key, ", ".join(row["model"] for row in rows), f"{max(row['metrics_apart'] for row in rows):.0e}",
+              sum(row["completions"] for row in rows), sum(bool(row["wrong"]) for row in rows)]
+             for key, rows in groups.items()]
+    head = "script", "mesh", "models", "metrics apart:", "same completions:", "unequal runs:"
+    text = """Ten steps on each mesh against ten steps of one process, the same model, rows and flags, equal as
+`tests/test_split.py` defines it; the largest relative difference of any metric. Mixtures of experts shard and
+replicate, but have no plan for tensor parallelism that torch could follow.
+`python -m pytest tests/test_mesh.py --slow`.
+"""
+    return f"## Meshes\n\n{text}\n{table(head, shown)}\n" if found else ""
+
+
+def part_loading():
+    """Memory and time to load a model into its shards, by ranks and road."""
+    path = RESULTS / "loading.json"
+    about = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    groups = {}
+    for row in about["rows"]:
+        groups.setdefault((row["world"], row["road"]), []).append(row)
+    shown = []
+    for key, rows in groups.items():
+        others = [row["peak_gb"] for row in rows if row["rank"]]
+        numbers = median(row["peak_gb"] for row in rows if row["rank"] == 0), median(others) if others else None
+        numbers = *numbers, rows[0]["shard_gb"], median(row["seconds"] for row in rows)
+        shown.append([*key, *("" if number is None else f"{number:.2f}" for number in numbers)])
+    head = "ranks:", "road", "rank 0, GB:", "other ranks, GB:", "shard, GB:", "seconds:"
+    text = f"""How far the resident memory of a rank rises while a model of {about.get("weights", 0) / 1e6:.0f}M weights
+(bf16 files) is loaded into fp32 shards, pages of mapped files included; medians. The scripts read slices; they
+broadcast from rank 0 only what is stored in another layout than the model's.
+`{about.get("command")}`, {about.get("device")}.
+"""
+    return f"## Loading\n\n{text}\n{table(head, shown)}\n" if about["rows"] else ""
+
+
+def part_hostile():
+    """Bad inputs by family and by how they ended."""
+    first, *found = lines(RESULTS / "hostile.jsonl") or [{}]
+    families = {}
+    for row in found:
+        families.setdefault(row["family"], []).append(row)
+    codes = sorted({row["code"] for row in found}, key=str)
+    shown = [[family, len(rows), *(sum(row["code"] == code for row in rows) for code in codes),
+              sum(not row["ok"] for row in rows)] for family, rows in [*families.items(), ("all", found)]]
+    head = "family", "cases:", *(f"exit code {code}:" for code in codes), "not as asked:"
+    text = "What is asked of each, and what the families hold, stands at the top of `benchmarks/hostile.py`.\n"
+    about = f"`{first.get('command')}`, {first.get('device')}.\n\n"
+    return f"## Hostile inputs\n\n{text}\n{table(head, shown)}\n{about}" if found else ""
 
 
 PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}

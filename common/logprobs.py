@@ -11,8 +11,10 @@ from array import array
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
@@ -139,20 +141,24 @@ class ScoredHead(torch.autograd.Function):
         logprobs = log p_y     e_y - p      sum_p2 s = sum p^2          2 p (p - s)
         topk = log p_k         e_k - p      entropy H = -sum p log p    -p (log p + H)
         mean_logprob           1/V - p      (the mean of log p over the vocabulary)
+
+    group: W and b are this rank's V / len(group) rows of the vocabulary; only numbers per scored token are exchanged.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, shape, want, topk):
+    def forward(ctx, hidden, weight, bias, labels, shape, want, topk, group=None):
         rows, out = max(1, CHUNK.get(hidden.device.type, 2**28) // len(weight)), defaultdict(list)
+        first = len(weight) * dist.get_rank(group) if group else 0  # of this rank's rows in the whole vocabulary
         for h, y in zip(hidden.split(rows), labels.split(rows)):
-            logp = _logits(h, weight, bias, *shape)[0].log_softmax(-1)
-            out["logprobs"].append(logp.gather(1, y[:, None])[:, 0])
+            logp = _log_softmax(_logits(h, weight, bias, *shape)[0], group)
+            at, own = _own(y, first, len(weight))
+            out["logprobs"].append(logp.gather(1, at[:, None])[:, 0] * own)
             if "mean_logprob" in want:
                 out["mean_logprob"].append(logp.mean(-1))
             if "correct" in want:
-                out["correct"].append(logp.argmax(-1) == y)
+                out["correct"].append(logp.amax(-1))
             if "topk" in want:
-                for name, x in zip(("topk", "topk_ids"), logp.topk(topk)):
+                for name, x in zip(("topk", "topk_ids"), logp.topk(min(topk, len(weight)))):
                     out[name].append(x)
             p = logp.exp() if "sum_p2" in want or "entropy" in want else None
             if "sum_p2" in want:
@@ -160,7 +166,17 @@ class ScoredHead(torch.autograd.Function):
             if "entropy" in want:
                 out["entropy"].append(-torch.linalg.vecdot(p, logp))
         out = {name: torch.cat(chunks) for name, chunks in out.items()}
-        ctx.rows, ctx.shape = rows, shape
+        if "topk" in want and group:
+            logp, ids = (_gather(x, group) for x in (out["topk"], out["topk_ids"] + first))
+            out["topk"], at = logp.topk(topk)
+            out["topk_ids"] = ids.gather(1, at)
+        for name in out.keys() - {"topk", "topk_ids"} if group else ():
+            dist.all_reduce(out[name], dist.ReduceOp.MAX if name == "correct" else dist.ReduceOp.SUM, group)
+        if "mean_logprob" in want and group:
+            out["mean_logprob"] /= group.size()
+        if "correct" in want:
+            out["correct"] = out["logprobs"] == out["correct"]
+        ctx.rows, ctx.shape, ctx.group, ctx.first = rows, shape, group, first
         ctx.save_for_backward(hidden, weight, bias, labels, *(out.get(x) for x in ("topk_ids", "sum_p2", "entropy")))
         ctx.mark_non_differentiable(*(out[name] for name in ("topk_ids", "correct") if name in out))
         ctx.set_materialize_grads(False)  # None: nobody wants this gradient
@@ -170,37 +186,66 @@ class ScoredHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logprobs, g_mean, g_topk, g_sum_p2, g_entropy, *_):
         hidden, weight, bias, labels, topk_ids, sum_p2, entropy = ctx.saved_tensors
-        half = hidden.is_cuda and hidden.dtype != torch.float32
+        half, vocabulary = hidden.is_cuda and hidden.dtype != torch.float32, len(weight)
         g_logprobs = torch.zeros_like(labels, dtype=torch.float32) if g_logprobs is None else g_logprobs
         total = g_logprobs + (0 if g_mean is None else g_mean) + (0 if g_topk is None else g_topk.sum(-1))
         d_hidden, d_weight, d_bias = (
             torch.zeros_like(x, dtype=torch.float32 if x is not hidden else None) if wanted else None
             for x, wanted in zip((hidden, weight, bias), ctx.needs_input_grad))
         for i in range(0, len(labels), ctx.rows):
-            at = slice(i, i + ctx.rows)
-            z, slope = _logits(hidden[at], weight, bias, *ctx.shape)
-            factor, p = -total[at, None], z.softmax(-1)  # d_z is p times this, plus single entries
+            part = slice(i, i + ctx.rows)
+            z, slope = _logits(hidden[part], weight, bias, *ctx.shape)
+            p = _log_softmax(z, ctx.group).exp_() if ctx.group else z.softmax(-1)
+            factor = -total[part, None]  # d_z is p times this, plus single entries
             if g_sum_p2 is not None:
-                factor = factor + 2 * g_sum_p2[at, None] * (p - sum_p2[at, None])
+                factor = factor + 2 * g_sum_p2[part, None] * (p - sum_p2[part, None])
             if g_entropy is not None:
-                factor = factor - g_entropy[at, None] * z.log_softmax(-1).add_(entropy[at, None])
-            d_z = p.mul_(factor).scatter_add_(1, labels[at, None], g_logprobs[at, None])
+                factor = factor - g_entropy[part, None] * _log_softmax(z, ctx.group).add_(entropy[part, None])
+            at, own = _own(labels[part, None], ctx.first, vocabulary)
+            d_z = p.mul_(factor).scatter_add_(1, at, g_logprobs[part, None] * own)
             if g_topk is not None:
-                d_z.scatter_add_(1, topk_ids[at], g_topk[at])
+                at, own = _own(topk_ids[part], ctx.first, vocabulary)
+                d_z.scatter_add_(1, at, g_topk[part] * own)
             if g_mean is not None:
-                d_z += g_mean[at, None] / len(weight)
+                d_z += g_mean[part, None] / (vocabulary * (ctx.group.size() if ctx.group else 1))
             if ctx.shape[1] or slope != 1:  # a cap: one number per logit
                 d_z.mul_(slope)
             d_z = d_z.to(hidden.dtype) if half else d_z
             if d_bias is not None:
                 d_bias += d_z.sum(0, dtype=torch.float32)
             if d_hidden is not None:
-                d_hidden[at] = d_z @ weight.to(d_z.dtype)
+                d_hidden[part] = d_z @ weight.to(d_z.dtype)
             if d_weight is not None and half:
-                torch.addmm(d_weight, d_z.T, hidden[at], out_dtype=torch.float32, out=d_weight)
+                torch.addmm(d_weight, d_z.T, hidden[part], out_dtype=torch.float32, out=d_weight)
             elif d_weight is not None:
-                d_weight.addmm_(d_z.T, hidden[at].float())
-        return d_hidden, *(d if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)), None, None, None, None
+                d_weight.addmm_(d_z.T, hidden[part].float())
+        if d_hidden is not None and ctx.group:
+            dist.all_reduce(d_hidden, group=ctx.group)  # every rank has its own columns' share
+        return d_hidden, *(d if d is None else d.to(weight.dtype) for d in (d_weight, d_bias)), *[None] * 5
+
+
+def _own(ids, first, count):
+    """Ids of the whole vocabulary -> ids among this rank's `count` from `first` on, and whether they are among them."""
+    at = ids - first
+    return at.clamp(0, count - 1), (at >= 0) & (at < count)
+
+
+def _gather(x, group):
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group)
+    return torch.cat(parts, dim=-1)
+
+
+def _log_softmax(z, group):
+    """Over all columns; z has this rank's."""
+    if not group:
+        return z.log_softmax(-1)
+    top = z.amax(-1, keepdim=True)
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    z = z - top
+    total = z.exp().sum(-1, keepdim=True)
+    dist.all_reduce(total, group=group)
+    return z.sub_(total.log_())
 
 
 def _logits(hidden, weight, bias, scale, cap, temperature):
@@ -236,23 +281,35 @@ class Policy(nn.Module):
         scale = number("logit_scale", 1.0) * number("lm_head_multiplier", 1.0) / number("logits_scaling", 1.0)
         self.shape = scale, number("final_logit_softcapping", 0.0) or number("logits_soft_cap", 0.0), temperature
         # lm may move to the GPU after this line: the machine counts, not where the weights are now
+        self.own = lm.config._attn_implementation
         self.road = "flat" if runs_flat(lm, "cuda" if torch.cuda.is_available() else "cpu") else "padded"
         if self.road == "flat":
             lm.config._attn_implementation = ATTENTION  # set_attn_implementation would look for a package of this name
         self.implementation = lm.config._attn_implementation
 
-    def forward(self, batch, want=()):
+    def forward(self, batch, want=(), own=False):
         """flat_batch -> {"logprobs": (M,)} and those of "entropy", "mean_logprob" (over the vocabulary), "sum_p2" (sum
         of p^2), "topk" (M, topk) with "topk_ids", "correct" (the label is the arg-max) that are in `want`. All are fp32
-        at the policy's temperature, with gradients except for "topk_ids" and "correct"."""
+        at the policy's temperature, with gradients except for "topk_ids" and "correct". own: the batch is a list of
+        groups, and the answer reference_logprobs of the model in its own attention; here, since FSDP2 gathers the
+        weights only inside the forward of its root."""
         assert set(want) < set(OUTPUTS), want
+        if own:
+            self.lm.config._attn_implementation = self.own
+            logprobs = reference_logprobs(self.lm, batch, self.shape[-1])
+            self.lm.config._attn_implementation = self.implementation
+            return logprobs
         # any other implementation would ignore the layout and return wrong numbers without a word
         assert self.lm.config._attn_implementation == self.implementation, self.lm.config._attn_implementation
         inputs, rows = self._flat(batch) if self.road == "flat" else self._padded(batch)
         backbone = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model  # Llama-4's has no name
         hidden = _take(backbone(use_cache=False, **inputs).last_hidden_state.flatten(0, 1), rows)
         head = self.lm.get_output_embeddings()
-        out = ScoredHead.apply(hidden, head.weight, head.bias, batch["labels"], self.shape, tuple(want), self.topk)
+        weight, bias, group = head.weight, head.bias, None
+        if isinstance(weight, DTensor):  # sharded over the vocabulary by tensor parallelism
+            group = weight.device_mesh.get_group()
+            weight, bias = weight.to_local(), bias if bias is None else bias.to_local()
+        out = ScoredHead.apply(hidden, weight, bias, batch["labels"], self.shape, tuple(want), self.topk, group)
         return {name: x for name, x in zip(OUTPUTS, out) if x is not None}
 
     def _flat(self, batch):

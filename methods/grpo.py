@@ -13,12 +13,12 @@ Data    {prompt, any columns}: the columns go to the reward functions
 State   alerts, streaks, before, last, best (evaluations); rollout/...: the rollout in use, if it spans several steps
 Parent: methods/sft.py
 Delta:
-  imports, args: array and Real; DynamicCache and encode_prompt
+  imports, args: array; DynamicCache, RewardFile and encode_prompt
   Args.method: sampling, clipping, advantages, rewards
-  rewards, RewardTimeout, accuracy, format, load_rewards, reward_groups: what is maximised
+  rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
   data, load_groups: a row becomes a prompt and its columns; completions come later
-  uniforms, generate, sample, refresh, attach_logprobs, rollout, pack, unpack: completions and their log-probs
+  uniforms, generate, sample, refresh, attach_logprobs, gather, rollout, pack, unpack: completions and their log-probs
   main.data: an epoch takes num_iterations times as many steps
   main.model: the copy that samples, the reference, temperature
   main.rollout, main.step: new completions, then the surrogate
@@ -34,6 +34,7 @@ import copy
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import platform
@@ -44,20 +45,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import zlib
 from array import array
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from itertools import accumulate, repeat
-from numbers import Real
+from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-STOP = {"signal": 0}  # set by the handler, read at step boundaries
+STOP = {"signal": 0, "run": None}  # set by the handler, read at step boundaries; `launch` asks the run why it stopped
 
 
 def on_signal(number, _frame):
@@ -85,6 +87,11 @@ class Args:
     allow_changes: bool = False  # resume although flags, data or model differ
     allow: tuple[str, ...] = ()  # alert codes that must not stop the run
     seed: int = 42  # data order and sampling noise
+    replicate_size: int = 1  # copies of the sharded model (HSDP); ranks / (replicate_size * tp_size) shard one copy
+    tp_size: int = 1  # ranks that share each layer's matrices (tensor parallelism), adjacent ones: one machine
+    cpu_offload: bool = False  # parameters and optimizer in host memory
+    deterministic: bool = False  # bitwise reruns on CUDA too, slower
+    ddp_timeout: float = 1800.0  # seconds without progress after which a run ends and names the rank
     eval_every: Annotated[int, arg(aliases=["--eval-steps"])] = 100  # optimizer steps; 0: only before and after
     save_every: Annotated[int, arg(aliases=["--save-steps"])] = 500  # optimizer steps; 0: only by time and at the end
     save_minutes: float = 30.0  # a checkpoint at least this often
@@ -126,7 +133,8 @@ class Args:
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
     reward: tuple[str, ...] = ("accuracy",)  # accuracy, format or FILE.py:FUNCTION; several are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
-    reward_timeout: float = 60.0  # seconds a reward function may take per rollout
+    reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
+    reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
     eval_samples: int = 4  # completions per held-out prompt for pass@k; 0: greedy only
 
 
@@ -170,23 +178,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
+from common.rewards import RewardFile
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
 NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-
-
-class RewardTimeout(BaseException):
-    """Not an Exception, or a reward function's own guard would swallow it and go on."""
 
 
 def accuracy(prompts, completions, answer=None, solution=None, **_):
@@ -211,19 +219,14 @@ def format(prompts, completions, **_):
 
 def load_rewards(args):
     """--reward -> functions reward(prompts, completions, **columns) -> list of numbers or None: TRL's signature."""
-    functions = []
+    functions, known = [], {"accuracy": accuracy, "format": format}
     for name in args.reward:
-        path, _, function = name.rpartition(":")
         try:
-            if path:
-                spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            functions.append(getattr(module, function) if path else {"accuracy": accuracy, "format": format}[name])
-            assert callable(functions[-1]), f"{function} is not a function"
-        except (Exception, SystemExit) as e:  # user code may raise anything
-            text = f"--reward {name}: {type(e).__name__}: {first_line(e)}. Give accuracy, format or FILE.py:FUNCTION."
-            raise InputError(text) from e
+            if ":" not in name and name not in known:
+                raise ChildProcessError("there is no such reward")
+            functions.append(known.get(name) or RewardFile(name, args.reward_timeout, args.reward_memory))
+        except OSError as e:
+            raise InputError(f"--reward {name}: {first_line(e)}. Give accuracy, format or FILE.py:FUNCTION.") from e
     if len(args.reward_weights) not in (0, len(functions)):
         raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(functions)} rewards.")
     return functions
@@ -235,36 +238,23 @@ def reward_groups(groups, run):
     list of numbers ends the run, on all ranks."""
     pairs = [(group, completion) for group in groups for completion in group["completions"]]
     columns = {k: [g["columns"].get(k) for g, _ in pairs] for group in groups for k in group["columns"]}
-    prompts, own = columns["prompt"], ("prompt", "prompts", "completion", "completions")
+    prompts, own = columns.get("prompt", []), ("prompt", "prompts", "completion", "completions")
     texts = [run.tokenizer.decode(c["ids"], skip_special_tokens=True) for _, c in pairs]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
+    others = {name: values for name, values in columns.items() if name not in own}
     parts, wrong = [], None
-
-    def expire(*_):
-        raise RewardTimeout(f"no answer after {run.args.reward_timeout:g} s")
-
-    for name, function in zip(run.args.reward, run.rewards):
-        before = signal.signal(signal.SIGALRM, expire)
-        signal.setitimer(signal.ITIMER_REAL, run.args.reward_timeout, 1.0)  # and every second from then on
+    for name, function in zip(run.args.reward, run.rewards) if pairs else ():
         try:
-            others = {name: copy.deepcopy(values) for name, values in columns.items() if name not in own}
             values = function(prompts=prompts, completions=answers, **others)
-        except (Exception, SystemExit, RewardTimeout) as e:  # user code may raise anything
+        except Exception as e:  # rows may hold anything, and files do anything
             print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr, flush=True)
             values = [None] * len(pairs)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        fits = isinstance(values, list) and len(values) == len(pairs)
-        if not fits or not all(v is None or isinstance(v, Real) for v in values):
+        if values is None:
             wrong = f"--reward {name} must return a list of {len(pairs)} numbers (or None), one for each completion."
         else:
-            parts.append([math.nan if v is None or not math.isfinite(v) else float(v) for v in values])
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, wrong)
-    if any(everyone):
-        raise InputError(next(filter(None, everyone)))
+            parts.append([math.nan if v is None or not math.isfinite(v) else v for v in values])
+    agree(run, wrong)
     weights = torch.tensor(run.args.reward_weights or [1.0] * len(parts), dtype=torch.float64)
     for (_, completion), values in zip(pairs, torch.tensor(parts, dtype=torch.float64).T):
         completion["parts"] = values.tolist()
@@ -407,8 +397,9 @@ def sample(groups, copies, place, run):
 @torch.no_grad()
 def refresh(sampler, policy):
     """The policy's weights into the sampler, in place. full_tensor() is a collective: all ranks, in the same order."""
-    for mine, weight in zip(sampler.parameters(), policy.lm.parameters(), strict=True):
-        mine.copy_(full(weight))
+    weights = own_tensors(policy.lm)
+    for name, mine in own_tensors(sampler).items():
+        mine.copy_(full(weights[name]))
 
 
 @torch.no_grad()
@@ -421,14 +412,24 @@ def attach_logprobs(model, groups, name, args, run):
             completion[name] = piece if weight else completion[name]
 
 
+def gather(groups, ranks):
+    """The groups of all these ranks (a process group; None: all), in their order."""
+    everyone = [None] * dist.get_world_size(ranks)
+    dist.all_gather_object(everyone, groups, group=ranks)
+    return sorted((g for share in everyone for g in share), key=lambda g: g["at"])
+
+
 def rollout(policy, prompts, index, step, run):
     """Completions, rewards and advantages for this rank's prompts of rollout `index`, with the log-probs that later
     steps will need of the policy as it is now. All of it goes to samples.jsonl, and to the state if it is to last."""
-    args, groups = run.args, [g | {"at": i} for i, g in enumerate(prompts) if i % run.world == run.rank]
+    args = run.args
+    mine = [g | {"at": i} for i, g in enumerate(prompts) if i % run.dp_size == run.dp_rank]
+    groups = mine[run.rank % args.tp_size :: args.tp_size]  # ranks that share layers and rows share the sampling, too
     lasting = args.steps_per_generation * args.num_iterations > 1
     refresh(run.sampler, policy)
     sample(groups, args.num_generations, ("train", index), run)
     reward_groups(groups, run)
+    groups = gather(groups, run.mesh["tp"].get_group())
     rewards = torch.tensor([[c["reward"] for c in g["completions"]] for g in groups], dtype=torch.float64)
     for group, advantages in zip(groups, compute_advantages(rewards, args, run).tolist()):
         for completion, advantage in zip(group["completions"], advantages):
@@ -436,9 +437,7 @@ def rollout(policy, prompts, index, step, run):
     for name, model in ("old_logprobs", policy if lasting else None), ("ref_logprobs", run.ref):
         if model:
             attach_logprobs(model, groups, name, args, run)
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, groups)
-    everyone = sorted((g for share in everyone for g in share), key=lambda g: g["at"])
+    everyone = gather(groups if run.rank % args.tp_size == 0 else [], None)
     for group, c in [(g, c) for g in everyone for c in g["completions"]] if run.rank == 0 else []:
         line = {"step": step + 1, "row": group["row"], "prompt": run.tokenizer.decode(group["prompt"])}
         line |= {"completion": run.tokenizer.decode(c["ids"]), "reward": c["reward"], "advantage": c["advantage"]}
@@ -457,7 +456,7 @@ def pack(groups):
 
 def unpack(prompts, run):
     """The inverse, for this rank's prompts; the number of ranks may be another one."""
-    size, mine = run.args.num_generations, range(run.rank, len(prompts), run.world)
+    size, mine = run.args.num_generations, range(run.dp_rank, len(prompts), run.dp_size)
     groups = {i: prompts[i] | {"at": i, "completions": [{"scored": None} for _ in range(size)]} for i in mine}
     for name, value in run.state.items():
         head, at, k, key = (*name.split("/"), "", "", "")[:4]
@@ -484,15 +483,19 @@ def main(args):
     if not 2 <= args.num_generations <= 2**20 // (args.batch_size * args.steps_per_generation) or args.temperature <= 0:
         raise InputError("--num_generations must be at least 2 and a rollout at most a million, --temperature above 0.")
     run.tokenizer, run.stops, run.rewards, mine = tokenizer, stops, load_rewards(args), None
-    oracle = reference_logprobs(lm, run.probe, args.temperature)
-    run.sampler = copy.deepcopy(lm).to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-    run.ref = shard(Policy(copy.deepcopy(lm), args.temperature), run) if args.beta else None
-    policy = shard(Policy(lm, args.temperature), run)
-    check_model(policy, oracle, run)
+    run.sampler, starting = copy.deepcopy(lm), copy.deepcopy(lm)
+    for p in run.sampler.parameters():  # not the buffers: rotary tables stay fp32
+        p.data = p.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+    materialize(run.sampler, run.device, run)
+    run.ref = load_weights(shard(Policy(starting, args.temperature), run), run) if args.beta else None
+    policy = load_weights(shard(Policy(lm, args.temperature), run), run)
+    check_model(policy, run)
     # ---- optimizer -------------------------------------------------------------------------------
-    matrices, vectors = ([p for p in policy.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    optimizer = torch.optim.AdamW(  # norms and biases do not decay
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+    kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
+    for p in policy.parameters():
+        kinds.setdefault((args.weight_decay if p.ndim > 1 else 0.0, p.device_mesh), []).append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay} for (decay, _), params in kinds.items()],
         lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=1e-8, fused=True,
     )
     # ---- resume ----------------------------------------------------------------------------------
@@ -526,7 +529,7 @@ def main(args):
             now = out["logprobs"].detach()
             old, ref = now if inner == 0 else tokens["old_logprobs"], tokens.get("ref_logprobs")
             loss, metrics = grpo_loss(out["logprobs"], old, ref, advantages, batch["seq"], num_tokens, num_seqs, args)
-            (loss * weight * run.world).backward()  # a part of a global mean; FSDP2 averages over ranks
+            (loss * weight * run.dp_size).backward()  # a part of a global mean; FSDP2 averages over ranks
             metrics |= {"loss": loss.detach() * num_tokens, "entropy": out["entropy"].detach().sum()}
             metrics["sampler_gap"] = (now - tokens["sampler_logprobs"]).abs().sum()
             metrics["unequal"] = ((now - tokens.get("old_logprobs", now)).abs() > 1e-3).sum()
@@ -571,25 +574,36 @@ def main(args):
 
 
 # ---- model ---------------------------------------------------------------------------------------
+STYLES = {  # of a model's own tp_plan, as torch has them; any other stops the run
+    "colwise": ColwiseParallel(),
+    "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": RowwiseParallel(),
+    "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
+    "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": None,  # left whole; `update` sums its gradients
+}
+
+
 def load_model(args, run):
-    """-> tokenizer, model: fp32, whole on every rank until `shard`. Dropout is 0 and the module stays in eval mode:
-    shared prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
+    """-> tokenizer, model without memory (on the meta device). Dropout is 0 and the module stays in eval mode: shared
+    prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
     path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
-    tokenizer = load_tokenizer(path, args.chat_template)
     try:
-        named = read_json(Path(path, "model.safetensors.index.json")).get("weight_map", {}).values()
-        if outside := [name for name in named if Path(name).name != name]:
-            raise ValueError(f"its index names {outside[0]}, which is not in the folder")
-        lm, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        if not Path(path).is_dir():
+            from huggingface_hub import snapshot_download
+
+            path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        if (Path(path) / "generation_config.json").is_file():
+            lm.generation_config = GenerationConfig.from_pretrained(path)
         transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
     except Exception as e:  # the loader may raise anything, and what it reads is input
         raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(f"--model {args.model}: its weights lack {len(missing)} tensors. Pass one with {missing[0]}.")
+    tokenizer = load_tokenizer(path, args.chat_template)
     ids, rows = max(tokenizer.get_vocab().values(), default=0) + 1, lm.get_input_embeddings().num_embeddings
     if ids > rows:
         raise InputError(f"--model {args.model}: {rows} embeddings, but {ids} token ids. Pass another.")
@@ -598,37 +612,120 @@ def load_model(args, run):
         for name, value in vars(module).items():
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or name.endswith("dropout")):
                 setattr(module, name, 0.0)
-    run.save_dtype = getattr(torch, args.save_dtype)
+    run.model_path, run.save_dtype = path, getattr(torch, args.save_dtype)
     run.probe = probe_groups(len(tokenizer))
-    return tokenizer, lm.eval().to(run.device)
+    return tokenizer, lm.eval()
+
+
+def tensor_parallel(lm, run):
+    """Cut every layer over the tp ranks by the model's own tp_plan; embedding and head by vocabulary where its size
+    allows. No weight has been read yet. Returns the modules that stay whole inside a cut: their gradients are parts."""
+    size, config, plan = run.args.tp_size, lm.config.get_text_config(), {}
+    stop = f"--tp_size {size} does not fit {type(lm).__name__}"
+    for name, part in [*lm.named_modules(), *lm.named_parameters()]:
+        style = (lm.tp_plan or {}).get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
+        experts = isinstance(part, torch.nn.Parameter) and part.ndim > 2
+        if style not in (None, *STYLES) or experts and not style:
+            raise InputError(f"{stop}: its plan for {name} is {style}, which torch has no style for. Use --tp_size 1.")
+        plan |= {name: style} if style else {}
+    ends = {name: module for name, module in lm.named_modules()
+            if module in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    if not plan.keys() - ends.keys():
+        raise InputError(f"{stop}: the model has no plan for its layers. Use --tp_size 1.")
+    for name in "num_attention_heads", "num_key_value_heads":
+        if (heads := getattr(config, name, None) or size) % size:
+            raise InputError(f"{stop}: {name} is {heads}. Choose a divisor of it.")
+    odd = any(module.weight.shape[0] % size for module in ends.values())
+    for name, module in ends.items():
+        plan[name] = "embedding_rowwise" if module is lm.get_input_embeddings() else "colwise_gather_output"
+    plan = {name: style for name, style in plan.items() if not (odd and name in ends)}
+    for name, style in plan.items():
+        shape = lm.get_submodule(name).weight.shape
+        if STYLES[style] and shape[int(style.startswith("rowwise"))] % size:
+            raise InputError(f"{stop}: {name} is {tuple(shape)}. Choose a divisor.")
+    parallelize_module(lm, run.mesh["tp"], {name: STYLES[style] for name, style in plan.items() if STYLES[style]})
+    lm.tie_weights()  # the head became a parameter of its own
+    return [lm.get_submodule(name) for name, style in plan.items() if not STYLES[style]]
 
 
 def shard(policy, run):
-    """FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root group, tied or not.
-    fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout."""
-    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
+    group, tied or not. fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout."""
+    policy.partial = tensor_parallel(policy.lm, run) if run.args.tp_size > 1 else []
+    cuda = run.device.type == "cuda"
+    how = {
+        "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if cuda else torch.float32, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if run.args.cpu_offload else OffloadPolicy(),
+    }
     for module in policy.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, mesh=run.mesh, mp_policy=precision)
+            fully_shard(module, **how)
     # Without the last argument a forward under no_grad leaves the root's parameters whole, and an optimizer or a
     # checkpoint made then would hold tensors that nobody updates.
-    return fully_shard(policy, mesh=run.mesh, mp_policy=precision, reshard_after_forward=True)
+    return fully_shard(policy, **how, reshard_after_forward=True)
+
+
+def materialize(lm, device, run):
+    """Memory for a model on the meta device: parameters not set yet, buffers (rotary tables) as transformers does."""
+    lm.to_empty(device=device)
+    for p in lm.parameters():
+        p._is_hf_initialized = True
+    lm.initialize_weights()
+    lm.tie_weights()
+    for buffer in lm.buffers():
+        buffer.data = buffer.to(run.device)
+    return lm
+
+
+def own_tensors(policy):
+    """Weights and persistent buffers by name, sharded. A tied alias appears once."""
+    known = dict(policy.named_parameters()).keys() | dict(policy.named_buffers()).keys()
+    return {name: tensor for name, tensor in policy.state_dict().items() if name in known}
+
+
+def load_weights(policy, run):
+    """Every rank reads its own slices of the safetensors files. Where their names are not the model's (a layout that
+    transformers converts, as for some experts), rank 0 reads the model and broadcasts it, tensor by tensor."""
+    lm = materialize(policy.lm, "cpu" if run.args.cpu_offload else run.device, run)
+    tensors, error = own_tensors(lm), None
+    reader = HuggingFaceStorageReader(run.model_path)
+    try:
+        if tensors.keys() <= reader.read_metadata().state_dict_metadata.keys():
+            dcp.load(tensors, storage_reader=reader)
+            return policy
+        whole = {}
+        if run.rank == 0:
+            named = read_json(Path(run.model_path, "model.safetensors.index.json")).get("weight_map", {}).values()
+            if outside := [name for name in named if Path(name).name != name]:
+                raise ValueError(f"its index names {outside[0]}, which is not in the folder")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
+            )
+            whole, missing = model.state_dict(), sorted(info["missing_keys"])
+            error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
+    except (Exception, CheckpointException) as e:  # readers may raise anything; the last is a BaseException
+        error = first_line(e)
+    agree(run, error and f"--model {run.args.model}: {error}. Pass a Hugging Face model folder or hub id.")
+    set_model_state_dict(lm, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return policy
 
 
 @torch.no_grad()
-def check_model(policy, oracle, run):
-    """MODEL001: what training will compute against the model's own logits, one sequence at a time."""
-    gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - oracle).abs()
+def check_model(policy, run):
+    """MODEL001: what training will compute against the model in its own attention and head, one sequence at a time."""
+    gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - policy(run.probe, own=True)).abs()
     value, limit = (gap.mean(), 5e-2) if run.device.type == "cuda" else (gap.max(), 1e-3)  # bf16, fp32
     text = f"log-probs on the {policy.road} road differ from the model's own forward: this model is not supported"
     check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
 
 
 def share(groups, run):
-    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares."""
+    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares. Ranks that share
+    layers (tp) share their rows too."""
     costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
-    return [groups[i] for i in balance(costs, run.world)[run.rank]]
+    return [groups[i] for i in balance(costs, run.dp_size)[run.dp_rank]]
 
 
 def rank_batches(mine, spare, args, run):
@@ -652,14 +749,34 @@ def schedule(step, steps, args):
 
 
 def all_sum(run, *values):
-    """Numbers summed over all ranks, as floats, in one all-reduce: the only way a metric leaves its rank."""
+    """Numbers summed over the data-parallel ranks, as floats, in one all-reduce: the only way a metric leaves its rank.
+    The tp ranks of one share hold the same numbers and count once."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
     dist.all_reduce(total)
-    return total.tolist()
+    return (total / run.args.tp_size).tolist()
+
+
+def agree(run, error):
+    """What is wrong on one rank (text, or None) ends the run on all ranks."""
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, error)
+    if any(everyone):
+        raise InputError(next(filter(None, everyone)))
 
 
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_norm(parameters, run):
+    """Over all shards of one replica. clip_grad_norm_ refuses parameters of different meshes: those that tensor
+    parallelism cuts have one more dimension."""
+    squares = 0.0
+    for p in parameters:
+        cut = "tp" in p.device_mesh.mesh_dim_names and p.placements[-1].is_shard()  # else every tp rank has the same
+        square = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64) ** 2
+        squares += square * (run.args.tp_size if cut else 1)
+    return math.sqrt(all_sum(run, squares)[0] / run.args.replicate_size)
 
 
 def update(policy, optimizer, lr, metrics, groups, step, run):
@@ -667,10 +784,15 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
     limit, before = run.args.max_grad_norm or math.inf, parameters[0].detach().clone() if step == 4 else None
-    grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, limit)).item()
+    for p in (p for module in policy.partial for p in module.parameters()):
+        dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
+    grad_norm = gradient_norm(parameters, run)
+    factor = min(1.0, limit / (grad_norm + 1e-6))
+    for p in parameters if factor < 1 else ():
+        p.grad.to_local().mul_(factor)
     finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if finite and not (step + 1) & step:  # at steps 1, 2, 4, 8, ...
-        clipped = full(torch.nn.utils.get_total_norm([p.grad for p in parameters])).item()
+        clipped = gradient_norm(parameters, run)
         check(run, step + 1, "TRAIN003", "clipped norm", clipped, NEVER, limit * 1.01, "clipping did not clip")
         flags = [(c["scored"] or [True] * len(c["ids"]))[not g["prompt"] :] for g in groups for c in g["completions"]]
         (scored,) = all_sum(run, sum(map(sum, flags)))  # nothing predicts a first token; flat_batch has no part in this
@@ -683,8 +805,9 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     optimizer.zero_grad(set_to_none=True)
     if not finite:
         rows = [[g["row"], [*g["prompt"]], [[*c["ids"]] for c in g["completions"]]] for g in groups]
-        (run.out / f"debug-step-{step + 1}-rank-{run.rank}.json").write_text(json.dumps(rows))
-    text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug-step-*.json"
+        (run.out / "debug").mkdir(exist_ok=True)
+        (run.out / "debug" / f"step-{step + 1}-rank-{run.rank}.json").write_text(json.dumps(rows))
+    text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug/"
     fix = [("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2)]
     check(run, step + 1, "TRAIN001", "steps skipped", float(not finite), NEVER, 0, text, fix)
     if streak(run, "skipped", not finite) == 3:
@@ -698,11 +821,12 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
 
 
 # ---- checkpoint ----------------------------------------------------------------------------------
+FILE_BYTES = 2**32  # of an exported model
+
+
 def trainer_tensors(policy, optimizer):
-    """What training needs back, by name: fp32 weights and Adam's moments, sharded. A tied alias appears once."""
-    named = dict(policy.named_parameters())
-    known = named.keys() | dict(policy.named_buffers()).keys()
-    tensors = {f"model.{k}": v for k, v in policy.state_dict().items() if k in known}
+    """What training needs back, by name: fp32 weights and Adam's moments, sharded."""
+    named, tensors = dict(policy.named_parameters()), {f"model.{k}": v for k, v in own_tensors(policy).items()}
     for name, p in named.items():
         if not optimizer.state[p]:  # as AdamW would make it at its first step: loading needs a place to load into
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
@@ -712,27 +836,17 @@ def trainer_tensors(policy, optimizer):
 
 
 def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
-    """A Hugging Face folder that any tool loads, and trainer/ with the rest. meta.json is written last; all of it is on
-    the disk before this returns."""
-    tensors, weights, trainer = trainer_tensors(policy, optimizer), {}, folder / "trainer"
+    """A Hugging Face folder, and trainer/ with the rest, meta.json last: on the disk on return, and so are the logs."""
+    tensors, trainer = trainer_tensors(policy, optimizer), folder / "trainer"
     if run.rank == 0:
         trainer.mkdir(parents=True)
     dist.barrier()
     ends = accumulate(tensor.numel() for tensor in tensors.values())
-    files = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
+    numbers = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
     try:  # the writer builds each file in memory; with more than its one thread it may swallow a full disk
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), files, save_distributed=True))
-        for name in [k for k in tensors if k.startswith("model.")]:
-            tensor = full(tensors[name]).detach()  # one gathered tensor at a time
-            if not tensor.isfinite().all():
-                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
-            if run.rank == 0:
-                weights[name.removeprefix("model.lm.")] = tensor.to("cpu", run.save_dtype)
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), numbers, save_distributed=True))
+        export(policy, folder, run)
         if run.rank == 0:
-            policy.lm.save_pretrained(folder, state_dict=weights)
-            config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
-            config.dtype = run.save_dtype  # save_pretrained writes that of the fp32 module
-            config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             held = {k: v for k, v in run.state.items() if isinstance(v, torch.Tensor)}
             save_file(held, trainer / "state.safetensors")
@@ -743,7 +857,7 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
             meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
             meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
             (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
-            for path in [*files, trainer / "meta.json", trainer, folder]:
+            for path in [*map(run.out.joinpath, meta["offsets"]), *files, trainer / "meta.json", trainer, folder]:
                 fsync(path)
     except (OSError, ValueError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
         text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
@@ -751,12 +865,48 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     dist.barrier()
 
 
+def export(policy, folder, run):
+    """The Hugging Face files, names and layouts as transformers stores them. Weights go out in files of whole layers,
+    each gathered, tensor by tensor, on the rank that writes it: no rank ever holds more."""
+    weights, files, size = own_tensors(policy.lm), [[]], 0
+    for _, layer in groupby(weights, key=lambda name: re.match(r"(.*?\.\d+\.)?", name)[0]):
+        files, size = (files, size) if size < FILE_BYTES else ([*files, []], 0)
+        files[-1] += layer
+        size = sum(weights[name].numel() for name in files[-1]) * run.save_dtype.itemsize
+    index = {}
+    for number, names in enumerate(files):
+        held, writer = {}, number % run.world
+        for name in names:
+            tensor = full(weights[name]).detach()  # all ranks take part
+            if not tensor.isfinite().all():
+                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
+            held |= {name: tensor.to("cpu", run.save_dtype)} if run.rank == writer else {}
+        file = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        if held:
+            held = revert_weight_conversion(policy.lm, held)
+            save_file({name: x.contiguous() for name, x in held.items()}, folder / file, metadata={"format": "pt"})
+            fsync(folder / file)  # by its writer: rank 0, which syncs all the rest, may be far away
+        index |= dict.fromkeys(held, file)
+    everyone = [None] * run.world
+    dist.all_gather_object(everyone, index)
+    if run.rank == 0:
+        if len(files) > 1:
+            index = {"metadata": {}, "weight_map": {name: file for part in everyone for name, file in part.items()}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
+        config.dtype, config.architectures = run.save_dtype, [type(policy.lm).__name__]
+        config.save_pretrained(folder)
+        policy.lm.generation_config.save_pretrained(folder)
+
+
 def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
     """checkpoint-<step> every save_every steps, every save_minutes by rank 0's clock, at the last step, and when any
     rank was told to stop (SIGTERM, Ctrl-C): then the run leaves with exit code 4. All ranks decide alike."""
     overdue = run.rank == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_minutes
-    run.step, (stop, overdue) = step, all_sum(run, bool(STOP["signal"]), overdue)
+    run.step, run.beat = step, time.monotonic()
+    stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
     if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
+        begun = time.monotonic()
         write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
         if run.rank == 0:
             discard(run.out / f"checkpoint-{step:06d}")  # of a damaged one there may be a rest
@@ -765,6 +915,7 @@ def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
             for old in checkpoints(run.out)[: -run.args.keep_last]:
                 discard(old)
         run.saved_at = time.monotonic()
+        run.saving += run.saved_at - begun
     if stop and step < steps:
         raise Preempted(f"stopped and saved after step {step}; to go on: {run.command} --resume auto")
 
@@ -776,7 +927,7 @@ def check_resume(run):
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
     now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
     free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes "
-    free += "keep_last report_to"
+    free += "keep_last report_to tp_size replicate_size cpu_offload deterministic ddp_timeout"
     then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
     differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
     if differ and not run.args.allow_changes:
@@ -804,13 +955,14 @@ def resume(policy, optimizer, tokenizer, run):
     except CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
     meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    run.state = {"alerts": {}} | meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     run.step = meta["step"]
+    run.state = {"alerts": {}} | meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
     if run.rank == 0:
         for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
-        for newer in [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]:
-            discard(newer)  # an older checkpoint was asked for, or the newer one is damaged
+        newer = [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]  # damaged, or an older one is given
+        for folder in newer + checkpoints(run.out)[: -run.args.keep_last - len(newer)]:  # a kill came before rotation
+            discard(folder)
     say(run, f"resumed   {run.checkpoint}")
 
 
@@ -851,6 +1003,7 @@ def finish(policy, tokenizer, heldout, run):
             fsync(path)
         discard(final)
         os.rename(run.out / ".tmp-final", final)
+        fsync(run.out)
     dist.barrier()
     reloaded = check_export(policy, final, run)
     for group in heldout[:2] if reloaded else []:
@@ -865,14 +1018,15 @@ def finish(policy, tokenizer, heldout, run):
     say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
     summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
-    record(run.rank, run.out, status="finished", exit_code=0, **summary)
+    times = {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
+    record(run.rank, run.out, status="finished", exit_code=0, **summary, **times)
     if run.tracker:
         run.tracker.finish()
 
 
 def checkpoints(out):
-    """Finished checkpoint folders, oldest first: meta.json is the last file written, and the rename comes after it."""
-    return sorted(p for p in out.glob("checkpoint-*") if (p / "trainer" / "meta.json").is_file())
+    """Checkpoint folders, oldest first: whole when they got their name, but since then something may have happened."""
+    return sorted(path.parent for path in out.glob("checkpoint-*/trainer"))
 
 
 def whole(folder):
@@ -889,9 +1043,10 @@ def whole(folder):
 
 
 def discard(folder):
-    """Remove a folder without a moment in which half of it stands under its name."""
+    """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
     if folder.exists():
         os.rename(folder, folder.with_name(f".old-{folder.name}"))
+        fsync(folder.parent)
         shutil.rmtree(folder.with_name(f".old-{folder.name}"))
 
 
@@ -927,23 +1082,36 @@ def setup(args):
     cuda, attempt = torch.cuda.is_available(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # a gather over tp and shard takes two steps, and torch warns of each
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun; keys of an earlier attempt would break a restart
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        dist.init_process_group(store=dist.PrefixStore(attempt, store), rank=rank, world_size=world)
+        store = dist.PrefixStore(attempt, store)
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     elif not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     rank, world = dist.get_rank(), dist.get_world_size()
     found = [prepare_folder(args, attempt) if rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
     args.output_dir, checkpoint, error = found[0]
-    if error or args.batch_size < world:
-        raise InputError(error or f"--batch_size {args.batch_size} is too small for {world} ranks: at least {world}.")
+    copies, rest = divmod(world, args.tp_size)
+    if not error and (rest or copies % args.replicate_size):
+        error = f"--tp_size {args.tp_size} x --replicate_size {args.replicate_size} must divide the {world} ranks."
+    if error or args.batch_size < copies:
+        raise InputError(error or f"--batch_size {args.batch_size} is too small for {copies} ranks: at least {copies}.")
     run = SimpleNamespace(args=args, rank=rank, world=world, out=Path(args.output_dir), checkpoint=checkpoint, step=0)
     run.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    run.mesh = init_device_mesh(run.device.type, (world,), mesh_dim_names=("shard",))
+    shape = args.replicate_size, copies // args.replicate_size, args.tp_size
+    run.mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
+    run.dp_size, run.dp_rank = copies, rank // args.tp_size
     run.state, run.command, run.saved_at, run.tracker = {"alerts": {}}, command_line(args), time.monotonic(), None
-    run.versions = {"torch": torch.__version__, "transformers": transformers.__version__, "world": world}
-    run.versions |= {"threads": torch.get_num_threads()}
+    run.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    run.versions |= {"mesh": "x".join(map(str, shape)), "threads": torch.get_num_threads()}
     run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     git = shutil.which("git") and subprocess.run(head, capture_output=True, text=True).stdout.strip()
@@ -956,7 +1124,42 @@ def setup(args):
         except ImportError as e:
             raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
         run.tracker.init(project="cleanpost", name=run.out.name, config=asdict(args))
+    run.weights, run.started, run.saving, STOP["run"] = 0, time.monotonic(), 0.0, run
+    watch(run)
     return run
+
+
+def watch(run):
+    """A thread on every rank: ddp_timeout seconds without a step or an evaluation end the run."""
+    run.main_thread, run.beat = threading.get_ident(), time.monotonic()
+
+    def wait():
+        while time.monotonic() - run.beat < run.args.ddp_timeout:
+            time.sleep(min(1.0, run.args.ddp_timeout / 10))
+        roll_call(run, f"no progress for {run.args.ddp_timeout:g} s (longer steps need a longer --ddp_timeout)")
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def roll_call(run, why):
+    """All ranks say where they stand, the first that can prints it, and the process ends. Who is dead, stopped or keeps
+    the interpreter is named by silence."""
+    store, keys = dist.distributed_c10d._get_default_store(), [f"roll call/{rank}" for rank in range(run.world)]
+    stack = traceback.extract_stack(sys._current_frames()[run.main_thread])
+    own = [f.name for f in stack if f.filename == __file__ and f.name not in ("<module>", "launch", "roll_call")]
+    silent = "does not answer"
+    try:
+        store.set(keys[run.rank], f"is in {(own or ['start'])[-1]} ({stack[-1].name})")
+        time.sleep(min(3.0, run.args.ddp_timeout))
+        said = [store.get(key).decode() if store.check([key]) else silent for key in keys]
+    except RuntimeError:  # the store died with its rank
+        said = [silent if rank == 0 else "is alive" for rank in range(run.world)]
+    if run.rank == next((rank for rank in range(run.world) if said[rank] != silent), run.rank):
+        where = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said))
+        print(f"error: step {run.step + 1}: {why}: {where}. To go on: {run.command} --resume auto", file=sys.stderr,
+              flush=True)
+        record(0, run.out, status="failed", exit_code=1)
+    os._exit(1)
 
 
 def prepare_folder(args, attempt):
@@ -975,14 +1178,14 @@ def prepare_folder(args, attempt):
         if given and not (given in checkpoints(given.parent) and whole(given)):
             return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
         out.mkdir(parents=True, exist_ok=True)
-        for leftover in [*out.glob(".tmp-*"), *out.glob(".old-*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         candidates = [given] if given else checkpoints(out)[::-1] if again else []
         checkpoint = next((folder for folder in candidates if whole(folder)), None)
-        if candidates and checkpoint != candidates[0]:
-            print(f"skipped {candidates[0]}: damaged; resuming from {checkpoint}", file=sys.stderr, flush=True)
-        for name in [] if checkpoint else LOGS:
-            (out / name).unlink(missing_ok=True)
+        for damaged in candidates[: candidates.index(checkpoint) if checkpoint else None]:
+            print(f"skipped {damaged}: damaged", file=sys.stderr, flush=True)
+        if candidates and not checkpoint:  # a disk that cannot be read today may be read tomorrow
+            return str(out), None, f"{out}: no checkpoint is whole. To start over, move them away."
+        for path in [*out.glob(".tmp-*"), *out.glob(".old-*"), *([] if checkpoint else map(out.joinpath, LOGS))]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return str(out), checkpoint, None
     except (OSError, RecursionError) as e:
         return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
@@ -1072,9 +1275,13 @@ def performance(started, groups):
     """perf/...: seconds of the step, this rank's tokens per second (a prompt counts once), its peak memory."""
     seconds = time.perf_counter() - started
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in groups)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
-    return {"perf/seconds": seconds, "perf/tokens_per_s": tokens / seconds, "perf/peak_gb": peak / 1e9}
+    return {"perf/seconds": seconds, "perf/tokens_per_s": tokens / seconds, "perf/peak_gb": peak_bytes() / 1e9}
+
+
+def peak_bytes():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def log(run, metrics, steps):
@@ -1084,6 +1291,7 @@ def log(run, metrics, steps):
         run.state |= {"before": run.state.get("before", last), "last": last}
         if last["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
             run.state["best"] = {"accuracy": last["eval/accuracy"], "step": metrics["step"]}
+    run.beat = time.monotonic()
     write(run, "metrics.jsonl", metrics)
     if run.tracker:
         run.tracker.log(metrics, step=metrics["step"])
@@ -1119,13 +1327,13 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     if run.args.eval_dataset and not heldout:
         raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
     record(run.rank, run.out, data=run.data, steps=steps)
-    weights = sum(p.numel() for p in policy.parameters())
+    weights = run.weights = sum(p.numel() for p in policy.parameters())
     tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
     say(run, picture("first row", train[0], tokenizer))
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
-        f"{16 * weights / run.world / 1e9:.2f} GB a rank")
+        f"{16 * weights * run.args.replicate_size / run.world / 1e9:.2f} GB a rank")
     say(run, f"command   {run.command}")
 
 
@@ -1133,26 +1341,43 @@ def first_line(error):
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
 
 
+def memory_advice(run):
+    """The largest term of this rank's memory, and the flag to lower."""
+    static, peak = 16 * run.weights * run.args.replicate_size / run.world / 1e9, peak_bytes() / 1e9
+    if static > peak - static:
+        return f"weights, gradients and Adam take {static:.1f} of {peak:.1f} GB. Use more ranks, or --cpu_offload."
+    half = max(1, run.args.tokens_per_microbatch // 2)
+    return (f"step {run.step + 1} computes with {peak - static:.1f} of {peak:.1f} GB. Lower --tokens_per_microbatch to "
+            f"{half}, and --max_length if rows are longer.")
+
+
 def launch(main, args):
     """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
     environment, 3 health error, 4 preempted after saving."""
-    codes = {InputError: 2, OSError: 2, MemoryError: 2, torch.OutOfMemoryError: 2, HealthError: 3, Preempted: 4}
-    code, rank = 1, int(os.environ.get("RANK", "0"))
+    codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
     try:
         main(args)
         code = 0
-    except tuple(codes) as e:
-        code = next(number for kind, number in codes.items() if isinstance(e, kind))
-        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else f"{e}"
-        text = text or "not enough memory. Lower --tokens_per_microbatch or --batch_size."
+    except (MemoryError, RuntimeError, *codes) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+        code, run = 2 if memory else next((n for kind, n in codes.items() if isinstance(e, kind)), 1), STOP["run"]
+        if code == 1 and run and re.search("[Gg]loo|NCCL|[Cc]onnection", str(e)):
+            roll_call(run, first_line(e))
+        if code == 1:
+            raise
+        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
+        if memory:
+            text = f"out of memory: {memory_advice(run) if run else 'use a smaller --model or more ranks.'}"
         text = text if len(text) < 1000 else f"{text[:500]} ... {text[-450:]}"
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # data may have named itself
         if rank == 0 or code == 2:
             print(f"error: {text}" if code < 4 else text, file=sys.stderr, flush=True)
     finally:
-        out = Path(args.output_dir or "-")
-        if code and read_json(out / "run.json").get("pid") == os.getpid():  # not another run's
-            record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
+        try:
+            if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own
+                record(rank, Path(args.output_dir), status="stopped" if code == 4 else "failed", exit_code=code)
+        except OSError:
+            pass  # the disk that is full or locked may be why we leave, which has been said
     dist.destroy_process_group() if code == 0 else os._exit(code)  # a failed rank does not wait for the others
 
 

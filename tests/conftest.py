@@ -68,6 +68,10 @@ def script(name):
     return module
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="test_mesh.py: every script on every mesh and model")
+
+
 # ---- forked ranks ----------------------------------------------------------------------------------------------------
 
 

@@ -262,15 +262,15 @@ def test_model001_a_weight_that_is_not_a_number(name, tmp_path):
 
 
 def test_train001_three_steps_that_are_not_finite(tmp_path):
-    """A learning rate of 1e30: the first step makes weights whose logits are not finite, the next three are skipped."""
-    result = provoke("sft", tmp_path, "--learning_rate", 1e30, steps=9)
+    """A learning rate of 1e15: the first step makes weights whose logits are not finite, the next three are skipped."""
+    result = provoke("sft", tmp_path, "--learning_rate", 1e15, steps=9)
     assert result.code == 3
     found = [a for a in result.alerts if a["code"] == "TRAIN001"]
     assert found[0]["level"] == "error" and found[0]["step"] == 2
-    assert found[0]["fix"] == [{"flag": "--learning_rate", "from": 1e30, "to": 5e29}]
+    assert found[0]["fix"] == [{"flag": "--learning_rate", "from": 1e15, "to": 5e14}]
     steps = [strict(line)["step"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps in ([1, 2, 3], [1, 2, 3, 4])  # whether the last skipped step is still logged does not matter
-    dumps = sorted(result.folder.glob("debug-*"))
+    dumps = sorted(result.folder.glob("debug/*"))
     assert len(dumps) == 3
     for path in dumps:  # the rows of the step: enough to look at it again
         rows = strict(path.read_text())
@@ -315,9 +315,8 @@ def test_train002_not_with_a_learning_rate_of_0(tmp_path):
 
 
 def test_train003_clipping_that_does_not_clip(tmp_path):
-    def patch(_):
-        norm = torch.nn.utils.get_total_norm
-        torch.nn.utils.clip_grad_norm_ = lambda parameters, limit: norm([p.grad for p in parameters])
+    def patch(module):
+        module.min = lambda one, factor: one  # the factor of the gradients
 
     result = provoke("sft", tmp_path, "--max_grad_norm", 1e-3, patch=patch)
     assert result.code == 0

@@ -36,7 +36,7 @@ def run():
     mine = not dist.is_initialized()
     if mine:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
+    yield SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, args=SimpleNamespace(tp_size=1))
     if mine:
         dist.destroy_process_group()
 

@@ -183,7 +183,7 @@ def test_other_number_of_ranks(name, runs, tmp_path):
     wrong = metric_differences(*(read_jsonl(folder / "metrics.jsonl") for folder in (whole, out)))
     wrong += weight_differences(newest(whole), newest(out), script(name).parse_args(tiny_flags(name)).learning_rate)
     assert not wrong and read_jsonl(out / "samples.jsonl")[:32] == read_jsonl(whole / "samples.jsonl")[:32], wrong
-    assert meta(newest(out))["versions"]["world"] == 2
+    assert meta(newest(out))["versions"]["mesh"] == "1x2x1"
 
 
 # ---- SIGTERM ---------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_refused(name, runs, tmp_path):
         assert code == 2 and len(errors) == 1 and what in errors[0] and "--allow_changes" in errors[0], text[-2000:]
         assert "Traceback" not in text
     code, text = ended(command(name, out, *flags))
-    assert code == 2 and "--resume auto" in text  # never a second run into the folder of a first
+    assert code == 2 and "--resume auto" in text, text  # never a second run into the folder of a first
     assert all(path.read_bytes() == data for path, data in before.items())
     code, text = ended(command(name, out, *flags, "--resume", "auto", "--allow_changes", *changes["model"]))
     assert code == 2 and "does not fit" in text and "Traceback" not in text  # allowed is not possible
@@ -304,8 +304,7 @@ def test_damaged_checkpoint_is_skipped(name, damage, runs, tmp_path):
     code, text = ended(command(name, out, *flags, "--resume", "auto"))
     assert code == 0 and "checkpoint-000003" in text and "Traceback" not in text, text[-2000:]
     assert_equal(out, whole)
-    if damage != "no meta.json":  # what never got its marker was never a checkpoint
-        assert "checkpoint-000006" in text, "the damaged checkpoint was skipped without a word"
+    assert "checkpoint-000006" in text, "the damaged checkpoint was skipped without a word"
     again = interrupted(whole, tmp_path / "again", 6)
     DAMAGE[damage](again / "checkpoint-000006")
     code, text = ended(command(name, again, *flags, "--resume", again / "checkpoint-000006"))
@@ -324,67 +323,6 @@ def test_leftovers_are_cleaned(name, runs, tmp_path):
     code, text = ended(command(name, out, *flags, "--resume", "auto"))
     assert code == 0, text[-2000:]
     assert_equal(out, whole)
-
-
-@pytest.mark.parametrize("name", SCRIPTS[:1])
-def test_retention(name, runs, tmp_path):
-    """--keep_last counts whole checkpoints, also after a kill between a save and the removal of the oldest."""
-    flags, whole = runs(name)
-    flags = [*flags, "--keep_last", 1]
-    (result,) = try_train(name, tmp_path / "run", *flags, patch=at_event("os.rename", "checkpoint-000003"))
-    assert result.code == -signal.SIGKILL
-    train(name, tmp_path / "run", *flags, "--resume", "auto")
-    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-000008"]
-    assert_equal(tmp_path / "run", whole, steps=(8,))
-
-
-def recorder(path):
-    """Writes the order of file-system events to `path`: what is opened for writing or made, fsynced, renamed."""
-
-    def patch(_module):
-        real = os.fsync
-
-        def note(*event):
-            with open(path, "a") as f:
-                f.write(json.dumps(event) + "\n")
-
-        def hook(event, args):
-            target = str(args[0]) if args else ""
-            if "/run/" not in target:
-                return
-            flags = args[2] if event == "open" and isinstance(args[2], int) else 0
-            if flags & (os.O_WRONLY | os.O_RDWR) or event == "os.mkdir":
-                note("write", target)
-            elif event == "os.rename":
-                note("rename", target, str(args[1]), [str(p) for p in Path(target).rglob("*")])
-
-        def fsync(descriptor):
-            note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-            real(descriptor)
-
-        sys.addaudithook(hook)
-        os.fsync = fsync
-
-    return patch
-
-
-@pytest.mark.parametrize("name", SCRIPTS[:1])
-def test_no_checkpoint_is_written_in_place(name, runs, tmp_path):
-    """Power may fail too, which no kill shows: a folder gets its name when all in it is on the disk, never before."""
-    flags, _ = runs(name)
-    train(name, tmp_path / "run", *flags, "--max_steps", 3, patch=recorder(tmp_path / "events"))
-    events, safe, named = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()], set(), []
-    for i, (event, path, *more) in enumerate(events):
-        place = Path(path).relative_to(tmp_path / "run").parts[0] if Path(path) != tmp_path / "run" else ""
-        safe |= {path} if event == "fsync" else set()
-        safe -= {path} if event == "write" else set()
-        assert event != "write" or not place.startswith(("checkpoint-", "final")), f"{path} is written in place"
-        if event == "rename" and place == ".tmp-checkpoint":
-            named.append(Path(more[0]).name)
-            lost = {path, *more[1]} - safe
-            assert len(more[1]) > 6 and not lost, f"not on the disk: {sorted(lost)}"
-            assert ["fsync", str(tmp_path / "run")] in events[i:], "the new name is not on the disk"
-    assert named == ["checkpoint-000003"]
 
 
 # ---- what is saved ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def run(name, tmp_path, world, budget, steps=STEPS, patch=None):
     return out
 
 
-def metric_differences(a, b):
+def metric_differences(a, b, floor=DEFAULT_FLOOR):
     """Lines of two metrics.jsonl -> what differs, in words."""
     out = [] if [x["step"] for x in a] == [x["step"] for x in b] else ["other steps"]
     for x, y in zip(a, b):
@@ -46,7 +46,7 @@ def metric_differences(a, b):
         for key in x.keys() & y.keys():
             if (key, x["step"]) in NOISE:
                 continue
-            if not math.isclose(x[key], y[key], rel_tol=RELATIVE, abs_tol=FLOOR.get(key, DEFAULT_FLOOR)):
+            if not math.isclose(x[key], y[key], rel_tol=RELATIVE, abs_tol=FLOOR.get(key, floor)):
                 out.append(f"step {x['step']}: {key} {x[key]!r} {y[key]!r}")
     return out
 

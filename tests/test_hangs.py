@@ -1,0 +1,88 @@
+"""A rank that hangs, is stopped or dies ends the run within --ddp_timeout: never a hang, and the message names it."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, newest, read_jsonl, tiny_flags, tiny_rows, train, trainer_tensors, try_train
+
+LIMIT = 8  # seconds of --ddp_timeout
+
+
+def sleeps():
+    time.sleep(100)
+
+
+def is_stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def trouble(what):
+    """Before its second update, rank 1 does it."""
+
+    def patch(module):
+        update = module.update
+
+        def broken(policy, optimizer, lr, metrics, groups, step, run):
+            if run.rank == 1 and step == 1:
+                what()
+            return update(policy, optimizer, lr, metrics, groups, step, run)
+
+        module.update = broken
+
+    return patch
+
+
+@pytest.mark.parametrize("what, said", [(sleeps, "rank 1 is in"), (is_stopped, "rank 1 does not answer")])
+def test_a_rank_that_hangs_is_named(what, said, tmp_path):
+    name = "sft"  # the machinery is the same text in every script
+    flags = ["--dataset", tiny_rows(name, tmp_path / "rows.jsonl", 6), "--batch_size", 2, "--max_steps", 4]
+    begun = time.monotonic()
+    results = try_train(name, tmp_path / "run", *flags, "--ddp_timeout", LIMIT, "--save_every", 1, world=2,
+                        patch=trouble(what))
+    assert time.monotonic() - begun < 40
+    assert results[0].code == 1
+    lines = [line for result in results for line in result.log.splitlines()]
+    (line,) = [line for line in lines if line.startswith("error: step 2: no progress")]
+    assert said in line and "rank 0 is in" in line and "--resume auto" in line
+    assert (tmp_path / "run" / "checkpoint-000001").is_dir()
+
+
+def children(pid):
+    """Processes that torchrun has started, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            variables = dict(word.split("=", 1) for word in words if "=" in word)
+            parent = next(x for x in (path.parent / "status").read_text().splitlines() if x.startswith("PPid"))
+        except OSError:
+            continue  # it has ended meanwhile, or is not ours
+        if parent.split()[1] == str(pid) and "RANK" in variables:
+            found[int(variables["RANK"])] = int(path.parent.name)
+    return found
+
+
+def test_torchrun_restarts_and_the_run_resumes_by_itself(tmp_path):
+    """kill -9 of one worker: the other names it, torchrun starts both again, and the end is the undisturbed one's."""
+    flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 12), "--batch_size", "2"]
+    flags += ["--max_steps", "40", "--save_every", "2"]
+    train("sft", tmp_path / "whole", *flags, world=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts",
+               "1", str(ROOT / "methods" / "sft.py"), *flags, "--output_dir", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        runner = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 60
+    while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(children(runner.pid)[1], signal.SIGKILL)
+    assert runner.wait(120) == 0, log.read_text()[-3000:]
+    assert "resumed " in log.read_text() and "rank 1 does not answer" in log.read_text()
+    a, b = (trainer_tensors(newest(tmp_path / name)) for name in ("whole", "run"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert read_jsonl(tmp_path / "whole" / "metrics.jsonl") == read_jsonl(tmp_path / "run" / "metrics.jsonl")

@@ -1,0 +1,718 @@
+"""Reward files run in processes of their own, code that a model wrote in processes that reach nothing. Whatever these
+do, training lives, says what happened, and nobody is left behind."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, ended, read_jsonl, tiny_rows, train
+
+from common.rewards import RewardFile
+
+HOSTILE = '''
+import ctypes, itertools, os, random, resource, signal, subprocess, sys, threading, time
+calls = []
+
+def hostile(function):
+    def reward(prompts, completions, fine=None, **columns):
+        return [0.1, 2] if fine else function(prompts, completions, **columns)
+    return reward
+
+@hostile
+def raises(prompts, completions): raise KeyError("one\\ntwo")
+@hostile
+def raises_no_exception(prompts, completions):
+    class Stop(BaseException): pass
+    raise Stop("here")
+@hostile
+def interrupts(prompts, completions): raise KeyboardInterrupt
+@hostile
+def leaves(prompts, completions): sys.exit(0)
+@hostile
+def recurses(prompts, completions): return deeper(0)
+def deeper(n): return deeper(n + 1)
+@hostile
+def huge(prompts, completions): return [10**400] * 2
+@hostile
+def bad_message(prompts, completions):
+    class Mute(Exception):
+        def __str__(self): raise Mute()
+    raise Mute()
+@hostile
+def reads_stdin(prompts, completions): input()
+@hostile
+def memory(prompts, completions): calls.append(bytearray(9 << 30))
+@hostile
+def exits(prompts, completions): os._exit(7)
+@hostile
+def exits_well(prompts, completions): os._exit(0)
+@hostile
+def segfaults(prompts, completions): ctypes.string_at(0)
+@hostile
+def aborts(prompts, completions): os.abort()
+@hostile
+def kills_itself(prompts, completions): os.kill(os.getpid(), signal.SIGKILL)
+@hostile
+def kills_its_group(prompts, completions): os.killpg(0, signal.SIGKILL)
+@hostile
+def exits_with_a_child(prompts, completions):
+    subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL)
+    os._exit(7)
+@hostile
+def sleeps(prompts, completions): time.sleep(1000)
+@hostile
+def spins(prompts, completions):
+    while True: pass
+@hostile
+def holds_the_gil(prompts, completions): ctypes.PyDLL(None).sleep(1000)
+@hostile
+def ignores_signals(prompts, completions):
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP): signal.signal(number, signal.SIG_IGN)
+    time.sleep(1000)
+@hostile
+def catches_all(prompts, completions):
+    while True:
+        try: time.sleep(1000)
+        except BaseException: pass
+@hostile
+def hangs_with_threads_and_children(prompts, completions):
+    threading.Thread(target=time.sleep, args=[1000]).start()
+    subprocess.run(["sleep", "1000"])
+@hostile
+def stops_itself(prompts, completions): os.kill(os.getpid(), signal.SIGSTOP)
+@hostile
+def none(prompts, completions): return None
+@hostile
+def one_number(prompts, completions): return 1.0
+@hostile
+def texts(prompts, completions): return ["1.0", "2.0"]
+@hostile
+def nested(prompts, completions): return [[1.0], [2.0]]
+@hostile
+def short(prompts, completions): return [1.0]
+@hostile
+def generator(prompts, completions): return (1.0 for _ in completions)
+@hostile
+def endless(prompts, completions): return itertools.count()
+@hostile
+def empties_its_inputs(prompts, completions):
+    completions.clear()
+    return []
+@hostile
+def not_finite(prompts, completions): return [float("nan"), float("-inf")]
+@hostile
+def kinds(prompts, completions): return [True, None]
+@hostile
+def changes_its_inputs(prompts, completions):
+    prompts[:], completions[:] = [None], ["x"] * 9
+    return [1.0, 2.0]
+@hostile
+def prints(prompts, completions):
+    print("x" * 10_000_000)
+    os.write(1, b"[7.0, 7.0]\\n")
+    return [1.0, 2.0]
+@hostile
+def closes_stdout(prompts, completions):
+    sys.stdout.close()
+    os.closerange(0, 3)
+    return [1.0, 2.0]
+@hostile
+def leaves_threads(prompts, completions):
+    for _ in range(8): threading.Thread(target=time.sleep, args=[1000]).start()
+    return [1.0, 2.0]
+@hostile
+def leaves_children(prompts, completions):
+    subprocess.Popen(["sleep", "1000"])
+    return [1.0, 2.0]
+@hostile
+def forks(prompts, completions):
+    if os.fork() == 0:
+        time.sleep(0.1)
+        return [8.0, 8.0]
+    time.sleep(0.3)
+    return [1.0, 2.0]
+@hostile
+def changes_the_process(prompts, completions):
+    os.chdir("/"); os.environ["REWARD"] = "1"; random.seed(0); os.umask(0o777); os.nice(5)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.setitimer(signal.ITIMER_REAL, 1000)
+    sys.setrecursionlimit(50); resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); sys.path.clear()
+    return [1.0, 2.0]
+def counts(prompts, completions, fail=None, **columns):
+    calls.append(0)
+    if fail == ["value"]: raise ValueError
+    if fail == ["exit"]: os._exit(1)
+    return [len(calls)]
+def echo(prompts, completions, **columns):
+    open(columns["where"][0], "w").write(repr(columns["what"]))
+    return [0.1 + 0.2]
+def accuracy_again(prompts, completions, answer, **columns):
+    import re
+    found = [re.findall(r"#### *([0-9]+)", c[-1]["content"]) for c in completions]
+    return [float(f[-1:] == [str(a)]) / 3 for f, a in zip(found, answer)]
+def one_rank_dies(prompts, completions, **columns):
+    if os.environ["RANK_FILE"] and not os.path.exists(os.environ["RANK_FILE"]):
+        open(os.environ["RANK_FILE"], "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(i) for i in range(len(completions))]
+def slow(prompts, completions, **columns):
+    calls.append(0)
+    if len(calls) == 2:
+        open(os.path.join(os.path.dirname(__file__), "slow"), "w").close()
+        time.sleep(2)
+    return [float(i) for i in range(len(completions))]
+'''
+FAILS = {  # function: what it says, and whether its process is a new one afterwards
+    "raises": ("KeyError: 'one", False), "raises_no_exception": ("Stop: here", False),
+    "interrupts": ("KeyboardInterrupt", False), "leaves": ("SystemExit: 0", False),
+    "recurses": ("RecursionError", False), "huge": ("OverflowError", False), "reads_stdin": ("EOFError", False),
+    "bad_message": ("Mute: <exception str() failed>", False), "memory": ("MemoryError", True),
+    "exits": ("exit code 7", True), "exits_well": ("exit code 0", True),
+    "segfaults": ("Segmentation fault", True), "aborts": ("Aborted", True),
+    "kills_itself": ("Killed", True), "kills_its_group": ("Killed", True), "exits_with_a_child": ("exit code 7", True),
+}  # fmt: skip
+HANGS = ["sleeps", "spins", "holds_the_gil", "ignores_signals", "catches_all", "hangs_with_threads_and_children",
+         "stops_itself"]  # fmt: skip
+WRONG = ["none", "one_number", "texts", "nested", "short", "generator", "endless", "empties_its_inputs"]
+WELL = {"not_finite": [float("nan"), float("-inf")], "kinds": [1.0, None]} | dict.fromkeys(
+    ["changes_its_inputs", "prints", "closes_stdout", "leaves_threads", "leaves_children", "forks",
+     "changes_the_process"], [1.0, 2.0])  # fmt: skip
+
+
+def alive(where):
+    """Processes that run, not zombies, whose (session, command line) is what `where` says."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, *fields = (folder / "stat").read_text().rpartition(") ")[2].split()
+            if state != "Z" and where(int(fields[2]), (folder / "cmdline").read_bytes().decode(errors="replace")):
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def nobody(where, seconds=3.0):
+    end = time.monotonic() + seconds
+    while alive(where) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(where)
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """reward(function) -> RewardFile; after the test none of its processes is left."""
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    made = []
+
+    def make(function, timeout=30, memory=4):
+        made.append(RewardFile(f"{tmp_path}/hostile.py:{function}", timeout, memory))
+        return made[-1]
+
+    yield make
+    for one in made:
+        session = one.child and one.child.pid
+        if one.child:
+            one.stop()
+        assert nobody(lambda sid, _: sid == session)  # noqa: B023  called at once
+
+
+TWO = {"prompts": ["a", "b"], "completions": ["c", "d"]}
+
+
+# ---- reward files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", FAILS)
+def test_functions_that_fail(function, reward):
+    text, anew = FAILS[function]
+    one = reward(function)
+    for _ in range(2):
+        session = one.child.pid
+        with pytest.raises(ChildProcessError, match=re.escape(text)):
+            one(**TWO)
+        assert (one.child is None) == anew and (not anew or nobody(lambda sid, _: sid == session))  # noqa: B023
+        assert one(**TWO, fine=[1, 1]) == [0.1, 2.0]
+
+
+@pytest.mark.parametrize("function", HANGS)
+def test_functions_that_hang(function, reward):
+    one = reward(function)
+    one.wire.settimeout(0.5)  # starting took what it took
+    session, started = one.child.pid, time.monotonic()
+    with pytest.raises(ChildProcessError, match="no answer after .* s .--reward_timeout"):
+        one(**TWO)
+    assert time.monotonic() - started < 3 and nobody(lambda sid, _: sid == session)
+    assert one(**TWO, fine=[1, 1]) == [0.1, 2.0]
+
+
+@pytest.mark.parametrize("function", WRONG)
+def test_what_is_no_list_of_numbers(function, reward):
+    one = reward(function)
+    assert one(**TWO) is None and one(**TWO, fine=[1, 1]) == [0.1, 2.0]
+
+
+@pytest.mark.parametrize("function", WELL)
+def test_functions_that_misbehave_and_answer(function, reward):
+    one = reward(function)
+    process = one.child.pid
+    for _ in range(2):
+        given = {name: list(values) for name, values in TWO.items()}
+        assert repr(one(**given)) == repr(WELL[function]) and given == TWO
+    assert one(**TWO, fine=[1, 1]) == [0.1, 2.0] and one.child.pid == process
+
+
+def test_training_is_not_touched(reward):
+    def mine():
+        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)]
+        return (os.getcwd(), dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), handlers, sys.path[:],
+                signal.getitimer(signal.ITIMER_REAL), sys.getrecursionlimit(), torch.get_default_dtype())  # fmt: skip
+
+    before = mine()
+    reward("changes_the_process")(**TWO)
+    assert mine() == before
+
+
+def test_state_lives_as_long_as_the_process(reward):
+    """Through an exception, not through a crash."""
+    one, call = reward("counts"), {"prompts": ["a"], "completions": ["b"]}
+    assert [one(**call), one(**call)] == [[1.0], [2.0]]
+    with pytest.raises(ChildProcessError):
+        one(**call, fail=["value"])
+    assert one(**call) == [4.0]
+    with pytest.raises(ChildProcessError):
+        one(**call, fail=["exit"])
+    assert one(**call) == [1.0]
+
+
+def test_columns(reward, tmp_path):
+    """JSON's kinds arrive as they are, others as text; no name of a column is in the way; a float returns bitwise."""
+    from datetime import datetime
+
+    what = [1, 0.1, "a\u2028\ud800", None, [{"b": [True]}], float("inf"), datetime(2026, 1, 2), b"x"]
+    columns = {"where": [str(tmp_path / "seen")], "what": what, "self": [1], "name": [2]}
+    assert reward("echo")(prompts=["a"], completions=["b"], **columns) == [0.1 + 0.2]
+    assert (tmp_path / "seen").read_text() == repr([*what[:-2], "2026-01-02 00:00:00", "b'x'"])
+
+
+@pytest.mark.parametrize("text, needle", (
+    ("import os; os._exit(3)", "exit code 3"), ("import time; time.sleep(1000)", "no answer after 1 s"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"), ("x = bytearray(2 << 30)", "MemoryError"),
+    ("import ctypes; ctypes.string_at(0)", "Segmentation fault"),
+), ids=lambda text: text.rpartition(" ")[2])  # fmt: skip
+def test_files_that_do_not_load(text, needle, tmp_path):
+    (tmp_path / "file.py").write_text(text)
+    with pytest.raises(ChildProcessError, match=needle):
+        RewardFile(f"{tmp_path}/file.py:reward", 1 if "sleep" in text else 30, 1)
+    assert nobody(lambda _, command: str(tmp_path) in command)
+
+
+def test_a_file_that_breaks_later(reward, tmp_path):
+    """After a crash there is a new process, which finds another file."""
+    one = reward("exits")
+    (tmp_path / "hostile.py").write_text("broken")
+    for text in "exit code 7", "NameError", "NameError":
+        with pytest.raises(ChildProcessError, match=text):
+            one(**TWO)
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    assert one(**TWO, fine=[1, 1]) == [0.1, 2.0]
+
+
+def test_signals_to_every_process(reward):
+    """A scheduler that ends a job may send SIGTERM to all of it: training decides when to stop."""
+    one = reward("raises")
+    process = one.child.pid
+    for number in signal.SIGTERM, signal.SIGINT:
+        os.killpg(process, number)
+    assert one(**TWO, fine=[1, 1]) == [0.1, 2.0] and one.child.pid == process
+
+
+@pytest.mark.parametrize("function", ("holds_the_gil", "hangs_with_threads_and_children"))
+def test_nothing_outlives_training(function, tmp_path):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from common.rewards import RewardFile
+one = RewardFile({f"{tmp_path}/hostile.py:{function}"!r}, 100, 4)
+print(one.child.pid, flush=True)
+one(prompts=["a"], completions=["b"])
+"""
+    training = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    session = int(training.stdout.readline())
+    time.sleep(0.5)  # it hangs by now
+    assert alive(lambda sid, _: sid == session)
+    training.kill()
+    training.wait()
+    training.stdout.close()
+    assert nobody(lambda sid, _: sid == session)
+
+
+# ---- training with them ----------------------------------------------------------------------------------------------
+
+SHORT = ["--batch_size", 2, "--max_steps", 2, "--eval_dataset", "", "--steps_per_generation", 1, "--num_iterations", 1,
+         "--beta", 0, "--num_generations", 2, "--allow", "GRPO001", "GRPO002", "GRPO003"]  # fmt: skip
+
+
+def small(tmp_path, function):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    data = tiny_rows("grpo", tmp_path / "rows.jsonl", 8)
+    return ["--dataset", data, *SHORT, "--reward", *function.split()]
+
+
+def test_a_crash_on_one_rank_costs_one_call(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK_FILE", str(tmp_path / "died"))
+    train("grpo", tmp_path / "out", *small(tmp_path, f"{tmp_path}/hostile.py:one_rank_dies"), world=2)
+    shares = [row["no_reward_frac"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
+    assert shares == [0.5, 0.0]
+
+
+def test_a_file_gives_what_a_function_gives(tmp_path):
+    """Bitwise, thirds included."""
+    function = f"{tmp_path}/hostile.py:accuracy_again"
+    train("grpo", tmp_path / "file", *small(tmp_path, function), "--max_completion_length", 40)
+
+    def patch(module):
+        space = {}
+        exec(HOSTILE, space)
+        module.accuracy = space["accuracy_again"]
+
+    train("grpo", tmp_path / "function", *small(tmp_path, "accuracy"), "--max_completion_length", 40, patch=patch)
+    a, b = (read_jsonl(tmp_path / out / "samples.jsonl") for out in ("file", "function"))
+    assert a == b and {row["reward"] for row in a} == {0.0, 1 / 3}
+    assert (read_jsonl(tmp_path / "file" / "metrics.jsonl")) == read_jsonl(tmp_path / "function" / "metrics.jsonl")
+
+
+def test_a_signal_to_the_group_during_a_reward(tmp_path):
+    """Ctrl-C while a reward function runs: the step ends with its rewards, is saved, and exit code 4."""
+    flags = [*small(tmp_path, f"{tmp_path}/hostile.py:slow"), "--max_steps", 9]
+    training = command("grpo", tmp_path / "out", *flags)
+    os.setpgid(training.pid, training.pid)
+    while not (tmp_path / "slow").exists() and training.is_alive():
+        time.sleep(0.05)
+    os.killpg(training.pid, signal.SIGINT)
+    code, said = ended(training)
+    assert code == 4 and "stopped and saved after step 2" in said, said
+    assert [row["no_reward_frac"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")] == [0.0, 0.0]
+
+
+# ---- code that a model wrote -----------------------------------------------------------------------------------------
+
+
+def code_reward(tmp_path, *changes):
+    """benchmarks/code_reward.py as a copy with two seconds for a completion, and a path that names its processes."""
+    text = (ROOT / "benchmarks" / "code_reward.py").read_text()
+    for old, new in (("SECONDS = 5", "SECONDS = 2"), *changes):
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "code_reward.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("code_reward_copy", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def enclosed(tmp_path):
+    module = code_reward(tmp_path)
+    if not module.level():
+        pytest.skip("this machine allows no namespaces")
+    return module
+
+
+def fenced(code):
+    return [{"role": "assistant", "content": f"Of course.\n```python\n{code}\n```\nDone."}]
+
+
+def cases(text):
+    """Blocks of code, each under a line `=== name` or `=== name: tests` -> {name: (code, tests)}."""
+    heads = [block.partition("\n") for block in text.split("\n=== ")[1:]]
+    return {head.partition(": ")[0]: (code, head.partition(": ")[2]) for head, _, code in heads}
+
+
+def judged(module, cases):
+    """{name: (code, tests)} -> {name: reward}."""
+    codes, tests = zip(*cases.values())
+    return dict(zip(cases, module.passes(list(codes), [fenced(code) for code in codes], tests=list(tests))))
+
+
+def test_code_is_judged(enclosed):
+    add = "def add(a, b=1):\n    return a + b"
+    plain = "{1: (x, {2}), 'a': [None, b'b', 1.5, True], (3,): frozenset([4]), 'c': float('nan'), '': 10**99}"
+    known = {
+        1.0: [(add, "assert add(1, 2) == 3"), (add, ["assert add(1) == 2", "assert add([1], b=[2]) == [1, 2]"]),
+              (f"def f(x): return {plain}", f"x = 4\nassert repr(f(4)) == repr({plain})"),
+              ("def f(x): return x / 0", "try: f(1)\nexcept ZeroDivisionError: pass\nelse: assert 0"),
+              (add, "def check(f):\n    for i in range(9): assert f(i, i) == 2 * i\ncheck(add)"),
+              ("import math\nclass A: pass\ndef f(): return math.inf", "import math\nassert f() == math.inf")],
+        0.0: [(add, "assert add(1, 2) == 4"), ("def add(a, b", "assert add(1, 2) == 3"), ("", "assert add(1, 2) == 3"),
+              ("def abs(x): return 0\ndef f(): return 7", "assert abs(f() - 3) < 1"),
+              ("def f(): return object()", "assert f()"), ("raise SystemExit(0)", "assert add(1, 2) == 3")],
+        None: [(add, None), (add, []), (add, "assert add(1, 2) ==")],
+    }  # fmt: skip
+    every = {(want, i): case for want, some in known.items() for i, case in enumerate(some)}
+    assert {key: value for key, value in judged(enclosed, every).items() if value != key[0]} == {}
+    assert enclosed.passes(["a"] * 3, ["no code", "", "```\nx\n```"], tests=["assert 1"] * 3) == [0.0] * 3
+    last = fenced("def f(): return 1")[0]["content"] + fenced("def f(): return 2")[0]["content"]
+    assert enclosed.passes(["a"], [last], tests=["assert f() == 2"]) == [1.0]
+
+
+# None of these is right, so none may pass.
+FORGED = cases("""
+=== exits
+import os
+os._exit(0)
+=== exits when called
+import sys
+def add(a, b): sys.exit(0)
+=== prints
+import os
+for fd in range(32):
+    try: os.write(fd, b'passed')
+    except OSError: pass
+def add(a, b): return 0
+=== equals everything
+class Any(int):
+    __eq__ = lambda *_: True
+    __hash__ = int.__hash__
+def add(a, b): return Any()
+=== patches builtins
+import builtins, sys
+builtins.AssertionError = ValueError
+sys.exit = exit = lambda *_: None
+def add(a, b): return 0
+=== shadows builtins
+def all(x): return True
+def abs(x): return 0
+def add(a, b): return 0
+=== claims names
+globals()['__builtins__'] = 1
+__import__ = add = lambda *_: 0
+=== raises what tests might expect
+def add(a, b): raise SystemExit
+=== speaks for the candidate
+import os, json
+lines = [['all', 'abs', 'add', '__builtins__']] + [['value', True], ['value', 4321]] * 99
+for fd in range(3, 32):
+    try: os.write(fd, ''.join(json.dumps(line) + '\\n' for line in lines).encode())
+    except OSError: pass
+def add(a, b): return 0
+=== answers with junk
+import os
+def add(a, b):
+    for fd in range(3, 32):
+        try: os.write(fd, b'[' * 99999 + b'\\n')
+        except OSError: pass
+    return 0
+=== kills the examiner
+import os
+for pid in range(-1, 400):
+    try: os.kill(pid, 9) if pid != os.getpid() else 0
+    except OSError: pass
+def add(a, b): return 0
+""")
+
+
+def test_verdicts_that_code_would_forge(enclosed):
+    tests = "assert all(add(i, i) == 2 * i for i in (10, 20)) and abs(add(7, 3) - 10) < 1"
+    given = judged(enclosed, {name: (code, tests) for name, (code, _) in FORGED.items()})
+    assert given == dict.fromkeys(FORGED, 0.0)
+    assert judged(enclosed, {"honest": ("def add(a, b): return a + b", tests)}) == {"honest": 1.0}
+
+
+def test_tests_are_not_where_code_can_read_them(enclosed):
+    """A secret that only the tests hold, looked for in all objects, all frames and all open files."""
+    code = """import gc, os, re, sys
+def word():
+    frame, texts = sys._getframe(), []
+    while frame:
+        texts, frame = texts + [str(frame.f_locals), str(frame.f_globals)], frame.f_back
+    for descriptor in range(16):
+        try: texts.append(os.pread(descriptor, 9999, 0).decode())
+        except OSError: pass
+    texts += [o for o in gc.get_objects() for o in [o, *gc.get_referents(o)] if isinstance(o, str)]
+    return [found for text in texts for found in re.findall(r"sesame-[0-9]+", text)][:1]"""
+    given = {"found": (code, "assert word() == ['sesame-94']"), "not there": (code, "'sesame-94'; assert word() == []"),
+             "own": (f"{code}\nx = 'sesame-94'", "assert word() == ['sesame-' + '94']")}  # fmt: skip
+    assert judged(enclosed, given) == {"found": 0.0, "not there": 1.0, "own": 1.0}
+
+
+# Code that says by itself whether it got through: the tests pass where it did not.
+ATTACKS = """
+=== network: assert got() == 0
+import socket
+def got():
+    try: return socket.create_connection(('127.0.0.1', PORT), 1) and 1
+    except OSError: return 0
+=== abstract socket: assert got() == 0
+import socket
+def got():
+    try: return socket.socket(socket.AF_UNIX).connect('\\0MARK') or 1
+    except OSError: return 0
+=== files outside: assert got() is False
+import os
+def got():
+    for name in 'FOLDER/victim', '/usr/MARK', '/MARK', '/tmp/MARK':
+        try: open(name, 'w').write('gone')
+        except OSError: pass
+    return os.path.exists('FOLDER')
+=== up and out: assert got() is False
+import os
+def got():
+    for _ in range(40): os.chdir('..')
+    return os.path.exists('.FOLDER')
+=== environment: assert got() is False
+import os, glob
+def got():
+    found = str(dict(os.environ))
+    for name in glob.glob('/proc/*/environ'):
+        try: found += open(name).read()
+        except OSError: pass
+    return 'MARK' in found
+=== processes: assert got() == []
+import glob
+def got(): return glob.glob('/proc/[0-9]*')
+=== root again: assert got() == [-1, -1, -1]
+import ctypes
+def got():
+    libc = ctypes.CDLL(None)
+    return [libc.unshare(0x10000000), libc.unshare(0x20000), libc.chroot(b'.')]
+=== memory: assert got() == 0
+def got():
+    try: return len(bytearray(1 << 30))
+    except MemoryError: return 0
+=== disk: assert got() < 1 << 25
+def got():
+    size = 0
+    try:
+        for i in range(99): size += open(str(i), 'wb').write(bytes(1 << 22))
+    except OSError: pass
+    return size
+=== flood: assert got() == 1
+def got():
+    for _ in range(2000): print('x' * 5000)
+    return 1
+=== grandchild: assert got() == 1
+import os
+def got():
+    if os.fork() == 0:
+        os.setsid()
+        os.execv('/usr/bin/env', ['env', 'sleep', '7777.PORT'])
+    return 1
+=== bomb: assert got() < 20
+import os, time
+def got():
+    for count in range(9999):
+        try:
+            if os.fork() == 0: time.sleep(99)
+        except OSError: return count
+=== kills: assert got() == 1
+import os
+def got():
+    for pid in [-1, TRAINING, os.getppid() or TRAINING]:
+        try: os.kill(pid, 9)
+        except OSError: pass
+    return 1
+"""
+ENDLESS = """
+=== cpu: assert f()
+while True: pass
+=== sleep: assert f()
+import time
+def f(): time.sleep(99)
+=== endless bomb: assert f()
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+=== hidden grandchild: assert f()
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0: time.sleep(99)
+time.sleep(99)
+=== group: assert f()
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(0, signal.SIGTERM)
+time.sleep(99)
+=== long answer: assert f()
+def f(): return 'x' * (1 << 24)
+"""
+
+
+def filled(text, **words):
+    for word, value in words.items():
+        text = text.replace(word, str(value))
+    return cases(text)
+
+
+def test_attacks(enclosed, tmp_path, monkeypatch):
+    """One of these also with limits only, below. Parent alive, nobody left, nothing outside touched."""
+    mark = f"mark{os.getpid()}"
+    monkeypatch.setenv("SECRET", mark)
+    (tmp_path / "victim").write_text("whole")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0{mark}")
+        abstract.listen()
+        port = server.getsockname()[1]
+        attacks = filled(ATTACKS, PORT=port, MARK=mark, FOLDER=tmp_path, TRAINING=os.getpid())
+        started = time.monotonic()
+        given = judged(enclosed, attacks | cases(ENDLESS))
+    assert given == dict.fromkeys(attacks, 1.0) | dict.fromkeys(cases(ENDLESS), 0.0)
+    assert time.monotonic() - started < 40
+    assert nobody(lambda _, line: f"{tmp_path}/code_reward.py" in line or f"7777.{port}" in line)
+    assert (tmp_path / "victim").read_text() == "whole"
+    assert not [path for path in (f"/usr/{mark}", f"/{mark}", f"/tmp/{mark}") if os.path.exists(path)]
+
+
+def test_killed_with_its_reward_process(enclosed, tmp_path, reward):
+    """--reward_timeout strikes while code runs: the code goes as well."""
+    one = RewardFile(f"{tmp_path}/code_reward.py:passes", 30, 8)
+    mine = lambda _, line: f"{tmp_path}/code_reward.py" in line  # noqa: E731
+    code = fenced("import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(99)")
+    one(prompts=["a"], completions=["b"], tests=["assert 1"])  # the level is known
+    one.wire.settimeout(1)
+    with pytest.raises(ChildProcessError, match="no answer"):
+        one(prompts=["a"], completions=[code], tests=["assert 1"])
+    assert nobody(mine)
+
+
+def test_code_is_refused_without_isolation(tmp_path, capsys):
+    """A kernel that says no: no reward, one line that says why and what to set, once."""
+    module = code_reward(tmp_path, ('"unshare", NEWNS', '"unshare", 1 | NEWNS'))  # 1 is no flag
+    for _ in range(2):
+        assert module.passes(["a"], [fenced("def f(): return 1")], tests=["assert f() == 1"]) == [None]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and "unshare: Invalid argument" in said[0] and "CODE_REWARD_ALLOW_WEAK=1" in said[0]
+
+
+def test_limits_only(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CODE_REWARD_ALLOW_WEAK", "1")
+    module = code_reward(tmp_path, ('"unshare", NEWNS', '"unshare", 1 | NEWNS'))
+    names = ["memory", "flood", *(["kills"] if os.geteuid() == 0 else [])]
+    every = filled(ATTACKS, TRAINING=os.getpid()) | cases(ENDLESS)
+    wanted = dict.fromkeys(names, 1.0) | {"cpu": 0.0, "endless bomb": 0.0}
+    assert judged(module, {name: every[name] for name in wanted}) == wanted
+    assert capsys.readouterr().out == "code_reward: isolation by limits only\n"
+    assert nobody(lambda _, line: f"{tmp_path}/code_reward.py" in line)
+
+
+def test_the_example_trains(enclosed, tmp_path):
+    """grpo.py with the example as it is: no column of code, but each completion gets its verdict."""
+    rows = [json.loads(line) | {"tests": "assert add(1, 2) == 3"} for line in
+            (ROOT / "common" / "tiny" / "prompts.jsonl").read_text().splitlines()[:8]]  # fmt: skip
+    flags = small(tmp_path, f"{ROOT}/benchmarks/code_reward.py:passes")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train("grpo", tmp_path / "out", *flags)
+    assert {row["reward"] for row in read_jsonl(tmp_path / "out" / "samples.jsonl")} == {0.0}
