@@ -13,9 +13,9 @@ template, tokenizer, configuration, weights, checkpoint, flags or folders. Scrip
     always  no traceback, no hang, no control character on the terminal, nothing that looks finished after a failure,
             run.json agrees, planted code did not run, the file that the data points at was not read
 
-Not promised: a template may fill the memory before its ten seconds are over; special tokens that the text of a row spells
-out become those tokens; a checkpoint whose checksums were made right again after a change of numbers is believed; a config
-that asks for more memory than there is may end as the system ends it.
+Not promised: a template may fill the memory before its ten seconds are over; special tokens that the text of a row
+spells out become those tokens; a checkpoint whose checksums were made right again after a change of numbers is believed;
+a config that asks for more memory than there is may end as the system ends it.
 
 FILE.jsonl: a first row about the campaign, then a row per case: case, family, script, via, mutations, expected (good,
 bad or either), code, error, seconds, ok, why (it is not). The same command goes on where it was interrupted.
