@@ -248,7 +248,8 @@ What the faults are stands at the top of `benchmarks/fault_campaign.py`.
 
 def part_faults():
     """Tables of the fault campaign: points by scenario and side, random faults by kind, and moves between meshes."""
-    first, *found = lines(RESULTS / "fault_campaign.jsonl") or [{}]
+    files = [lines(RESULTS / name) for name in ("fault_points.jsonl", "fault_campaign.jsonl")]
+    found, heads = [row for file in files for row in file[1:]], [file[0] for file in files if file]
     parts = {part: [row for row in found if row["part"] == part] for part in ("points", "random", "mesh")}
     text, unequal = "", lambda rows: sum(not row["equal"] for row in rows)
     if rows := parts["points"]:
@@ -277,7 +278,8 @@ def part_faults():
         shown = [[row["script"], row["mesh"], row["learning_rates_apart"], unequal([row])] for row in rows]
         head = "script", "ranks", "weights apart, in learning rates:", "ended differently:"
         text += f"From one number of ranks to another:\n\n{table(head, shown)}\n"
-    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}`{first['command']}`, {first['device']}.\n\n" if text else ""
+    about = "; ".join(f"`{head['command']}`, {head['device']}" for head in heads)
+    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}{about}.\n\n" if text else ""
 
 
 def part_meshes():
@@ -333,6 +335,62 @@ def part_hostile():
     text = "What is asked of each, and what the families hold, stands at the top of `benchmarks/hostile.py`.\n"
     about = f"`{first.get('command')}`, {first.get('device')}.\n\n"
     return f"## Hostile inputs\n\n{text}\n{table(head, shown)}\n{about}" if found else ""
+
+
+def planned(kind):
+    """Lines of plan.py, and how they were made."""
+    found = [row for row in lines(RESULTS / "plan.jsonl") if row["kind"] == kind]
+    return found, "".join(f"\n`{row['command']}`, torch {row['versions']['torch']}, transformers "
+                          f"{row['versions']['transformers']}.\n" for row in found[:1])
+
+
+def part_plan_real():
+    """A line per run: of its ranks, the one where prediction and measurement differ most."""
+    (found, made), rows = planned("real"), []
+    for case in found:
+        sides = [[rank | {"peak": rank["activations"] + rank["working"], "received": sum(rank["moved"].values())}
+                  for rank in case[side]] for side in ("predicted", "measured")]
+        cells = []
+        for key in ("parameters", "gradients", "optimizer", "activations", "peak", "received"):
+            p, m = max(((p[key], m[key]) for p, m in zip(*sides)), key=lambda pair: abs(pair[0] - pair[1]))
+            cells.append(f"{m}" if p == m else f"{m} ({(p - m) / m:+.2%})")
+        mesh = f"{case['ranks']}, {case['tp_size']}, {case['replicate_size']}"
+        rows.append([case["script"], case["model"], mesh, *cells, max(r["process"] for r in case["measured"]) // 10**6])
+    head = "parameters:", "gradients:", "optimizer:", "activations:", "peak:", "received:", "process, MB:"
+    return table(("script", "model", "ranks, tp, replicas", *head), rows) + made if found else ""
+
+
+def gb(n):
+    return f"{n / 1e9:.1f}" if n < 1e11 else f"{n / 1e9:.0f}"
+
+
+def part_plan():
+    """A line per script, model and mesh."""
+    (found, made), rows = planned("plan"), []
+    fabric = module(ROOT / "benchmarks" / "plan_models.py").FABRIC
+    for p in found:
+        flags = ("tokens_per_microbatch", "tp_size", "replicate_size")
+        flags = " ".join(f"--{key} {p[key]}" for key in flags if p[key] > 1)
+        static, received = sum(p[k] for k in ("parameters", "gradients", "optimizer")), sum(p["moved"].values())
+        wait = sum(n / fabric[key.split()[0]] for key, n in p["moved"].items())
+        memory = map(gb, (static, p["activations"], p["working"], p["total"]))
+        rows.append([p["script"], p["model"], p["gpus"], f"`{flags}`", *memory, p["fits"], gb(p["checkpointed"]),
+                     gb(received), f"{wait:.2f}"])
+    head = "static:", "activations:", "working:", "total:", "fits", "recomputed:", "received:", "s:"
+    return table(("script", "model", "GPUs:", "flags", *head), rows) + made if found else ""
+
+
+def part_plan_experts():
+    """A line per mixture of experts and mesh: whole layers gathered, and tokens sent to their experts instead."""
+    found, rows = [p for p in planned("plan")[0] if p["routed"] and p["script"] == "sft"], []
+    fabric = module(ROOT / "benchmarks" / "plan_models.py").FABRIC["shard"]
+    for p in found:
+        gathered = sum(n for key, n in p["moved"].items() if key.startswith("shard"))
+        first = sum(p[k] for k in ("parameters", "gradients", "optimizer"))
+        rows.append([p["model"], p["gpus"], p["replicate_size"], gb(first), gb(p["last_rank"]), gb(p["layer"]),
+                     p["tokens_per_microbatch"], gb(gathered), f"{gathered / fabric:.1f}", gb(p["routed"])])
+    head = "static, rank 0:", "last rank:", "a layer gathered:", "tokens:", "received:", "s:", "with routed tokens:"
+    return table(("model", "GPUs:", "replicas:", *head), rows) if found else ""
 
 
 PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}

@@ -830,7 +830,8 @@ def setup(args):
     timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
     if "RANK" in os.environ and not dist.is_initialized():  # torchrun; keys of an earlier attempt would break a restart
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        store = dist.PrefixStore(attempt, store)
+        own = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"  # each attempt has a store of its own
+        store = dist.PrefixStore("0" if own else attempt, store)
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     elif not dist.is_initialized():
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)

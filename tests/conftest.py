@@ -105,8 +105,8 @@ def try_ranks(world, fn, *args):
     for worker in workers:
         worker.start()
     end, failed = time.monotonic() + TIMEOUT, None
-    while any(w.is_alive() for w in workers) and time.monotonic() < end:
-        next(w for w in workers if w.is_alive()).join(0.02)
+    while (alive := [w for w in workers if w.is_alive()]) and time.monotonic() < end:
+        alive[0].join(0.02)
         if failed is None and any(w.exitcode for w in workers):
             failed, end = True, min(end, time.monotonic() + 2)
     hung = failed is None and [rank for rank, w in enumerate(workers) if w.is_alive()]

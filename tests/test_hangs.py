@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, newest, read_jsonl, tiny_flags, tiny_rows, train, trainer_tensors, try_train
 
-LIMIT = 8  # seconds of --ddp_timeout
+LIMIT = 12  # seconds of --ddp_timeout
 
 
 def sleeps():

@@ -111,7 +111,7 @@ def test_refused_before_any_weight(name):
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, ROWS = 10, 5, 15
-LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "3e-3"}
+LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "5e-4"}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -124,14 +124,20 @@ def digits(prompts, completions, **_):
 
 
 def make_model(kind, folder):
+    """Random weights, then sixty steps of SFT: some gradients of a model that knows nothing are mere rounding, and Adam
+    makes whole steps of them."""
+    raw = folder.parent / "raw"
     lm = build(kind, vocab_size=104, num_key_value_heads=4, hidden_size=64, num_hidden_layers=2, eos_token_id=2,
                max_position_embeddings=512, sliding_window=None, bos_token_id=None, **KINDS[kind])
     with torch.no_grad():  # build() widens them to make attention sharp, which also amplifies rounding over ten steps
         for p in lm.parameters():
             p.mul_(0.5 if p.ndim > 1 else 1.0)
-    lm.save_pretrained(folder)
+    lm.save_pretrained(raw)
     for name in "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
-        (folder / name).write_bytes((ROOT / "common/tiny/model" / name).read_bytes())
+        (raw / name).write_bytes((ROOT / "common/tiny/model" / name).read_bytes())
+    flags = ["--model", raw, "--dataset", "tiny", "--batch_size", 16, "--learning_rate", "3e-3", "--max_steps", 60]
+    train("sft", folder.parent / "trained", *flags, "--eval_every", 0, "--save_every", 0, "--max_length", 200)
+    (folder.parent / "trained" / "final").rename(folder)
 
 
 def run(name, model, out, mesh, batch=BATCH):
@@ -144,9 +150,8 @@ def run(name, model, out, mesh, batch=BATCH):
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
     if name == "grpo":
         (out.parent / "reward.py").write_text(REWARD)
-        flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 12]
-    if name == "dpo":  # clipped to 1, gradients of a random model meet Adam's epsilon, which turns rounding into steps
-        flags += ["--max_grad_norm", 1000]
+        flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
+        flags += ["--allow", "GRPO001", "GRPO002"]
     train(name, out, *flags, world=world)
     return out
 
@@ -168,7 +173,6 @@ def single(tmp_path_factory):
     def reference(name, kind):
         if (name, kind) not in made:
             folder = tmp_path_factory.mktemp(f"{name}-{kind.replace(' ', '-')}")
-            (folder / "model").mkdir()
             make_model(kind, folder / "model")
             made[name, kind] = folder / "model", run(name, folder / "model", folder / "single", (1, 1, 1))
         return made[name, kind]
@@ -189,9 +193,10 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []
-    key = "reward" if name == "grpo" else "loss"
-    first, last = (sum(line[key] for line in part) / 3 for part in (lines[1:4], lines[7:10]))  # offline: the same rows
-    moved = abs(last / first - 1)
+    moved = 0.0
+    for key in ("reward", "entropy") if name == "grpo" else ("loss",):
+        first, last = (sum(line[key] for line in part) / 3 for part in (lines[1:4], lines[7:10]))  # the same rows
+        moved = max(moved, abs(last / first - 1))
     if slow:
         keys = [k for k in lines[1] if k not in ("step", "lr")]
         apart = max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-3) for x, y in zip(lines, others) for k in keys
@@ -201,12 +206,11 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
         with open(ROOT / "benchmarks/results/meshes.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
     assert not wrong, "\n".join(wrong[:20])
-    assert moved > 0.05, f"{key} moved by {moved}: nothing was compared"
+    assert moved > 0.05, f"the headline moved by {moved}: nothing was compared"
 
 
 def test_fewer_prompts_than_ranks(tmp_path):
     """Two prompts a step and four ranks: one of each pair has nothing to sample, and no reward to ask for."""
-    (tmp_path / "model").mkdir()
     make_model("Llama tied", tmp_path / "model")
     outs = [run("grpo", tmp_path / "model", tmp_path / name, mesh, batch=2)
             for name, mesh in (("single", (1, 1, 1)), ("mesh", (4, 1, 2)))]

@@ -15,7 +15,9 @@ README, BENCHMARKS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "R
 PAGES = {"README.md": README, "benchmarks/README.md": BENCHMARKS}
 SOURCES = {p: p.read_text() for folder in ("methods", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")}
 METHODS = {p: text for p, text in SOURCES.items() if "methods" in p.relative_to(ROOT).parts}
-TORCHRUN = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
+TORCHRUN = {"nproc_per_node", "nnodes", "max_restarts", "local_addr"}
+TORCHRUN |= {"rdzv_id", "rdzv_backend", "rdzv_endpoint", "rdzv_conf"}
+SLURM = {"kill_on_bad_exit", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "requeue"}
 
 
 def flags(sources):
@@ -47,7 +49,7 @@ def test_generated_parts_that_are_not_current_are_found(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_exist(page):
-    known = flags(SOURCES.values()) | TORCHRUN
+    known = flags(SOURCES.values()) | TORCHRUN | SLURM
     named = {name.replace("-", "_") for name in re.findall(r"(?<![\w|-])--([a-z][\w-]*)", PAGES[page])}
     assert len(named) > 2 and not named - known, f"{page} names flags that do not exist: {sorted(named - known)}"
 
