@@ -13,6 +13,10 @@ template, tokenizer, configuration, weights, checkpoint, flags or folders. Scrip
     always  no traceback, no hang, no control character on the terminal, nothing that looks finished after a failure,
             run.json agrees, planted code did not run, the file that the data points at was not read
 
+Not promised: a template may fill the memory before its ten seconds are over; special tokens that the text of a row
+spells out become those tokens; a checkpoint whose checksums were made right again after a change of its numbers is
+believed; a config that asks for more memory than there is may end as the system ends it.
+
 FILE.jsonl: a first row about the campaign, then a row per case: case, family, script, via, mutations, expected (good,
 bad or either), code, error, seconds, ok, why (it is not). The same command goes on where it was interrupted.
 """
@@ -1046,7 +1050,9 @@ def damaged_shards(case):
     path = folder / "model.safetensors.index.json"
     case.names |= {path.name}
     outside = case.folder / "outside.safetensors"
-    shutil.copy(folder / files[0], outside)
+    save_file({key: x * math.nan for key, x in load_file(folder / files[0]).items()}, outside)
+    if how in (1, 2, 3, 4, 5):
+        verdict = "either"  # refused, or the folder's own files are read
     if how == 0:
         (folder / files[1]).unlink()
     elif how == 1:
@@ -1060,7 +1066,7 @@ def damaged_shards(case):
         index = case.rng.choice([{}, [], {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}, 7])
     elif how == 5:
         path.write_text(json.dumps(index)[:200])
-        return "bad"
+        return "either"
     elif how == 6:
         (folder / files[0]).write_bytes((folder / files[0]).read_bytes()[:10_000])
     elif how == 7:
@@ -1191,7 +1197,7 @@ def damaged_newest(case):
 def damaged_both(case):
     for folder in earlier(case):
         damage(case, folder)
-    return "good"
+    return "either"  # from the start, or not at all
 
 
 @mutation("checkpoints", 2)
@@ -1578,7 +1584,7 @@ def process(case, argv):
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
 
-ACT = re.compile(r"--\w|\b(Write|Type|Give|Use|Set|Pass|Name|Fix|Check|Raise|Lower|Move|Keep|Let|Add|Make|must)\b")
+ACT = re.compile(r"--\w|\b(Write|Type|Give|Use|Set|Pass|Name|Fix|Check|Raise|Lower|[Mm]ove|Keep|Let|Add|Make|must)\b")
 
 
 def obeyed(text):
@@ -1613,6 +1619,8 @@ def judge(case, code, out, err, before):
             wrong.append(f"{path.name} holds what a path in the data points at")
     if SECRET in out + err:
         wrong.append("a file that a path in the data points at was read")
+    if case.mutations == ["damaged_shards"] and "MODEL001" in err:
+        wrong.append("weights from outside of the folder were read")
     lines = [line for line in err.split("\n") if line]
     known = read(folder / "run.json")
     allowed = {0} if case.expected == "good" else {2, 3} if case.expected == "bad" else {0, 2, 3}

@@ -206,7 +206,8 @@ def column(row, name):
         role = SHAREGPT.get(role, role)
         if role not in ROLES:
             raise problem(row, f"unknown role in column {name}", role, f"Use {', '.join(ROLES)}")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        parts = content if isinstance(content, list) else []
+        if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             content = "".join(str(part.get("text", "")) for part in content)
         calls = content is None and message.get("tool_calls")
         if not calls and not (isinstance(content, str) and re.fullmatch(TEXT, content)):

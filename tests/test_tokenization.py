@@ -370,6 +370,8 @@ ROW_ERRORS = [
     ({"messages": says("a", "b")}, "{{ 'x' * 2 ** 25 }}", "template fails.*33554432 characters"),
     ({"text": ["a"]}, CHATML, "column text"),
     ({"text": 1.5}, CHATML, "not text.*1.5"),
+    ({"prompt": "a", "completion": []}, CHATML, r"not text.*\[\]"),
+    ({"messages": says("a", [])}, CHATML, r"not text.*\[\]"),
     ({"prompt": "a", "completion": says("b", first="user")}, CHATML, "no assistant turn"),
     ({"prompt": says("a"), "completion": "b"}, CHATML, "mixed"),
     ({"prompt": says("a", "b"), "completion": says("c", first="assistant")}, CHATML, "ends with the assistant"),
