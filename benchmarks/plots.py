@@ -248,7 +248,7 @@ What the faults are stands at the top of `benchmarks/fault_campaign.py`.
 
 def part_faults():
     """Tables of the fault campaign: points by scenario and side, random faults by kind, and moves between meshes."""
-    files = [lines(RESULTS / name) for name in ("fault_points.jsonl", "fault_campaign.jsonl")]
+    files = [lines(path) for path in sorted(RESULTS.glob("fault_*.jsonl"))]
     found, heads = [row for file in files for row in file[1:]], [file[0] for file in files if file]
     parts = {part: [row for row in found if row["part"] == part] for part in ("points", "random", "mesh")}
     text, unequal = "", lambda rows: sum(not row["equal"] for row in rows)
