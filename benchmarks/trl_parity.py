@@ -199,7 +199,7 @@ def grpo_batch(spec):
 
     script, tokenizer, draw = load_script("grpo"), load_tokenizer(spec["model"]), random.Random(0)
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    run = types.SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
+    run = types.SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, args=types.SimpleNamespace(tp_size=1))
     lines, size, groups = read(spec["samples"])[: spec["count"]], spec["size"], []
     for i in range(0, len(lines), size):
         members = lines[i : i + size]
