@@ -130,8 +130,10 @@ def part_tiny_runs():
                     if k.startswith("eval/pass") or k in ("eval/token_accuracy", "eval/reward_acc")]
             rows.append([script, seed, f"{before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f}",
                          f"{key} {shown[0]:.4f} -> {shown[-1]:.4f}", "; ".join(rest), len(steps),
-                         f"{seconds(metrics):.0f}", f"{max(m['perf/peak_gb'] for m in steps):.2f}", alerts([run])])
-    head = "script", "seed:", "held-out accuracy", "what it optimises", "besides", "steps:", "s:", "GB:", "alerts"
+                         f"{seconds(metrics):.0f}", f"{run['save_seconds'] / run['seconds']:.1%}",
+                         f"{max(m['perf/peak_gb'] for m in steps):.2f}", alerts([run])])
+    head = "script", "seed:", "held-out accuracy", "what it optimises", "besides", "steps:", "s:", "saving:", "GB:"
+    head = *head, "alerts"
     made = {versions(run) for runs in tiny().values() for _, run, _ in runs}
     return table(head, rows) + f"\nMade with {'; '.join(sorted(made))}.\n" if rows else ""
 
