@@ -899,6 +899,8 @@ def roll_call(run, why):
         print(f"error: step {run.step + 1}: {why}: {where}. To go on: {run.command} --resume auto", file=sys.stderr,
               flush=True)
         record(0, run.out, status="failed", exit_code=1)
+    else:
+        time.sleep(min(3.0, run.args.ddp_timeout))  # who leaves breaks the others' collectives: first the one who prints
     os._exit(1)
 
 
