@@ -900,7 +900,7 @@ def roll_call(run, why):
               flush=True)
         record(0, run.out, status="failed", exit_code=1)
     else:
-        time.sleep(min(3.0, run.args.ddp_timeout))  # who leaves breaks the others' collectives: first the one who prints
+        time.sleep(min(3.0, run.args.ddp_timeout))  # leaving breaks the printing rank's collectives
     os._exit(1)
 
 
