@@ -26,7 +26,7 @@ def decoder(lm, prompts, copies):
 
 
 def sets_of(prompts, copies, device):
-    """-> [a set per length: its prompts (n, length), count of rows], and the rows' sequences (R,) in the sets' order."""
+    """-> [a set per length: its prompts (n, length), count of rows], the rows' sequences (R,) in the sets' order."""
     members = defaultdict(list)
     for i, prompt in enumerate(prompts):
         members[len(prompt)].append(i)
@@ -122,10 +122,10 @@ class CacheDecoder:
         first = []
         for each in self.sets:
             each.cache = DynamicCache(config=lm.config)
-            first.append(lm(input_ids=each.prompts, past_key_values=each.cache, use_cache=True, logits_to_keep=1).logits)
+            first.append(lm(input_ids=each.prompts, past_key_values=each.cache, use_cache=True).logits[:, -1])
             each.cache.reorder_cache(torch.arange(each.count, device=lm.device).repeat_interleave(copies))
             each.count *= copies
-        self.logits = torch.cat(first)[:, -1].repeat_interleave(copies, 0)
+        self.logits = torch.cat(first).repeat_interleave(copies, 0)
 
     def step(self, tokens):
         out = []

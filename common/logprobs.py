@@ -41,8 +41,8 @@ def flat_attention(module, query, key, value, attention_mask, scaling=None, drop
     query (1, H, N, d), key (1, H_kv, N, d), value (1, H_kv, N, d_v). Segment i: queries cu_seqlens_q[i] to [i + 1] over
     the tokens kv_index[cu_seqlens_k[i]:cu_seqlens_k[i + 1]] (None: their own). Both end together: query r of n_q sees
     the keys up to r + n_k - n_q, of these the last `sliding_window`. s_aux (H,): a logit per head that only takes
-    probability away. decoder: keys and values stay with it, and it attends (common/decoding.py). Returns (1, N, H, d_v),
-    None. InputError where the layout is missing or more is asked for."""
+    probability away. decoder: keeps keys and values, and attends (common/decoding.py). Returns (1, N, H, d_v), None.
+    InputError where the layout is missing or more is asked for."""
     unknown = [name for name, x in unknown.items() if x is not None]
     if (cu_seqlens_q is None and decoder is None) or attention_mask is not None or dropout or unknown:
         raise InputError(f"{type(module).__name__} cannot run on flat batches, use another --model (segment borders: "

@@ -469,7 +469,7 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective, and at least one, for a gradient of 0: a rank with fewer runs `spare` with weight 0."""
+    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
     most = torch.tensor(max(1, len(batches)), device=run.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

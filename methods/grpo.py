@@ -18,7 +18,8 @@ Delta:
   rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
   data, load_groups: a row becomes a prompt and its columns; completions come later
-  uniforms, draw, generate, sample, refresh, attach_logprobs, gather, rollout, pack, unpack: completions and their log-probs
+  uniforms, draw, generate, sample, refresh, attach_logprobs: completions and their log-probs
+  gather, rollout, pack, unpack: a rollout on all ranks, and what the state keeps of it
   main.data: an epoch takes num_iterations times as many steps
   main.model: the copy that samples, the reference, temperature
   main.rollout, main.step: new completions, then the surrogate
@@ -739,7 +740,7 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective, and at least one, for a gradient of 0: a rank with fewer runs `spare` with weight 0."""
+    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
     most = torch.tensor(max(1, len(batches)), device=run.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
