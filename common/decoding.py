@@ -122,7 +122,8 @@ class CacheDecoder:
         first = []
         for each in self.sets:
             each.cache = DynamicCache(config=lm.config)
-            first.append(lm(input_ids=each.prompts, past_key_values=each.cache, use_cache=True).logits[:, -1])
+            out = lm(input_ids=each.prompts, past_key_values=each.cache, use_cache=True, logits_to_keep=1)
+            first.append(out.logits[:, -1])
             each.cache.reorder_cache(torch.arange(each.count, device=lm.device).repeat_interleave(copies))
             each.count *= copies
         self.logits = torch.cat(first).repeat_interleave(copies, 0)
