@@ -53,6 +53,7 @@ import zlib
 from array import array
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -496,6 +498,7 @@ def main(args):
     run.ref = load_weights(shard(Policy(starting, args.temperature), run), run) if args.beta else None
     policy = load_weights(shard(Policy(lm, args.temperature), run), run)
     check_model(policy, run)
+    fit_memory(policy, longest(train, args.num_generations * args.max_completion_length), run)
     # ---- optimizer -------------------------------------------------------------------------------
     kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
     for p in policy.parameters():
