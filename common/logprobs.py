@@ -54,11 +54,9 @@ def flat_attention(module, query, key, value, attention_mask, scaling=None, drop
            "softcap": softcap, "sinks": s_aux}
     if decoder is not None:
         return decoder.attend_to(module.layer_idx, query, key, value, **how)[None], None
-    if query.is_cuda and query.dtype != torch.float32:  # the fused kernels exist for half precision only
-        attend_flat, layout = _fused_attention, (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    else:
-        attend_flat, layout = _segment_attention, (cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
-    return attend_flat(query, key, value, layout, **how)[None], None
+    # the fused kernels exist for half precision only
+    flat = _fused_attention if query.is_cuda and query.dtype != torch.float32 else _segment_attention
+    return flat(query, key, value, (cu_seqlens_q, cu_seqlens_k, max_q, max_k), **how)[None], None
 
 
 def _take(x, index):
@@ -80,11 +78,13 @@ def _fused_attention(query, key, value, layout, scaling, window, softcap, sinks)
     return out[..., :d_v]
 
 
+@torch.compiler.disable  # a loop over segments would be compiled again for every batch
 def _segment_attention(query, key, value, layout, **how):
     """Equal shapes in one call. split, because the backward of each slice x[a:b] allocates a gradient as large as x."""
-    pieces = query.split(layout[0]), key.split(layout[1]), value.split(layout[1])
-    same_shape, out = defaultdict(list), [None] * len(layout[0])
-    for i, shape in enumerate(zip(*layout)):
+    n_q, n_k = (cu_seqlens.diff().tolist() for cu_seqlens in layout[:2])
+    pieces = query.split(n_q), key.split(n_k), value.split(n_k)
+    same_shape, out = defaultdict(list), [None] * len(n_q)
+    for i, shape in enumerate(zip(n_q, n_k)):
         same_shape[shape].append(i)
     for members in same_shape.values():
         q, k, v = (torch.stack([x[i] for i in members]).transpose(1, 2) for x in pieces)

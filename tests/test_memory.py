@@ -1,0 +1,126 @@
+"""--activation_checkpointing and --compile: what they save, when auto decides for it, and that nothing else changes.
+
+The oracle of "what autograd keeps": all storages that the forward allocated and that are alive after it, counted by a
+dispatch mode, on a batch of another size than the probe of the script.
+"""
+import gc
+import re
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from conftest import newest, ranks, read_jsonl, script, tiny_rows, train
+from test_logprobs import FLAT, build, gradients, make_groups
+from test_split import metric_differences, weight_differences
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common.logprobs import Policy, probe_groups
+from common.tokenization import flat_batch
+
+ROWS = {"sft": 1e-4, "dpo": 8e-5, "grpo": 5e-5}  # learning rates of the fast flags
+
+
+class Alive(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.storages = WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.storages[x.untyped_storage()] = x.untyped_storage().nbytes()
+        return out
+
+
+def alive_after_forward(policy, groups):
+    """Bytes, and tokens of the batch."""
+    batch, mode = flat_batch(groups), Alive()
+    with mode:
+        out = policy(batch)["logprobs"]
+    gc.collect()
+    kept = sum(mode.storages.values()) - out.untyped_storage().nbytes()
+    return kept, len(batch["input_ids"]), out
+
+
+def make_policy(rank, world, folder, flag, free, tokens=100, **more):
+    """The script's own policy of the tiny model after fit_memory, with `free` bytes on this rank."""
+    sft = script("sft")
+    argv = ["--output_dir", f"{folder}/{rank}-{flag}", "--activation_checkpointing", flag]
+    argv += [w for k, v in more.items() for w in (f"--{k}", str(v))]
+    sft.free_bytes = lambda: free[rank] if isinstance(free, list) else free
+    said = []
+    sft.say = lambda run, text, end="\n": said.append(text)
+    args = sft.parse_args(argv)
+    run = sft.setup(args)
+    _, lm = sft.load_model(args, run)
+    policy = sft.load_weights(sft.shard(Policy(lm), run), run)
+    sft.fit_memory(policy, tokens, run)
+    groups = probe_groups(lm.config.vocab_size) * 7
+    kept, count, out = alive_after_forward(policy, groups)
+    out.sum().backward()
+    grads = {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
+    again = [m.forward.func.__name__ == "checkpoint" if hasattr(m.forward, "func") else False for m in policy.modules()
+             if isinstance(m, sft.GradientCheckpointingLayer)]
+    return SimpleNamespace(kept=kept, tokens=count, grads=grads, again=set(again), said=said)
+
+
+def test_layers_that_are_computed_again_keep_their_input_only(tmp_path):
+    (off,), (on,) = (ranks(1, make_policy, str(tmp_path), flag, 1e15) for flag in ("off", "on"))
+    assert (off.again, on.again) == ({False}, {True})
+    assert on.kept < off.kept / 3, (on.kept, off.kept)  # four layers keep little more than their inputs
+    for name, grad in off.grads.items():
+        assert torch.equal(grad, on.grads[name]), name  # the same kernels on the same numbers
+
+
+def test_auto_knows_what_a_micro_batch_will_keep(tmp_path):
+    (found,) = ranks(1, make_policy, str(tmp_path), "auto", 1e15, 280)
+    said = float(re.search(r"up to ([\d.]+) GB of activations, (\d+) tokens", found.said[-1])[1]) * 1e9
+    (fine,) = ranks(1, make_policy, str(tmp_path / "more"), "auto", 1e15, 280_000)
+    said = float(re.search(r"up to ([\d.]+) GB of activations, (\d+) tokens", fine.said[-1])[1]) * 1e9 / 280_000
+    assert found.again == {False} and said == pytest.approx(found.kept / found.tokens, rel=0.05)  # rows per token differ
+
+
+@pytest.mark.parametrize("free, again", [(1e15, {False}), (0, {True}), ([1e15, 0], {True})])
+def test_auto_decides_by_bytes_and_all_ranks_alike(free, again, tmp_path):
+    assert [r.again for r in ranks(2, make_policy, str(tmp_path), "auto", free)] == [again, again]
+
+
+@pytest.mark.parametrize("name, world, more", [
+    ("grpo", 1, ()), ("dpo", 2, ()), ("sft", 2, ("--tp_size", 2))])
+def test_a_run_ends_the_same(name, world, more, tmp_path):
+    rows, runs = tiny_rows(name, tmp_path / "rows.jsonl", 10), {}
+    for flag in "off", "on":
+        train(name, tmp_path / flag, "--dataset", rows, "--batch_size", 5, "--max_steps", 4, "--save_every", 0,
+              "--eval_every", 0, "--eval_rows", 2, "--activation_checkpointing", flag, *more, world=world)
+        runs[flag] = read_jsonl(tmp_path / flag / "metrics.jsonl")
+    assert not metric_differences(runs["off"], runs["on"])
+    assert not weight_differences(newest(tmp_path / "off"), newest(tmp_path / "on"), ROWS[name])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Qwen3Moe", "Gemma3Text"])
+def test_compiled_layers_agree_and_are_compiled_a_few_times(name, monkeypatch):
+    """Batches of six shapes: other tokens, segments, completions of one prompt. Each graph is compiled for the first
+    shape and once more for all others, not per shape."""
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled(f, backend=counter, **kw))
+    lm = build(name)
+    plain, policy, sft = Policy(build(name)), Policy(lm), script("sft")
+    args = SimpleNamespace(compile=True, activation_checkpointing="off")
+    sft.fit_memory(policy, 1, SimpleNamespace(args=args))
+    assert name in FLAT
+    graphs = []
+    for seed, take in enumerate([slice(0, 4), slice(0, 2), slice(1, 3), slice(2, 4), slice(0, 1), slice(0, 3)]):
+        groups = make_groups(seed)[take] + make_groups(seed + 9)[: seed]
+        wanted, got = (p(flat_batch(groups))["logprobs"] for p in (plain, policy))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+        a, b = gradients(plain, wanted.sum()), gradients(policy, got.sum())
+        worst = max(((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-3)).item() for k in a)
+        assert worst < 1e-4
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[2], graphs  # nothing new after the third shape
