@@ -75,8 +75,8 @@ def points(tiny):
         "vocabulary": [point | {"side": side} for point in heads for side in ("ours", "plain")],
         "size": [{"hidden": hidden, "layers": layers, "vocabulary": small["vocabulary"], "length": 128, "tokens": 1024,
                   "budget": 1024} for hidden, layers in sizes],
-        "ranks": [small | {"hidden": 64 if tiny else 384, "layers": 2 if tiny else 6, "rows": 32 // k, "ranks": world,
-                           "steps": 4, "budget": 512 // k} for world in (1, 2, 4)],
+        "ranks": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "ranks": world, "steps": 4,
+                           "rows": 4 if tiny else 16, "budget": 256 // k} for world in (1, 2, 4)],
         "spread": [small | {"sigma": sigma, "mean": 128 // k, "longest": 1024 // k, "tokens": 8192 // k,
                             "budget": 2048 // k} for sigma in (0.0, 0.5, 1.0, 1.5)],
         "startup": [{"script": name, "what": what} for name in SCRIPTS for what in LIMITS],
@@ -359,7 +359,7 @@ def measure_part(part, options):
                     found = forked(point | {"part": part}, options.threads, options.repeats)
             except Problem as e:
                 raise Problem(f"{part}, {shown}: {e}") from e
-            rows.append({"part": part, "round": number + 1} | point | found)
+            rows.append({"part": part, "round": number + 1, "point": point} | found)
             tokens = found.get("useful_tokens", 1)
             print(f"{part:<11}{shown}  {statistics.median(found['seconds']) / tokens:.3g} s per "
                   f"{'token' if tokens > 1 else 'start'}  {found.get('rise_bytes', 0) / 1e6:.0f} MB", flush=True)
