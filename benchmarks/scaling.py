@@ -6,8 +6,8 @@ How the cost of a token grows on the CPU, and how long a script takes to start. 
 length      rows of 128 to 2048 tokens, the same number of tokens in all
 group       1 to 16 completions of one prompt, the same number of completions in all
 vocabulary  the head alone, 1k to 150k words, then 1x to 8x the tokens; plain: logits and cross_entropy
-size        models of 0.5M to 60M weights, with the optimizer's step
-ranks       methods/sft.py itself in 1, 2 and 4 processes (gloo), one thread each
+size        models of 1.4M to 63M weights, with the optimizer's step
+ranks       methods/sft.py itself in 1, 2 and 4 processes (gloo), one thread each: three steps after the first
 spread      rows of log-normal length, sigma 0 to 1.5, the same number of tokens in all
 startup     --help, a wrong flag, and the first optimizer step of the tiny lab, of every script
 
@@ -384,6 +384,10 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="an eighth of the size, to try the benchmark itself")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options, failed = parser.parse_args(argv), 0
+    if min(options.threads, options.rounds, options.repeats) < 1:
+        parser.error("--threads, --rounds and --repeats must be at least 1")
+    if not options.out.absolute().parent.is_dir() or not Path("/proc/self/clear_refs").exists():
+        parser.error("--out must be in a folder that exists, and memory is read as Linux tells it")
     before = about(options)
     for part in options.only:
         try:
