@@ -329,11 +329,14 @@ def about(options):
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
     files = [*sorted(ROOT.glob("methods/*.py")), *sorted(ROOT.glob("common/*.py")), Path(__file__).resolve()]
-    words = [f"--threads {options.threads} --rounds {options.rounds} --repeats {options.repeats}"]
+    waits = os.environ.get("OMP_WAIT_POLICY")  # passive: two threads on a busy machine do not spin for each other
+    words = [f"OMP_WAIT_POLICY={waits}"] if waits else []
+    words += [f"python benchmarks/scaling.py --threads {options.threads} --rounds {options.rounds}"]
+    words += [f"--repeats {options.repeats}"]
     words += ["--tiny"] if options.tiny else []
     words += [f"--only {' '.join(options.only)}"] if options.only != list(points(False)) else []
     return {
-        "command": " ".join(["python benchmarks/scaling.py", *words]), "git": git("rev-parse", "HEAD"),
+        "command": " ".join(words), "git": git("rev-parse", "HEAD"),
         "uncommitted": bool(git("status", "--porcelain", "methods", "common", "benchmarks/scaling.py")),
         "sha256": {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files},
         "device": f"{platform.machine()} {found[1] if found else ''}, {os.cpu_count()} logical CPUs",
