@@ -1,10 +1,10 @@
 """
-The generated parts of README.md and benchmarks/README.md, and the picture, from the committed results.
+The generated parts of README.md and benchmarks/README.md, and the pictures, from the committed results.
 
     python benchmarks/plots.py            write them
     python benchmarks/plots.py --check    say what is not current, exit code 1
 
-A generated part stands between <!-- generated: NAME --> and <!-- end -->. One whose results do not exist is empty. The
+A generated part stands between <!-- generated: NAME --> and <!-- end -->. One whose results do not exist is empty. A
 picture carries a digest of the numbers that it shows, so that checking it takes no drawing.
 """
 
@@ -15,8 +15,9 @@ import importlib.util
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, mode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -340,6 +341,147 @@ def part_hostile():
     return f"## Hostile inputs\n\n{text}\n{table(head, shown)}\n{about}" if found else ""
 
 
+SCALED = {  # part of scaling.py: title, what is measured
+    "length": ("Length of rows", """The same number of tokens in longer and longer rows, in micro-batches of one size.
+Attention's FLOPs grow with length, and with them the least time."""),
+    "group": ("Completions of a prompt", """The same number of completions, more and more of them to a prompt, which is
+computed once for all of them."""),
+    "vocabulary": ("Vocabulary", """The head alone, forward and backward, beside plain logits and `cross_entropy`. Least
+time: 6 FLOPs a weight and token; ours computes the logits again in backward, 8. Memory: beyond the weights, the hidden
+states and the weights' gradient."""),
+    "size": ("Size of the model", """Forward, backward and AdamW. Memory: of the process, beyond what it had before the
+model; weights, gradients and Adam's two moments in fp32 are 16 bytes a weight."""),
+    "ranks": ("Processes", """`methods/sft.py` itself with gloo, one thread a process, the same rows in micro-batches of
+the same size. More processes than cores cannot be faster. CPU time: of all processes. Memory: of the process with most,
+the model's included; what is above the dashed line is a micro-batch's activations, gathered layers and what malloc
+keeps, and does not shrink with more processes."""),
+    "spread": ("Spread of lengths", """Rows of log-normal length, the same number of tokens in all. Padded: what batches
+of 8 of these rows would compute, each as long as its longest."""),
+}  # fmt: skip
+
+
+def scaling(part):
+    """-> [(a point with what is known of it, {figure: values over rounds and repetitions})]. ms, cpu: milliseconds per
+    useful token; least: what its FLOPs take at the matrix product's rate; times: ms / least, in one process; mb: how
+    far memory rises; computed, padded: tokens per useful token."""
+    points, found = {}, []
+    for row in lines(RESULTS / "scaling.jsonl"):
+        if row["part"] == part:
+            points.setdefault(json.dumps(row["point"]), []).append(row)
+    for rows in points.values():
+        figures = {name: [] for name in ("ms", "cpu", "least", "times", "mb", "computed", "padded")}
+        for row in rows:
+            tokens, rates = row["useful_tokens"], row.get("matmul_flops_per_second")
+            figures["ms"] += [1e3 * s / tokens for s in row["seconds"]]
+            figures["cpu"] += [1e3 * s / tokens for s in row["cpu_seconds"]]
+            figures["mb"].append(row["rise_bytes"] / 1e6)
+            figures["computed"].append(row.get("computed_tokens", tokens) / tokens)
+            figures["padded"].append(row.get("padded_tokens", tokens) / tokens)
+            figures["least"] += [1e3 * row["flops"] / mean(rates) / tokens] if rates else []
+            figures["times"] += [s * mean(rates) / row["flops"] for s in row["seconds"]] if rates else []
+        found.append((rows[0] | rows[0]["point"], figures))
+    return found
+
+
+def scaling_panels(part):
+    """-> [(x label, y label, {line: [(x, values)]})], what a picture shows. Lines named (...) are dashed."""
+    points, least = scaling(part), "(least time)"
+
+    def line(x, figure, points=points):
+        return [(x(row), figure(row, f) if callable(figure) else f[figure]) for row, f in points]
+
+    if part == "vocabulary":
+        panels = []
+        for key, other, label in (("vocabulary", "tokens", "words of the vocabulary"),
+                                  ("tokens", "vocabulary", "scored tokens")):
+            usual = mode(row[other] for row, _ in points)
+            chosen = sorted((p for p in points if p[0][other] == usual), key=lambda p: p[0][key])  # noqa: B023
+            for y, figure in (("time / least time", "times"), ("MB beyond the gradient", head_memory)):
+                sides = {side: [p for p in chosen if p[0]["side"] == side] for side in ("ours", "plain")}
+                panels.append((f"{label} ({other}: {usual})", y, {
+                    side: line(lambda row: row[key], figure, some) for side, some in sides.items()}))  # noqa: B023
+        return panels
+    x, label = {
+        "length": (lambda row: row["length"], "tokens of a row"),
+        "group": (lambda row: row["group"], "completions of a prompt"),
+        "size": (lambda row: row["weights"] / 1e6, "million weights"),
+        "ranks": (lambda row: row["ranks"], "processes"),
+        "spread": (lambda row: row["sigma"], "sigma of log(length)"),
+    }[part]
+    time, memory = {"ours": line(x, "ms"), least: line(x, "least")}, {"ours": line(x, "mb")}
+    computed = {"ours": line(x, "computed")}
+    if part == "length":
+        return [(label, "ms per token", time), (label, "MB above the model's", memory)]
+    if part == "group":
+        repeated = {"(prompt repeated)": line(x, lambda row, _: [1 + row["prompt"] / row["completion"]])}
+        return [(label, "ms per completion token", time), (label, "MB above the model's", memory),
+                (label, "tokens computed\nper completion token", computed | repeated)]
+    if part == "size":
+        whole = {"process": line(x, lambda row, f: [row["model_bytes"] / 1e6 + mb for mb in f["mb"]])}
+        whole |= {"(16 bytes a weight)": line(x, lambda row, _: [16e-6 * row["weights"]])}
+        return [(label, "time / least time", {"ours": line(x, "times")}), (label, "MB", whole)]
+    if part == "ranks":
+        shard = {"(weights, gradients, Adam)": line(x, lambda row, _: [rank_memory(row)])}
+        return [(label, "ms per token", {"CPU, all processes": line(x, "cpu"), "on the clock": line(x, "ms")}),
+                (label, "MB of a process", {"above its start": line(x, "mb")} | shard)]
+    return [(label, "ms per token", time),
+            (label, "tokens computed\nper token of a row", computed | {"padded": line(x, "padded")})]
+
+
+def head_memory(row, figures):
+    return [mb - 4e-6 * row["weights"] for mb in figures["mb"]]
+
+
+def rank_memory(row):
+    return sum(row[key] for key in ("parameters", "gradients", "optimizer")) / 1e6
+
+
+def span(values):
+    """Median and range."""
+    low, middle, high = (f"{x:.3g}" for x in (min(values), median(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def part_scaling():
+    """A picture and a table of every part of scaling.py."""
+    text, made = "", {}
+    for row in lines(RESULTS / "scaling.jsonl"):
+        made[f"`{row['command']}`, {row['date']}, {row['device']}, {row['threads']} threads, torch {row['torch']}"] = 1
+    times = {"ms a token:": "ms", "CPU ms a token:": "cpu", "times the least:": "times"}
+    columns = {
+        "length": {"tokens of a row:": "length"} | times | {"MB:": "mb"},
+        "group": {"completions:": "group"} | times | {"tokens computed:": "computed", "MB:": "mb"},
+        "vocabulary": {"words:": "vocabulary", "tokens:": "tokens", "head": "side"} | times | {"MB:": head_memory},
+        "size": {"weights:": "weights", "layers:": "layers", "hidden:": "hidden"} | times
+        | {"MB, model and Adam:": lambda row, _: [row["model_bytes"] / 1e6], "MB, the work:": "mb"},
+        "ranks": {"processes:": "ranks", "ms a token:": "ms", "CPU ms a token:": "cpu"}
+        | {f"{key}, MB:": lambda row, _, key=key: [row[key] / 1e6] for key in ("parameters", "gradients", "optimizer")}
+        | {"process, MB:": "mb"},
+        "spread": {"sigma:": "sigma"} | times | {"tokens computed:": "computed", "padded:": "padded", "MB:": "mb"},
+    }  # fmt: skip
+    for part, (title, about) in SCALED.items():
+        points = scaling(part)
+        cells = [[row[c] if c in row["point"] or c == "weights" else span(c(row, f) if callable(c) else f[c])
+                  for c in columns[part].values()] for row, f in points]
+        picture = f"![{title}](results/{scaling_picture(part).name})\n\n"
+        text += f"### {title}\n\n{about}\n\n{picture}{table(columns[part], cells)}\n" if points else ""
+    starts = {}
+    for row in lines(RESULTS / "scaling.jsonl"):
+        if row["part"] == "startup":
+            point = starts.setdefault(row["point"]["script"], {}).setdefault(row["point"]["what"], [])
+            point += row["seconds"]
+    if starts:
+        whats = list(next(iter(starts.values())))
+        cells = [[f"`methods/{name}.py`", *(span(found[what]) for what in whats)] for name, found in starts.items()]
+        text += "### Start-up\n\nSeconds of a fresh process; the first step is the tiny lab's.\n\n"
+        text += table(("script", *(f"{what}:" for what in whats)), cells) + "\n"
+    head = """How the cost of a token grows on the CPU, random weights in fp32: medians, and the range over all rounds
+and repetitions. Least time: what the FLOPs take as one fp32 matrix product, in the same process. What exactly is
+measured stands at the top of `benchmarks/scaling.py`.
+"""
+    return f"## Growth\n\n{head}\n{text}{'; '.join(made)}.\n\n" if text else ""
+
+
 def planned(kind):
     """Lines of plan.py, and how they were made."""
     found = [row for row in lines(RESULTS / "plan.jsonl") if row["kind"] == kind]
@@ -414,7 +556,7 @@ def digest():
     return hashlib.sha256(json.dumps(curves()).encode()).hexdigest()
 
 
-def draw():
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -426,7 +568,11 @@ def draw():
         "xtick.color": "#555555", "ytick.color": "#555555", "axes.labelcolor": "#333333",
         "lines.solid_capstyle": "round",
     }
-    shown = curves()
+    return plt
+
+
+def draw():
+    plt, shown = pyplot(), curves()
     figure, axes = plt.subplots(2, len(shown), figsize=(3.3 * len(shown), 4.9), sharex="col", squeeze=False)
     for column, (script, metrics) in zip(axes.T, shown.items()):
         for axis, seeds in zip(column, metrics.values()):
@@ -457,11 +603,48 @@ def draw():
     plt.close(figure)
 
 
+def scaling_picture(part):
+    return RESULTS / f"scaling_{part}.png"
+
+
+def scaling_digest(part):
+    return hashlib.sha256(json.dumps(scaling_panels(part)).encode()).hexdigest()
+
+
+def scaling_draw(part):
+    """Medians, with a bar from the least to the most."""
+    plt, panels = pyplot(), scaling_panels(part)
+    height, width = (2, 2) if len(panels) == 4 else (1, len(panels))
+    figure, axes = plt.subplots(height, width, figsize=(10.2 if width == 3 else 8.4, 2.9 * height), squeeze=False)
+    for axis, (x_label, y_label, shown) in zip(axes.flat, panels):
+        for color, (name, points) in zip(("#2f6f9f", "#b5532a"), shown.items()):
+            places, values = [x for x, _ in points], [v for _, v in points]
+            middle = [median(v) for v in values]
+            if name.startswith("("):
+                axis.plot(places, middle, color="#888888", linewidth=1.4, linestyle="--", label=name.strip("()"))
+                continue
+            axis.plot(places, middle, color=color, linewidth=2.2, marker="o", markersize=4.5, label=name)
+            axis.vlines(places, [min(v) for v in values], [max(v) for v in values], color=color, linewidth=1)
+        if min(places) > 0:
+            axis.set_xscale("log", base=2)
+            axis.minorticks_off()
+        axis.set_xticks(places, [f"{x / 1000:g}k" if x >= 10_000 else f"{x:.3g}" if x < 100 else f"{x:.0f}"
+                                 for x in places])
+        axis.set_ylim(0, 1.35 * axis.dataLim.y1)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        if len(shown) > 1:
+            axis.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=2, handlelength=1.4, columnspacing=1)
+    figure.tight_layout(h_pad=1.4, w_pad=1.8)
+    figure.savefig(scaling_picture(part), dpi=110, metadata={"Description": scaling_digest(part), "Software": None})
+    plt.close(figure)
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def stale():
-    """-> what is not current: the pages' text as it should be, by path, and the picture."""
+    """-> what is not current, by path: the text of a page as it should be, or what draws a picture."""
     wrong = {}
     for page in PAGES:
         text = page.read_text()
@@ -469,7 +652,11 @@ def stale():
         if new != text:
             wrong[page] = new
     if curves() and (not PICTURE.is_file() or digest().encode() not in PICTURE.read_bytes()):
-        wrong[PICTURE] = None
+        wrong[PICTURE] = draw
+    for part in SCALED:
+        path = scaling_picture(part)
+        if scaling(part) and (not path.is_file() or scaling_digest(part).encode() not in path.read_bytes()):
+            wrong[path] = partial(scaling_draw, part)
     return wrong
 
 
@@ -480,8 +667,8 @@ def main():
     wrong = stale()
     for path, text in wrong.items():
         print(f"{path.relative_to(ROOT)} {'is not current: python benchmarks/plots.py' if check else 'written'}")
-        if not check and text is None:
-            draw()
+        if not check and callable(text):
+            text()
         elif not check:
             path.write_text(text)
     return 1 if check and wrong else 0
