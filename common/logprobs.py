@@ -162,7 +162,8 @@ class ScoredHead(torch.autograd.Function):
         rows, out = max(1, CHUNK.get(hidden.device.type, 2**28) // len(weight)), defaultdict(list)
         first = len(weight) * dist.get_rank(group) if group else 0  # of this rank's rows in the whole vocabulary
         for h, y in zip(hidden.split(rows), labels.split(rows)):
-            logp = _log_softmax(_logits(h, weight, bias, *shape)[0], group)
+            z, slope = _logits(h, weight, bias, *shape)
+            logp = _log_softmax(z, group)
             at, own = _own(y, first, len(weight))
             out["logprobs"].append(logp.gather(1, at[:, None])[:, 0] * own)
             if "mean_logprob" in want:
@@ -179,8 +180,8 @@ class ScoredHead(torch.autograd.Function):
                 out["entropy"].append(-torch.linalg.vecdot(p, logp))
         out = {name: torch.cat(chunks) for name, chunks in out.items()}
         if "topk" in want and group:
-            logp, ids = (_gather(x, group) for x in (out["topk"], out["topk_ids"] + first))
-            out["topk"], at = logp.topk(topk)
+            values, ids = (_gather(x, group) for x in (out["topk"], out["topk_ids"] + first))
+            out["topk"], at = values.topk(topk)
             out["topk_ids"] = ids.gather(1, at)
         for name in out.keys() - {"topk", "topk_ids"} if group else ():
             dist.all_reduce(out[name], dist.ReduceOp.MAX if name == "correct" else dist.ReduceOp.SUM, group)
@@ -189,6 +190,7 @@ class ScoredHead(torch.autograd.Function):
         if "correct" in want:
             out["correct"] = out["logprobs"] == out["correct"]
         ctx.rows, ctx.shape, ctx.group, ctx.first = rows, shape, group, first
+        ctx.last = logp, slope  # backward begins with this chunk, and would need as much memory to compute it again
         ctx.save_for_backward(hidden, weight, bias, labels, *(out.get(x) for x in ("topk_ids", "sum_p2", "entropy")))
         ctx.mark_non_differentiable(*(out[name] for name in ("topk_ids", "correct") if name in out))
         ctx.set_materialize_grads(False)  # None: nobody wants this gradient
@@ -204,15 +206,17 @@ class ScoredHead(torch.autograd.Function):
         d_hidden, d_weight, d_bias = (
             torch.zeros_like(x, dtype=torch.float32 if x is not hidden else None) if wanted else None
             for x, wanted in zip((hidden, weight, bias), ctx.needs_input_grad))
-        for i in range(0, len(labels), ctx.rows):
-            part = slice(i, i + ctx.rows)
-            z, slope = _logits(hidden[part], weight, bias, *ctx.shape)
-            p = _log_softmax(z, ctx.group).exp_() if ctx.group else z.softmax(-1)
+        for i in reversed(range(0, len(labels), ctx.rows)):
+            part, (logp, slope), ctx.last = slice(i, i + ctx.rows), ctx.last, (None, None)
+            if logp is None:
+                z, slope = _logits(hidden[part], weight, bias, *ctx.shape)
+                logp, z = _log_softmax(z, ctx.group), None
+            p = logp.exp_() if g_entropy is None else logp.exp()
             factor = -total[part, None]  # d_z is p times this, plus single entries
             if g_sum_p2 is not None:
                 factor = factor + 2 * g_sum_p2[part, None] * (p - sum_p2[part, None])
             if g_entropy is not None:
-                factor = factor - g_entropy[part, None] * _log_softmax(z, ctx.group).add_(entropy[part, None])
+                factor = factor - g_entropy[part, None] * logp.add_(entropy[part, None])
             at, own = _own(labels[part, None], ctx.first, vocabulary)
             d_z = p.mul_(factor).scatter_add_(1, at, g_logprobs[part, None] * own)
             if g_topk is not None:
