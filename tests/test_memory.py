@@ -54,8 +54,6 @@ def make_policy(rank, world, folder, flag, free, tokens=100, **more):
     argv = ["--output_dir", f"{folder}/{rank}-{flag}", "--activation_checkpointing", flag]
     argv += [w for k, v in more.items() for w in (f"--{k}", str(v))]
     sft.free_bytes = lambda: free[rank] if isinstance(free, list) else free
-    said = []
-    sft.say = lambda run, text, end="\n": said.append(text)
     args = sft.parse_args(argv)
     run = sft.setup(args)
     _, lm = sft.load_model(args, run)
@@ -67,7 +65,7 @@ def make_policy(rank, world, folder, flag, free, tokens=100, **more):
     grads = {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
     again = [m.forward.func.__name__ == "checkpoint" if hasattr(m.forward, "func") else False for m in policy.modules()
              if isinstance(m, sft.GradientCheckpointingLayer)]
-    return SimpleNamespace(kept=kept, tokens=count, grads=grads, again=set(again), said=said)
+    return SimpleNamespace(kept=kept, tokens=count, grads=grads, again=set(again), said=run.memory)
 
 
 def test_layers_that_are_computed_again_keep_their_input_only(tmp_path):
@@ -81,7 +79,7 @@ def test_layers_that_are_computed_again_keep_their_input_only(tmp_path):
 def test_auto_knows_what_a_micro_batch_will_keep(tmp_path):
     (found,) = ranks(1, make_policy, str(tmp_path), "auto", 1e15, 280)
     (fine,) = ranks(1, make_policy, str(tmp_path / "more"), "auto", 1e15, 280_000)
-    said = float(re.search(r"up to ([\d.]+) GB of activations, (\d+) tokens", fine.said[-1])[1]) * 1e9 / 280_000
+    said = float(re.search(r"up to ([\d.]+) GB of activations", fine.said)[1]) * 1e9 / 280_000
     assert found.again == {False} and said == pytest.approx(found.kept / found.tokens, rel=0.05)  # other scored shares
 
 
