@@ -475,7 +475,7 @@ def fit_memory(policy, tokens, run):
     where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam. tokens: of the
     largest group. All ranks decide alike: layers under tensor parallelism are collective whenever they are computed."""
     args, layers = run.args, [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
-    again = args.activation_checkpointing == "on"
+    again, run.memory = args.activation_checkpointing == "on", "not looked at"
     if args.activation_checkpointing == "auto":
         kept, batch = [], flat_batch(run.probe, run.device)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.untyped_storage()) or x, lambda x: x):
@@ -488,9 +488,10 @@ def fit_memory(policy, tokens, run):
         activations = sum(kept.values()) / len(batch["input_ids"]) * most
         need = activations + 12 * sum(p.numel() for p in own)  # gradients, two moments
         again = all_most(run, need > 0.8 * free_bytes()) == 1  # the rest: logits of a chunk, a layer's gradients
-        say(run, f"memory    up to {activations / 1e9:.2f} GB of activations, {most} tokens{' do not fit' * again}")
+        run.memory = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens{': too many' * again}"
     for layer in layers if args.compile else ():
         layer.forward = torch.compile(layer.forward, dynamic=True)  # every micro-batch has a size of its own
+    run.memory += ", layers are computed again in backward" * again
     for layer in layers if again else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -1125,6 +1126,7 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
         f"{16 * weights * run.args.replicate_size / run.world / 1e9:.2f} GB a rank")
+    say(run, f"memory    {run.memory}")
     say(run, f"command   {run.command}")
 
 
