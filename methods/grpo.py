@@ -414,7 +414,7 @@ def sample_continuous(groups, copies, place, run):
         torch.cuda.synchronize()  # `refresh` wrote the weights on a stream that the engine's does not wait for
     engine.start()
     try:
-        with engine.pause():  # until all requests are there: what is computed together does not depend on the clock
+        with engine.pause():  # until all prompts are there: what is computed together does not depend on the clock
             torch.manual_seed(int(uniforms((*place, run.rank), run.args.seed, 1) * 2**53))
             for group in groups:
                 # the fork is made where one token is left, and there has to be a token before it (transformers 5.23)
