@@ -421,7 +421,7 @@ def shared_update(lab, method, step, groups):
                          for name, rows in variants.items()})  # fmt: skip
     for name in variants:
         lab.speed(name, found[name], tokens, flops, rates)
-    lab.numbers["speedup"] = found["repeated"]["seconds"] / found["shared"]["seconds"]
+    lab.numbers["ratio repeated"] = found["repeated"]["seconds"] / found["shared"]["seconds"]
 
 
 def make_pairs(lab):
@@ -498,16 +498,117 @@ def head(lab):
         hidden.grad = weight.grad = None
         loss().backward()
 
-    for name, loss in losses.items():
-        step(loss)
+    for name in "ours", "cross_entropy":
+        step(losses[name])
         gradients[name] = hidden.grad, weight.grad
-        for what, ours, theirs in zip(("hidden", "weight"), gradients["ours"], gradients[name]):
-            error = (ours.float() - theirs.float()).norm() / ours.float().norm()
-            lab.check(f"{name}: gradient of {what}, relative difference", error, 1e-5 if lab.tiny else 2e-2)
+    for what, ours, theirs in zip(("hidden", "weight"), *gradients.values()):
+        error = (ours.float() - theirs.float()).norm() / ours.float().norm()
+        lab.check(f"gradient of {what}, relative difference", error, 1e-5 if lab.tiny else 2e-2)
     gradients.clear()
     flops = 6 * m * width * vocabulary
     for name, found in lab.measure({name: lambda loss=loss: step(loss) for name, loss in losses.items()}).items():
         lab.speed(name, found, m, flops, rates)
+
+
+# ---- TRL -------------------------------------------------------------------------------------------------------------
+
+TRL = {  # what is changed of TRL's defaults, whose micro-batches are of 8 sequences or pairs
+    "default": {},
+    "best": {"gradient_checkpointing": False},
+}
+
+
+def trl_update(lab, method):
+    """Our optimizer step, and TRL's in its settings: the same rows, weights, completions and rewards. DPO's reference
+    log-probs are computed before, on both sides in the best setting, and once a step by TRL in its default."""
+    try:
+        from trl_worker import make_trainer  # of this folder
+        import trl  # noqa: F401
+    except ImportError:
+        lab.numbers["note"] = "trl is not installed here: no comparison"
+        return
+    torch, size, rates = lab.torch, lab.size, lab.rates()
+    flags = {"tokens_per_microbatch": size["budget"], "num_generations": size["group"], "max_length": 2**20}
+    flags |= {"max_completion_length": 2 * size["completion"]}
+    module, run, policy, optimizer = lab.trainer(method, "0.6b", **flags)
+    tokenizer = module.load_tokenizer(str(ROOT / "common" / "tiny" / "model"), "")
+    stops, scratch, noise = module.stop_ids(tokenizer, policy.lm.generation_config), Path(run.out), random.Random(0)
+
+    def message(role, length):
+        digits = noise.choices("0123456789", k=round(length * noise.uniform(0.6, 1.4)))
+        return [{"role": role, "content": "".join(digits)}]
+
+    count, rows = size["pairs"] if method == "dpo" else size["prompts"], []
+    for _ in range(count):
+        answers = [message("assistant", size["completion"] // 2) for _ in range(2 * (method == "dpo"))]
+        rows.append({"prompt": message("user", size["prompt"]), **dict(zip(("chosen", "rejected"), answers))})
+    (scratch / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = module.load_groups(str(scratch / "rows.jsonl"), tokenizer, stops, run.args)[0]
+    rewards = [noise.random() for _ in range(count * size["group"])]
+    if method == "grpo":
+        for group in groups:
+            texts = [message("assistant", size["completion"])[0]["content"] for _ in range(size["group"])]
+            ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], stops[0]] for text in texts]
+            group["completions"] = [{"ids": array("i", x), "scored": None} for x in ids]
+        advantages = module.compute_advantages(torch.tensor(rewards).view(count, -1), run.args, run)
+        for group, values in zip(groups, advantages.tolist()):
+            for completion, value in zip(group["completions"], values):
+                completion["advantage"] = value
+    else:
+        for batch, members, _ in module.rank_batches(groups, groups[0], run.args, run):
+            with torch.no_grad():
+                values = module.seq_sums(policy(batch)["logprobs"], batch).tolist()
+            for completion, value in zip((c for group in members for c in group["completions"]), values):
+                completion["ref_logprob"] = value
+    tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
+    step = {"dpo": dpo_step, "grpo": grpo_step}[method]
+    first = step(module, run, policy, optimizer, groups)
+    found = lab.measure({"ours": lambda: step(module, run, policy, optimizer, groups)})["ours"]
+    lab.speed("ours", found, tokens, flops, rates)
+    shape, policy, optimizer = policy.lm.config, None, None
+    for name, setting in TRL.items():
+        with torch.device("meta"):
+            lm = module.AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa")
+        lab.fill(module, run, lm)
+        at, micro = [], 8 if count % 8 == 0 else 1
+        sequences = count * (size["group"] if method == "grpo" else 1)
+        config = {"use_cpu": lab.tiny, "bf16": not lab.tiny, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+        config |= {"max_steps": 1 + size["warmup"] + size["windows"], "per_device_train_batch_size": micro}
+        config |= {"gradient_accumulation_steps": sequences // micro, "save_strategy": "no"} | setting
+        if method == "grpo":
+            config |= {"num_generations": size["group"], "max_completion_length": 2 * size["completion"]}
+            config |= {"shuffle_dataset": False, "beta": 0.0}
+        else:
+            config |= {"max_length": None, "precompute_ref_log_probs": name == "best"}
+        spec = {"method": method, "data": str(scratch / "rows.jsonl"), "model": lm, "config": config}
+        spec |= {"scratch": str(scratch / name)}
+        rewarded = {"reward_funcs": lambda prompts, completions, **_: rewards}
+        more = rewarded if method == "grpo" else {"ref_model": copy.deepcopy(lm)}
+        trainer, record = make_trainer(spec, processing_class=tokenizer, **more)
+        if method == "grpo":
+            completions = [[*c["ids"]] for group in groups for c in group["completions"]]
+            trainer._generate_single_turn = lambda prompt_ids, *_, completions=completions, **__: (completions, None)
+        on_log = record.on_log
+
+        def logged(*inputs, on_log=on_log, at=at, **more):
+            lab.synchronize()
+            at.append(time.perf_counter())
+            on_log(*inputs, **more)
+
+        record.on_log = logged
+        if not lab.tiny:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        times = [b - a for a, b in pairwise(at)][size["warmup"] : size["warmup"] + size["windows"]]
+        found = {"seconds": statistics.median(times), "range": [min(times), max(times)], **lab.peak()}
+        lab.speed(f"trl {name}", found, tokens, flops, rates)
+        loss, norm = record.steps[0]["loss"], record.steps[0]["grad_norm"]
+        lab.check(f"trl {name}: loss, difference", abs(first[0] - loss), 1e-4 if lab.tiny else 2e-2)
+        lab.check(f"trl {name}: gradient norm, relative", abs(first[1] - norm) / norm, 1e-3 if lab.tiny else 5e-2)
+        if all(check["value"] <= check["limit"] for check in lab.checks):  # else it is not the same work
+            lab.numbers[f"ratio {name}"] = found["seconds"] / lab.numbers["ours"]["seconds"]
+        del trainer, lm
 
 
 # name: function, arguments, seconds that it may take; checks first, then what matters most
@@ -522,6 +623,8 @@ CASES = {
     "dpo_update": (lambda lab: shared_update(lab, "dpo", dpo_step, make_pairs(lab)), (), 90),
     "grpo_update": (lambda lab: shared_update(lab, "grpo", grpo_step, make_rollout(lab)), (), 90),
     "head": (head, (), 60),
+    "trl_dpo": (trl_update, ("dpo",), 120),
+    "trl_grpo": (trl_update, ("grpo",), 120),
     "rollout_continuous": (rollout, ("continuous",), 120),
     "rollout_loop": (rollout, ("loop",), 120),
     "compile": (sft_flag, ("compile", (False, True)), 120),
@@ -592,7 +695,8 @@ def describe(row):
             words.append(f"{name} {found['seconds']:.3g} s, {found['tokens_per_s']:.0f} tokens/s, {limit}, "
                          f"{memory:.3g} GB")  # fmt: skip
     words += [value for key, value in numbers.items() if key.startswith("note")]
-    words += [f"repeated prompts take {numbers['speedup']:.2f} times as long"] if "speedup" in numbers else []
+    for key, what in ("ratio repeated", "repeated prompts"), ("ratio default", "TRL"), ("ratio best", "TRL's best"):
+        words += [f"{what}: {numbers[key]:.2f} times our time"] if key in numbers else []
     return f"{'ok' if row['ok'] else 'FAILED':<7}{row['case']:<28}{row['case_seconds']:>4.0f} s  {'; '.join(words)}"
 
 

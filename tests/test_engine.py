@@ -26,8 +26,8 @@ def make_run(*flags):
     """What `sample` and `start_engine` use of a run, with the tiny model as the copy that samples."""
     folder = ROOT / "common" / "tiny" / "model"
     settings = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH}
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    run = SimpleNamespace(args=grpo.parse_args([*words, *flags]), device=torch.device("cpu"), rank=0)
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    run = SimpleNamespace(args=grpo.parse_args([*map(str, [*words, *flags])]), device=torch.device("cpu"), rank=0)
     run.sampler = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     run.stops = stop_ids(AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder))
     run.engine = grpo.start_engine(run.sampler, run)
@@ -134,6 +134,20 @@ def test_logprobs_are_the_policys(run):
     groups = sampled(run)
     assert gap(run, groups) < ROUNDING
     assert gap(run, groups[:4]) < 1e-5  # known text
+
+
+def test_little_room(monkeypatch):
+    """16 pages for 28 sequences, some of two pages: forks that find no room begin again with the prompt."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    again, whole = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", lambda s: again.append(s) or whole(s))
+    run = make_run("--engine", "continuous", "--max_length", 256)
+    assert run.engine.batch_processor.cache.num_blocks == 16
+    groups = sampled(run)
+    assert again
+    assert gap(run, groups) < ROUNDING
+    assert all(c["stopped"] or len(c["ids"]) == LENGTH for group in groups for c in group["completions"])
 
 
 @pytest.mark.parametrize("dropped", [True, False])
