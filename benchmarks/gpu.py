@@ -646,12 +646,13 @@ def child(name, tiny, path):
         import torch
         import transformers
 
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": torch.version.cuda}
+        row |= {"device": platform.machine() if tiny else torch.cuda.get_device_name(), "versions": versions}
         lab = Lab(tiny)
         function, arguments, _ = CASES[name]
         function(lab, *arguments)
+        versions |= {"trl": sys.modules["trl"].__version__} if "trl" in sys.modules else {}
         row["ok"] = all(check["value"] <= check["limit"] for check in lab.checks)  # False for NaN
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "cuda": torch.version.cuda}
-        row |= {"device": platform.machine() if tiny else torch.cuda.get_device_name(), "versions": versions}
     except BaseException as e:  # of any kind, SystemExit included: it costs this case only
         traceback.print_exc()
         row["error"] = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
