@@ -154,9 +154,10 @@ class Lab:
             local = p.detach().to_local() if hasattr(p, "to_local") else p.detach()  # this process is the only rank
             local.normal_(0, 0.02) if p.ndim > 1 else local.fill_(float(name.endswith("norm.weight")))
 
-    def trainer(self, method, shape, **flags):
+    def trainer(self, method, shape, groups, **flags):
         module, run, lm = self.prepare(method, shape, **flags)
         policy = self.policy(module, run, lm)
+        module.fit_memory(policy, module.longest(groups), run)
         optimizer = self.torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
         return module, run, policy, optimizer
 
@@ -363,7 +364,7 @@ def compiled(lab):
         return
     groups, found, budget = make_groups(lab, 4, 1, 0, lab.size["row"] // 4), [], lab.size["budget"]
     for on in (False, True):
-        found.append(sft_step(*lab.trainer("sft", "0.6b", compile=on, tokens_per_microbatch=budget), groups))
+        found.append(sft_step(*lab.trainer("sft", "0.6b", groups, compile=on, tokens_per_microbatch=budget), groups))
     for name, a, b in zip(("loss", "gradient norm"), *found):
         lab.check(f"{name}: relative difference", abs(a - b) / abs(a), 1e-5 if lab.tiny else 2e-2)
 
@@ -377,7 +378,7 @@ def time_sft(lab, shape, **flags):
     noise, vocabulary = random.Random(1), (TINY if lab.tiny else COMMON)["vocab_size"]
     for group in groups:
         group["completions"][0]["ids"] = array("i", [noise.randrange(vocabulary) for _ in range(lab.size["row"])])
-    module, run, policy, optimizer = lab.trainer("sft", shape, tokens_per_microbatch=lab.size["row"], **flags)
+    module, run, policy, optimizer = lab.trainer("sft", shape, groups, tokens_per_microbatch=lab.size["row"], **flags)
     tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
     found = lab.measure({"step": lambda: sft_step(module, run, policy, optimizer, groups)})["step"]
     return found, tokens, flops
@@ -404,7 +405,7 @@ def sft_flag(lab, flag, values):
 def shared_update(lab, method, step, groups):
     """An optimizer step with shared prompts, and the same with prompts repeated: one loss, two amounts of work."""
     rates, flags = lab.rates(), {"tokens_per_microbatch": lab.size["budget"], "num_generations": lab.size["group"]}
-    module, run, policy, optimizer = lab.trainer(method, "0.6b", **flags)
+    module, run, policy, optimizer = lab.trainer(method, "0.6b", groups, **flags)
     variants, first = {"shared": groups, "repeated": repeat_prompts(groups)}, {}
     tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}

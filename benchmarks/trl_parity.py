@@ -471,7 +471,8 @@ def parity(options):
         shutil.copy(first["rows"], kept)  # the next run writes its own
     case("grpo run, dapo, accumulated 2 x 16", parity_replay, {},
          {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}, options)  # fmt: skip
-    two = {"num_iterations": 2, "loss_type": "grpo", "scale_rewards": "batch", "learning_rate": 3e-4}
+    # beta > 0, or entropy and clip_frac would be means over the groups that have a signal, TRL's over all of them
+    two = {"num_iterations": 2, "loss_type": "grpo", "scale_rewards": "batch", "learning_rate": 3e-4, "beta": 1e-9}
     case("grpo run, grpo, 2 iterations", parity_replay, two, {}, options)
     if first:
         case("grpo batch", parity_batch, options, first["samples"], kept)

@@ -36,26 +36,31 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 
 def flat_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
                    softcap=None, s_aux=None, cu_seqlens_q=None, cu_seqlens_k=None, max_q=None, max_k=None,
-                   kv_index=None, position_ids=None, use_cache=None, **unknown):
+                   kv_index=None, decoder=None, position_ids=None, use_cache=None, output_router_logits=None,
+                   **unknown):
     """Causal attention inside the segments of one flat row; the model's layers call it (AttentionInterface).
 
     query (1, H, N, d), key (1, H_kv, N, d), value (1, H_kv, N, d_v). Segment i: queries cu_seqlens_q[i] to [i + 1] over
     the tokens kv_index[cu_seqlens_k[i]:cu_seqlens_k[i + 1]] (None: their own). Both end together: query r of n_q sees
     the keys up to r + n_k - n_q, of these the last `sliding_window`. s_aux (H,): a logit per head that only takes
-    probability away. Returns (1, N, H, d_v), None. InputError where the layout is missing or more is asked for."""
+    probability away. decoder: keeps keys and values, and attends (common/decoding.py). Returns (1, N, H, d_v), None.
+    InputError where the layout is missing or more is asked for."""
     unknown = [name for name, x in unknown.items() if x is not None]
-    if cu_seqlens_q is None or attention_mask is not None or dropout or unknown:
+    if (cu_seqlens_q is None and decoder is None) or attention_mask is not None or dropout or unknown:
         raise InputError(f"{type(module).__name__} cannot run on flat batches, use another --model (segment borders: "
                          f"{cu_seqlens_q is not None}, mask: {attention_mask is not None}, {dropout=}, {unknown=})")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, d)
     if kv_index is not None:
         key, value = _take(key, kv_index), _take(value, kv_index)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    how = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "window": sliding_window,
+           "softcap": softcap, "sinks": s_aux}
+    if decoder is not None:
+        return decoder.attend_to(module.layer_idx, query, key, value, **how)[None], None
     if query.is_cuda and query.dtype != torch.float32:  # the fused kernels exist for half precision only
-        attend, layout = _fused_attention, (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+        attend_flat, layout = _fused_attention, (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     else:
-        attend, layout = _segment_attention, (cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
-    return attend(query, key, value, layout, scaling, sliding_window, softcap, s_aux)[None], None
+        attend_flat, layout = _segment_attention, (cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+    return attend_flat(query, key, value, layout, **how)[None], None
 
 
 def _take(x, index):
@@ -77,31 +82,38 @@ def _fused_attention(query, key, value, layout, scaling, window, softcap, sinks)
     return out[..., :d_v]
 
 
-def _segment_attention(query, key, value, layout, scaling, window, softcap, sinks):
+def _segment_attention(query, key, value, layout, **how):
     """Equal shapes in one call. split, because the backward of each slice x[a:b] allocates a gradient as large as x."""
     pieces = query.split(layout[0]), key.split(layout[1]), value.split(layout[1])
     same_shape, out = defaultdict(list), [None] * len(layout[0])
     for i, shape in enumerate(zip(*layout)):
         same_shape[shape].append(i)
-    for (n_q, n_k), members in same_shape.items():
-        q, k, v = (torch.stack([x[i] for i in members]).transpose(1, 2) for x in pieces)  # (members, heads, tokens, d)
-        explicit, mask = bool(softcap) or sinks is not None, None
-        if explicit or n_q < n_k or (window or n_k) < n_k:
-            age = torch.arange(n_k - n_q, n_k, device=q.device)[:, None] - torch.arange(n_k, device=q.device)
-            mask = (age >= 0) & (age < (window or n_k))  # (n_q, n_k), True: seen
-        if explicit:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            scores = (q @ k.transpose(2, 3)).float() * scaling
-            scores = (softcap * (scores / softcap).tanh() if softcap else scores).masked_fill(~mask, -torch.inf)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
-            attended = scores.softmax(-1)[..., :n_k].to(v.dtype) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling,
-                                                      enable_gqa=q.shape[1] != k.shape[1])
-        for i, piece in zip(members, attended.transpose(1, 2).unbind()):
+    for members in same_shape.values():
+        q, k, v = (torch.stack([x[i] for i in members]).transpose(1, 2) for x in pieces)
+        for i, piece in zip(members, attend(q, k, v, **how).transpose(1, 2).unbind()):
             out[i] = piece
     return torch.cat(out)
+
+
+def attend(q, k, v, scaling, window, softcap, sinks):
+    """Segments of one shape, (segments, heads, tokens, d) -> (segments, H, n_q, d_v); k and v may have fewer heads."""
+    n_q, n_k, mask = q.shape[2], k.shape[2], None
+    explicit = bool(softcap) or sinks is not None
+    if explicit or 1 < n_q < n_k or (window or n_k) < n_k:
+        age = torch.arange(n_k - n_q, n_k, device=q.device)[:, None] - torch.arange(n_k, device=q.device)
+        mask = (age >= 0) & (age < (window or n_k))  # (n_q, n_k), True: seen
+    if not explicit and n_q == 1 and mask is None:  # heads that share keys become queries: the keys are read once
+        out = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, scale=scaling)
+        return out.reshape(*q.shape[:3], -1)
+    if not explicit:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)).float() * scaling
+    scores = (softcap * (scores / softcap).tanh() if softcap else scores).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    return scores.softmax(-1)[..., :n_k].to(v.dtype) @ v
 
 
 AttentionInterface.register(ATTENTION, flat_attention)

@@ -42,6 +42,7 @@ import traceback
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -469,9 +471,9 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
+    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = torch.tensor(len(batches), device=run.device)
+    most = torch.tensor(max(1, len(batches)), device=run.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
     return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]

@@ -13,12 +13,12 @@ Data    {prompt, any columns}: the columns go to the reward functions
 State   alerts, streaks, before, last, best (evaluations); rollout/...: the rollout in use, if it spans several steps
 Parent: methods/sft.py
 Delta:
-  imports, args: array; DynamicCache, RewardFile and encode_prompt
+  imports, args: array; F, decoder, RewardFile and encode_prompt
   Args.method: sampling, clipping, advantages, rewards
   rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
   data, load_groups: a row becomes a prompt and its columns; completions come later
-  uniforms, generate, start_engine, sample_continuous, sample: completions and the sampler's log-probs
+  uniforms, draw, generate, start_engine, sample_continuous, sample: completions and the sampler's log-probs
   refresh, attach_logprobs, gather, rollout, pack, unpack: its weights, other log-probs, ranks, state
   main.data: an epoch takes num_iterations times as many steps
   main.model: the copy that samples, the reference, temperature
@@ -53,6 +53,7 @@ import zlib
 from array import array
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,8 @@ class Args:
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # a key of NORMS (TRL: dapo)
     epsilon: float = 0.2  # lower clip, and upper where epsilon_high is not given (TRL: 0.2)
     epsilon_high: float | None = None  # upper clip (DAPO: 0.28)
+    old_logprobs: Literal["policy", "sampler"] = "policy"  # of a rollout's later steps: one more pass, or the sampler's
+    ratio_cap: float = 2.0  # of ratios to the sampler's log-probs, which also hold its rounding (truncated IS)
     beta: float = 0.0  # weight of the KL to the starting policy (TRL: 0, no reference in memory)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
     reward: tuple[str, ...] = ("accuracy",)  # accuracy, format or FILE.py:FUNCTION; several are added
@@ -175,6 +178,7 @@ args = parse_args() if __name__ == "__main__" else None  # flags are checked bef
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -185,10 +189,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.decoding import decoder
 from common.logprobs import PAGED, Policy, probe_groups, reference_logprobs, refuse_rotary, runs_paged
 from common.rewards import RewardFile
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
@@ -288,6 +294,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, seq, num_tokens,
     """logprobs, old_logprobs, ref_logprobs (or None), seq (M,) per token; advantages (S,); num_tokens, num_seqs global.
     Returns this micro-batch's part of the normalised loss, and metrics as sums over its tokens."""
     ratio, advantage = (logprobs - old_logprobs).clamp(-20, 20).exp(), advantages[seq]
+    ratio = ratio.clamp(max=args.ratio_cap) if args.old_logprobs == "sampler" else ratio
     clipped = ratio.clamp(1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high))
     loss = -torch.min(ratio * advantage, clipped * advantage)
     metrics = {"ratio_mean": ratio, "clip_frac": (clipped * advantage < ratio * advantage).float()}
@@ -342,36 +349,40 @@ def uniforms(place, seed, count):
     return torch.rand(count, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
 
 
+def draw(p, noise):
+    """p (R, V), noise uniform (R,) -> tokens (R,): the first whose running sum passes noise * the sum of p. In float64,
+    or the tail of a large vocabulary would be lost; over blocks first, so that only one block needs running sums."""
+    width = math.gcd(p.shape[1], 256)
+    blocks = p.unflatten(1, (-1, width))
+    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    at = noise[:, None] * mass[:, -1:]
+    block = torch.searchsorted(mass, at).clamp(max=mass.shape[1] - 1)
+    inner = blocks.gather(1, block[..., None].expand(-1, 1, width))[:, 0].double().cumsum(-1)
+    at = at - F.pad(mass, (1, 0)).gather(1, block)
+    return (block * width + torch.searchsorted(inner, at.minimum(inner[:, -1:])).clamp(max=width - 1))[:, 0]
+
+
 @torch.no_grad()
 def generate(lm, prompts, copies, noise, stops, args):
-    """prompts (B, P) of one length, `copies` completions each -> B * copies of (ids, log-probs, stopped). A prompt is
-    computed once; finished rows leave the batch. noise: uniform (B * copies, max_completion_length); None: greedy."""
-    cache, stops = DynamicCache(config=lm.config), torch.tensor(stops, device=prompts.device)
-    z = lm(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    live = torch.arange(len(prompts), device=z.device).repeat_interleave(copies)
-    cache.reorder_cache(live)  # index_select on the rows of every layer, recurrent ones too: expands here, drops below
-    z, live = z[live], torch.arange(len(live), device=z.device)
-    ids = torch.zeros(len(live), args.max_completion_length, dtype=torch.long, device=z.device)
-    logprobs, lengths = torch.zeros(ids.shape, device=z.device), torch.zeros_like(live)
+    """`copies` completions of each prompt -> as many (ids, log-probs, stopped), a prompt's side by side. Sequences that
+    end leave the batch. noise: uniform (prompts * copies, max_completion_length); None: greedy."""
+    decoding, stops = decoder(lm, prompts, copies), torch.tensor(stops, device=lm.device)
+    live = decoding.rows
+    ids = torch.zeros(len(live), args.max_completion_length, dtype=torch.long, device=lm.device)
+    logprobs, lengths = torch.zeros(ids.shape, device=lm.device), torch.zeros_like(live)
     stopped = torch.zeros_like(live, dtype=torch.bool)
     for t in range(args.max_completion_length):
-        logp = (z.float() / args.temperature).log_softmax(-1)
-        if noise is None:
-            token = z.argmax(-1)
-        else:  # inverse CDF, in float64: fp32 sums would lose the tail of a large vocabulary
-            cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, noise[live, t, None] * cdf[:, -1:])[:, 0].clamp(max=cdf.shape[1] - 1)
+        p = (decoding.logits.float() / args.temperature).softmax(-1)
+        token = p.argmax(-1) if noise is None else draw(p, noise[live, t])
         ended = torch.isin(token, stops)
-        ids[live, t], logprobs[live, t], lengths[live] = token, logp.gather(1, token[:, None])[:, 0], t + 1
+        ids[live, t], logprobs[live, t], lengths[live] = token, p.gather(1, token[:, None])[:, 0].log(), t + 1
         stopped[live] = ended
         if t + 1 == args.max_completion_length or ended.all():
             break
         if ended.any():
-            keep = (~ended).nonzero()[:, 0]
-            cache.reorder_cache(keep)
-            live, token = live[keep], token[keep]
-        at = torch.full((len(token), 1), prompts.shape[1] + t, device=z.device)
-        z = lm(input_ids=token[:, None], position_ids=at, past_key_values=cache, use_cache=True).logits[:, -1]
+            stay = decoding.drop(ended)
+            live, token = live[stay], token[stay]
+        decoding.step(token)
     pieces = zip(ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist())
     return [(array("i", ids[:n].tolist()), logprobs[:n].clone(), stop) for ids, logprobs, n, stop in pieces]
 
@@ -440,21 +451,16 @@ def sample_continuous(groups, copies, place, run):
 
 
 def sample(groups, copies, place, run):
-    """Fill every group["completions"]: `copies` samples, or greedy ones where place is None. Prompts of one length go
-    together, so there is no padding and no mask."""
+    """Fill every group["completions"]: `copies` samples, or greedy ones where place is None."""
     if run.engine and place:  # which can draw, or be greedy, but not both
         return sample_continuous(groups, copies, place, run)
-    args, by_length = run.args, {}
-    for group in groups:
-        by_length.setdefault(len(group["prompt"]), []).append(group)
-    size = max(1, 256 // copies)  # 256 sequences at a time
-    for batch in [same[i : i + size] for same in by_length.values() for i in range(0, len(same), size)]:
+    args, size = run.args, max(1, 256 // copies)  # 256 sequences at a time
+    for batch in [groups[i : i + size] for i in range(0, len(groups), size)]:
         noise = None
         if place:
             places = [(*place, group["row"], k) for group in batch for k in range(copies)]
             noise = torch.stack([uniforms(p, args.seed, args.max_completion_length) for p in places]).to(run.device)
-        prompts = torch.tensor([list(group["prompt"]) for group in batch], device=run.device)
-        drawn = generate(run.sampler, prompts, copies, noise, run.stops, args)
+        drawn = generate(run.sampler, [group["prompt"] for group in batch], copies, noise, run.stops, args)
         keys = "ids", "sampler_logprobs", "stopped"
         for i, group in enumerate(batch):
             mine = drawn[i * copies : (i + 1) * copies]
@@ -501,7 +507,8 @@ def rollout(policy, prompts, index, step, run):
     for group, advantages in zip(groups, compute_advantages(rewards, args, run).tolist()):
         for completion, advantage in zip(group["completions"], advantages):
             completion["advantage"] = advantage
-    for name, model in ("old_logprobs", policy if lasting else None), ("ref_logprobs", run.ref):
+    again = lasting and args.old_logprobs == "policy"
+    for name, model in ("old_logprobs", policy if again else None), ("ref_logprobs", run.ref):
         if model:
             attach_logprobs(model, groups, name, args, run)
     everyone = gather(groups if run.rank % args.tp_size == 0 else [], None)
@@ -558,6 +565,7 @@ def main(args):
     policy = load_weights(shard(Policy(lm, args.temperature), run), run)
     check_model(policy, run)
     run.engine = start_engine(run.sampler, run)
+    fit_memory(policy, longest(train, args.num_generations * args.max_completion_length), run)
     # ---- optimizer -------------------------------------------------------------------------------
     kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
     for p in policy.parameters():
@@ -585,9 +593,12 @@ def main(args):
         sampled = time.perf_counter()
         # ---- step --------------------------------------------------------------------------------
         groups = [g for g in mine if g["at"] // args.batch_size == inner % args.steps_per_generation]
-        batches = rank_batches(groups, mine[0], args, run)
         completions = [c for group in groups for c in group["completions"]]
-        num_tokens, num_seqs = all_sum(run, sum(w * len(b["labels"]) for b, _, w in batches), len(completions))
+        # Advantages that are all 0 give no gradient: without a KL, such groups only count in the denominators.
+        live = [g for g in groups if args.beta or any(c["advantage"] for c in g["completions"])]
+        batches = rank_batches(live, mine[0], args, run)
+        counts = sum(len(c["ids"]) for c in completions), sum(w * len(b["labels"]) for b, _, w in batches)
+        num_tokens, num_live, num_seqs = all_sum(run, *counts, len(completions))
         totals = {}
         for batch, members, weight in batches:
             part = [c for group in members for c in group["completions"]]
@@ -595,14 +606,15 @@ def main(args):
             advantages = torch.tensor([c["advantage"] for c in part], device=run.device)
             out = policy(batch, want=("entropy",))
             now = out["logprobs"].detach()
-            old, ref = now if inner == 0 else tokens["old_logprobs"], tokens.get("ref_logprobs")
+            old = now if inner == 0 else tokens.get("old_logprobs", tokens["sampler_logprobs"])
+            ref = tokens.get("ref_logprobs")
             loss, metrics = grpo_loss(out["logprobs"], old, ref, advantages, batch["seq"], num_tokens, num_seqs, args)
             (loss * weight * run.dp_size).backward()  # a part of a global mean; FSDP2 averages over ranks
-            metrics |= {"loss": loss.detach() * num_tokens, "entropy": out["entropy"].detach().sum()}
+            metrics |= {"loss": loss.detach() * num_live, "entropy": out["entropy"].detach().sum()}
             metrics["sampler_gap"] = (now - tokens["sampler_logprobs"]).abs().sum()
             metrics["unequal"] = ((now - tokens.get("old_logprobs", now)).abs() > 1e-3).sum()
             totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-        means = {name: value / num_tokens for name, value in zip(totals, all_sum(run, *totals.values()))}
+        means = {name: value / max(1, num_live) for name, value in zip(totals, all_sum(run, *totals.values()))}
         rewards = [[c["reward"] for c in g["completions"] if not math.isnan(c["reward"])] for g in groups]
         equal, cut = sum(len({*r}) < 2 for r in rewards), sum(not c["stopped"] for c in completions)
         sums = sum(map(sum, rewards)), sum(map(len, rewards)), equal, cut, len(groups)
@@ -798,9 +810,9 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
+    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = torch.tensor(len(batches), device=run.device)
+    most = torch.tensor(max(1, len(batches)), device=run.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
     return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]

@@ -149,7 +149,8 @@ NORMS = {  # weight of each token: 10 tokens and 4 sequences in the whole step, 
 
 
 def grpo_args(**more):
-    default = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "max_completion_length": 8}
+    default = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "max_completion_length": 8,
+               "old_logprobs": "policy", "ratio_cap": 2.0}
     return SimpleNamespace(**(default | more))
 
 
@@ -225,6 +226,15 @@ def test_ratio_of_one_gives_the_gradient_of_reinforce(loss_type):
     advantages = [ADVANTAGES[s] for s in SEQ]
     close(grad, [-a * w for a, w in zip(advantages, NORMS[loss_type])], **WEIGHT)
     close(loss, -sum(a * w for a, w in zip(advantages, NORMS[loss_type])), **WEIGHT)
+
+
+def test_ratios_to_the_sampler_are_capped():
+    """A < 0 is where the surrogate grows with the ratio without end: at 3 it counts as 2 and gives no gradient."""
+    ratios, advantages = (3.0, 1.9, 3.0), (-1.0,)
+    loss, _, grad = surrogate(ratios, (0, 0, 0), advantages, num_tokens=1, old_logprobs="sampler")
+    close(loss, 2.0 + 1.9 + 2.0)
+    close(grad, [0.0, 1.9, 0.0])
+    close(surrogate(ratios, (0, 0, 0), advantages, num_tokens=1)[0], 3.0 + 1.9 + 3.0)
 
 
 def test_k3_value_and_gradient():
