@@ -1,7 +1,7 @@
 """Every GPU case in one command: first whether the numbers are right, then how fast, against the limits of the device.
 
     python benchmarks/gpu.py                     under 10 minutes on one H100 or H200 -> results/gpu.jsonl
-    python benchmarks/gpu.py --tiny              the same cases whole, with tiny shapes on the CPU, in about a minute
+    python benchmarks/gpu.py --tiny              the same cases whole, with tiny shapes on the CPU, in a minute or two
     python benchmarks/gpu.py --only sft_1.7b     one of them, or several
 
 Random weights of real shapes; no download, no network. Needs what methods/ needs; torch 2.11 and transformers 5.17 will
@@ -9,8 +9,9 @@ do (continuous batching from 5.20 on). TRL and Liger are compared where they can
 
 Checks     attention: flat_attention (torch's varlen kernel) forward and backward against dense attention in fp32, with
            grouped heads, shared prompts and a window. logprobs: the sharded policy in bf16 against one sequence at a
-           time in fp32. rollout_*: the sampler's log-probs against the policy's. compiled: loss and gradients with
-           --compile against without. Each has a limit, written into its row.
+           time in fp32. rollout_logprobs_*: the sampler's against the policy's. Loss and gradient norm of one step:
+           shared prompts against repeated ones, --compile and --activation_checkpointing on against off, ours against
+           TRL's. Each check has a limit, written into its row.
 Timing     wall time between synchronisations: windows of one optimizer step (or one rollout), after a warm-up, variants
            in turn; median, smallest and largest. Memory: the largest of all windows, allocated and reserved.
 MFU        useful FLOPs over time over the rate: 6 per weight of a matrix and token (the head: per scored token) and
@@ -126,8 +127,8 @@ class Lab:
         return {"matmul_flops": matmul, "copy_bytes_per_s": memory}
 
     def prepare(self, method, shape, **flags):
-        """methods/<method>.py as a module, its run, and a model of this shape on the meta device. Flags that the script
-        lacks are left out."""
+        """methods/<method>.py as a module, its run, and a model of this shape on the meta device. Flags of another
+        script are left out."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         module = script(method)
@@ -138,6 +139,7 @@ class Lab:
         config = AutoConfig.for_model("qwen3", **(TINY if self.tiny else SHAPES[shape]))
         with self.torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, dtype=self.torch.float32)
+        run.probe = module.probe_groups(config.vocab_size)
         return module, run, lm.eval()
 
     def policy(self, module, run, lm):
@@ -155,6 +157,7 @@ class Lab:
             local.normal_(0, 0.02) if p.ndim > 1 else local.fill_(float(name.endswith("norm.weight")))
 
     def trainer(self, method, shape, groups, **flags):
+        """As main.model and main.optimizer do: module, run, policy, optimizer."""
         module, run, lm = self.prepare(method, shape, **flags)
         policy = self.policy(module, run, lm)
         module.fit_memory(policy, module.longest(groups), run)
@@ -357,49 +360,39 @@ def rollout_logprobs(lab, engine):
         module.refresh(run.sampler, policy)
 
 
-def compiled(lab):
-    """Loss and gradient norm of one step with --compile and without."""
-    if "compile" not in {field.name for field in fields(script("sft").Args)}:
-        lab.numbers["note"] = "the scripts have no --compile"
-        return
-    groups, found, budget = make_groups(lab, 4, 1, 0, lab.size["row"] // 4), [], lab.size["budget"]
-    for on in (False, True):
-        found.append(sft_step(*lab.trainer("sft", "0.6b", groups, compile=on, tokens_per_microbatch=budget), groups))
-    for name, a, b in zip(("loss", "gradient norm"), *found):
-        lab.check(f"{name}: relative difference", abs(a - b) / abs(a), 1e-5 if lab.tiny else 2e-2)
-
-
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
 def time_sft(lab, shape, **flags):
-    """Rows of one length, all tokens scored. -> what the scripts' own flags make of it."""
+    """Rows of one length, all tokens scored. -> loss and gradient norm of the first step; times, tokens, FLOPs."""
     groups = make_groups(lab, lab.size["rows"], 1, 0, 1)
     noise, vocabulary = random.Random(1), (TINY if lab.tiny else COMMON)["vocab_size"]
     for group in groups:
         group["completions"][0]["ids"] = array("i", [noise.randrange(vocabulary) for _ in range(lab.size["row"])])
     module, run, policy, optimizer = lab.trainer("sft", shape, groups, tokens_per_microbatch=lab.size["row"], **flags)
     tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
+    first = sft_step(module, run, policy, optimizer, groups)
     found = lab.measure({"step": lambda: sft_step(module, run, policy, optimizer, groups)})["step"]
-    return found, tokens, flops
+    return first, (found, tokens, flops)
 
 
 def sft(lab, shape):
     rates = lab.rates()
     lab.numbers |= rates
-    lab.speed("step", *time_sft(lab, shape), rates)
+    lab.speed("step", *time_sft(lab, shape)[1], rates)
 
 
 def sft_flag(lab, flag, values):
-    """The same steps with a flag of the scripts on and off, one after the other."""
-    if flag not in {field.name for field in fields(script("sft").Args)}:
-        lab.numbers["note"] = f"the scripts have no --{flag}"
-        return
-    rates = lab.rates()
+    """The same steps with a flag of the scripts off and on, one after the other: another speed, the same first step."""
+    rates, firsts = lab.rates(), []
     for value in values:
-        lab.speed(f"{flag} {value}", *time_sft(lab, "0.6b", **{flag: value}), rates)
+        first, found = time_sft(lab, "0.6b", **{flag: value})
+        firsts.append(first)
+        lab.speed(f"{flag} {value}", *found, rates)
         if not lab.tiny:
             lab.torch.cuda.empty_cache()
+    for name, a, b in zip(("loss", "gradient norm"), *firsts):
+        lab.check(f"{name}: relative difference", abs(a - b) / abs(a), 1e-5 if lab.tiny else 2e-2)
 
 
 def shared_update(lab, method, step, groups):
@@ -531,7 +524,8 @@ def trl_update(lab, method):
     torch, size, rates = lab.torch, lab.size, lab.rates()
     flags = {"tokens_per_microbatch": size["budget"], "num_generations": size["group"], "max_length": 2**20}
     flags |= {"max_completion_length": 2 * size["completion"]}
-    module, run, policy, optimizer = lab.trainer(method, "0.6b", **flags)
+    largest = make_groups(lab, 1, size["group"], 2 * size["prompt"], 2 * size["completion"])
+    module, run, policy, optimizer = lab.trainer(method, "0.6b", largest, **flags)
     tokenizer = module.load_tokenizer(str(ROOT / "common" / "tiny" / "model"), "")
     stops, scratch, noise = module.stop_ids(tokenizer, policy.lm.generation_config), Path(run.out), random.Random(0)
 
@@ -618,7 +612,6 @@ CASES = {
     "logprobs": (logprobs, (), 60),
     "rollout_logprobs_loop": (rollout_logprobs, ("loop",), 90),
     "rollout_logprobs_continuous": (rollout_logprobs, ("continuous",), 120),
-    "compiled": (compiled, (), 120),
     "sft_1.7b": (sft, ("1.7b",), 90),
     "sft_0.6b": (sft, ("0.6b",), 60),
     "dpo_update": (lambda lab: shared_update(lab, "dpo", dpo_step, make_pairs(lab)), (), 90),
@@ -628,7 +621,7 @@ CASES = {
     "trl_grpo": (trl_update, ("grpo",), 120),
     "rollout_continuous": (rollout, ("continuous",), 120),
     "rollout_loop": (rollout, ("loop",), 120),
-    "compile": (sft_flag, ("compile", (False, True)), 120),
+    "compile": (sft_flag, ("compile", (False, True)), 150),
     "activation_checkpointing": (sft_flag, ("activation_checkpointing", ("off", "on")), 90),
 }
 

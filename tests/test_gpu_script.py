@@ -14,8 +14,8 @@ from conftest import ROOT, ranks, script
 from common import logprobs
 
 NUMERIC = {"attention": 8, "logprobs": 2, "rollout_logprobs_loop": 4, "rollout_logprobs_continuous": 4, "dpo_update": 2,
-           "grpo_update": 2, "head": 2}  # fmt: skip
-TIMED = ["sft_1.7b", "sft_0.6b", "dpo_update", "grpo_update", "head", "rollout_continuous", "rollout_loop"]
+           "grpo_update": 2, "head": 2, "compile": 2, "activation_checkpointing": 2}  # fmt: skip
+TIMED = ["sft_1.7b", "sft_0.6b", "dpo_update", "grpo_update", "head", "rollout_continuous", "rollout_loop", "compile"]
 
 
 @pytest.fixture
