@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from common.tokenization import InputError
 
@@ -26,6 +27,7 @@ except ImportError:  # never required: torch's own kernel lacks only the soft-ca
     flash_attn_varlen_func = None
 
 ATTENTION = "flash_varlen"
+PAGED = "flash_paged"  # continuous batching builds no mask for a name with "flash", and records CUDA graphs
 CHUNK = {"cpu": 2**24, "cuda": 2**28}  # fp32 logits of a chunk: 64 MiB; 1 GiB, enough rows to keep a GPU's GEMM busy
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.11 implies it
 
@@ -115,6 +117,25 @@ def attend(q, k, v, scaling, window, softcap, sinks):
 
 
 AttentionInterface.register(ATTENTION, flat_attention)
+
+
+def paged_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, cache=None,
+                    logits_indices=None, logits_processor_args=None, is_causal=None, **layout):
+    """flat_attention in the layout of transformers' continuous batching: the cache keeps the new keys and values, and
+    returns those of every sequence from its first token on. Rows past the last segment are padding: not computed."""
+    names = "cu_seq_lens_k", "max_length_k", "read_index", "write_index", "block_table"
+    own = {name: layout.pop(name) for name in names}  # update() replaces what is kept per kind of layer by this layer's
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=own)
+    return flat_attention(module, query, key, value, attention_mask, cu_seqlens_q=cu_seq_lens_q,
+                          cu_seqlens_k=own["cu_seq_lens_k"], max_q=max_length_q, max_k=own["max_length_k"], **layout)
+
+
+AttentionInterface.register(PAGED, paged_attention)
+
+
+def runs_paged(lm, device_type):
+    """True when continuous batching can use paged_attention: as of transformers 5.20 the cache takes such keywords."""
+    return runs_flat(lm, device_type) and "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
 
 
 def runs_flat(lm, device_type):

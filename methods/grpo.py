@@ -18,8 +18,8 @@ Delta:
   rewards, accuracy, format, load_rewards, reward_groups: what is maximised
   loss, compute_advantages, grpo_loss, evaluate: the clipped surrogate; greedy accuracy and pass@k held out
   data, load_groups: a row becomes a prompt and its columns; completions come later
-  uniforms, draw, generate, sample, refresh, attach_logprobs: completions and their log-probs
-  gather, rollout, pack, unpack: a rollout on all ranks, and what the state keeps of it
+  uniforms, draw, generate, start_engine, sample_continuous, sample: completions and the sampler's log-probs
+  refresh, attach_logprobs, gather, rollout, pack, unpack: its weights, other log-probs, ranks, state
   main.data: an epoch takes num_iterations times as many steps
   main.model: the copy that samples, the reference, temperature
   main.rollout, main.step: new completions, then the surrogate
@@ -142,6 +142,7 @@ class Args:
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
     eval_samples: int = 4  # completions per held-out prompt for pass@k; 0: greedy only
+    engine: Literal["auto", "loop", "continuous"] = "auto"  # of sampling; auto: continuous batching on CUDA, else loop
 
 
 def parse_args(argv=None):
@@ -191,12 +192,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.decoding import decoder
-from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
+from common.logprobs import PAGED, Policy, probe_groups, reference_logprobs, refuse_rotary, runs_paged
 from common.rewards import RewardFile
 from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
@@ -388,8 +389,73 @@ def generate(lm, prompts, copies, noise, stops, args):
     return [(array("i", ids[:n].tolist()), logprobs[:n].clone(), stop) for ids, logprobs, n, stop in pieces]
 
 
+PAGE = 256  # tokens of the engine's cache that are kept, shared and dropped together
+
+
+def start_engine(lm, run):
+    """transformers' continuous batching over lm as --engine says, or None: the loop. Pages and CUDA graphs last for the
+    run, its thread for one call."""
+    args, cuda = run.args, run.device.type == "cuda"
+    if args.engine == "loop" or args.engine == "auto" and (not cuda or args.deterministic):
+        return None
+    if not runs_paged(lm, run.device.type):
+        say(run, "sampling  in the loop: continuous batching needs transformers 5.20 and a model on the flat road")
+        return None
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # it warns of packages it can do without
+    # Not the default, 0.9 of what is free: gradients, Adam's moments (12 bytes a weight) and activations are to come.
+    # Beside Qwen3-1.7B 0.3 of 80 GB hold some 170,000 tokens; what does not fit waits. On the CPU, where it runs for
+    # tests only: two groups.
+    pages = 2 * args.num_generations * (1 + args.max_length // PAGE)
+    size = {"max_memory_percent": 0.3} if cuda else {"num_blocks": pages, "max_batch_tokens": 1024}
+    size |= {"page_size": PAGE, "max_requests_per_batch": 256}
+    draw = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "eos_token_id": run.stops}
+    own, lm.config._attn_implementation = lm.config._attn_implementation, PAGED
+    engine = lm.init_continuous_batching(
+        GenerationConfig(**draw, max_new_tokens=args.max_completion_length),
+        ContinuousBatchingConfig(return_logprobs=True, auto_switch_to_flash=False, **size),  # True: may download
+    )
+    engine.warmup()  # memory is taken, and graphs are recorded, now
+    lm.config._attn_implementation = own
+    return engine
+
+
+def sample_continuous(groups, copies, place, run):
+    """`sample` by run.engine, all prompts in one batch, each computed once and forked. It draws from torch's generator:
+    the noise depends on the seed, the place, the rank and what else is in the batch."""
+    engine, config, names, done = run.engine, run.sampler.config, [], {}
+    own, config._attn_implementation = config._attn_implementation, PAGED
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()  # `refresh` wrote the weights on a stream that the engine's does not wait for
+    engine.start()
+    try:
+        with engine.pause():  # until all prompts are there: what is computed together does not depend on the clock
+            torch.manual_seed(int(uniforms((*place, run.rank), run.args.seed, 1) * 2**53))
+            for group in groups:
+                # the fork is made where one token is left, and there has to be a token before it (transformers 5.23)
+                forks = engine.num_return_sequences = 1 if len(group["prompt"]) % PAGE == 1 else copies
+                parents = [engine.add_request([*group["prompt"]]) for _ in range(copies // forks)]
+                children = ["", *(f"__child#{i}" for i in range(forks - 1))]
+                names.append([parent + child for parent in parents for child in children])
+        while len(done) < len(groups) * copies:
+            out = engine.get_result(timeout=1)
+            if out and out.error or not out and not engine.is_running():
+                raise RuntimeError(f"continuous batching failed: {out.error if out else 'its thread is gone'}")
+            done |= {out.request_id: out} if out else {}
+    finally:
+        engine.stop(keep_for_next_session=True, hard_stop=True)  # its thread would outlive an error
+    engine.batch_processor.cache.reset()  # or a later rollout would find its prompts' pages of these weights
+    config._attn_implementation = own
+    for group, own_names in zip(groups, names):
+        group["completions"] = [
+            {"ids": array("i", out.generated_tokens), "sampler_logprobs": torch.tensor(out.logprobs),
+             "stopped": out.generated_tokens[-1] in run.stops, "scored": None} for out in map(done.get, own_names)
+        ]  # fmt: skip
+
+
 def sample(groups, copies, place, run):
     """Fill every group["completions"]: `copies` samples, or greedy ones where place is None."""
+    if run.engine and place:  # which can draw, or be greedy, but not both
+        return sample_continuous(groups, copies, place, run)
     args, size = run.args, max(1, 256 // copies)  # 256 sequences at a time
     for batch in [groups[i : i + size] for i in range(0, len(groups), size)]:
         noise = None
@@ -500,6 +566,7 @@ def main(args):
     run.ref = load_weights(shard(Policy(starting, args.temperature), run), run) if args.beta else None
     policy = load_weights(shard(Policy(lm, args.temperature), run), run)
     check_model(policy, run)
+    run.engine = start_engine(run.sampler, run)
     fit_memory(policy, longest(train, args.num_generations * args.max_completion_length), run)
     # ---- optimizer -------------------------------------------------------------------------------
     kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group

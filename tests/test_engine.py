@@ -1,0 +1,234 @@
+"""The continuous-batching engine of methods/grpo.py against the plain loop and against Policy, on the CPU.
+
+Two prompts are longer than a page (256 tokens), so that pages are shared, forked and, once the weights have changed,
+stale. They are no text that the tiny model knows: rounding grows over their length to 1e-4 (against fp64: 8e-5 in the
+engine, 4e-5 in the model's own forward), while a wrong key or a stale page is worth 1e-2 and more.
+"""
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, newest, read_jsonl, script, tiny_rows, train
+from test_resume import assert_equal
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from common import logprobs
+from common.tokenization import encode_prompt, flat_batch, stop_ids
+
+COPIES, TEMPERATURE, LENGTH = 4, 1.2, 24
+ROUNDING = 2e-4
+grpo = script("grpo")
+
+
+def make_run(*flags):
+    """What `sample` and `start_engine` use of a run, with the tiny model as the copy that samples."""
+    folder = ROOT / "common" / "tiny" / "model"
+    settings = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH}
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    run = SimpleNamespace(args=grpo.parse_args([*map(str, [*words, *flags])]), device=torch.device("cpu"), rank=0)
+    run.sampler = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    run.stops = stop_ids(AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder))
+    run.engine = grpo.start_engine(run.sampler, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run():
+    return make_run("--engine", "continuous")
+
+
+def make_groups():
+    """Three questions, one of them twice, a prompt of a single token and two that share their first 256."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "common" / "tiny" / "model")
+    rows = (ROOT / "common" / "tiny" / "prompts.jsonl").read_text().splitlines()[:3]
+    short = [encode_prompt(json.loads(row), tokenizer, {}) for row in rows]
+    prompts = [*short, short[0], short[1][:1], 15 * short[2] + short[0], 15 * short[2] + short[1]]
+    assert len(15 * short[2]) > 256
+    return [{"prompt": prompt, "completions": [], "row": row} for row, prompt in enumerate(prompts)]
+
+
+def sampled(run, copies=COPIES, place=("train", 0)):
+    groups = make_groups()
+    grpo.sample(groups, copies, place, run)
+    return groups
+
+
+def ids(groups):
+    return [[*c["ids"]] for group in groups for c in group["completions"]]
+
+
+def gap(run, groups):
+    """Largest difference of the sampler's log-probs from Policy's of the same ids under the weights as they are now."""
+    theirs = torch.cat([c["sampler_logprobs"] for group in groups for c in group["completions"]])
+    own = run.sampler.config._attn_implementation
+    with torch.no_grad():
+        ours = logprobs.Policy(run.sampler, TEMPERATURE)(flat_batch(groups, "cpu"))["logprobs"]
+    run.sampler.config._attn_implementation = own
+    assert theirs.dtype == torch.float32 and theirs.shape == ours.shape
+    return (ours - theirs).abs().max().item()
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_loops(run, monkeypatch):
+    """Token for token, whatever the batch, the length of the prompt and the fork."""
+    expected = sampled(run, 1, None)
+    monkeypatch.setattr(run.engine.batch_processor.model_runner, "do_sample", False)
+    groups = sampled(run)
+    for group, loop in zip(groups, expected):
+        assert [[*c["ids"]] for c in group["completions"]] == COPIES * [[*loop["completions"][0]["ids"]]]
+        assert all(c["stopped"] == loop["completions"][0]["stopped"] for c in group["completions"])
+    assert len({*map(tuple, ids(groups))}) == len(groups) - 1  # the same question twice
+
+
+def test_draws_follow_the_model(run, monkeypatch):
+    """Of 2000 forks the first tokens have the model's frequencies at the temperature: forks draw for themselves from
+    the start. Within 4.5 standard deviations each, and more than one token is likely."""
+    prompt, copies = make_groups()[4]["prompt"], 2000
+    groups = [{"prompt": prompt, "completions": [], "row": 0}]
+    monkeypatch.setattr(run.engine.generation_config, "max_new_tokens", 1)
+    grpo.sample(groups, copies, ("train", 0), run)
+    assert all(len(x) == 1 for x in ids(groups))
+    lm = AutoModelForCausalLM.from_pretrained(ROOT / "common" / "tiny" / "model", dtype=torch.float32).eval()
+    counts = torch.tensor([x[0] for x in ids(groups)]).bincount(minlength=lm.config.vocab_size)
+    with torch.no_grad():
+        p = (lm(torch.tensor([prompt])).logits[0, -1].double() / TEMPERATURE).softmax(-1)
+    z = (counts - copies * p) / (copies * p * (1 - p)).sqrt().clamp(min=1)
+    assert z.abs().max() < 4.5 and (copies * p > 20).sum() >= 2
+
+
+def test_stop_tokens_and_lengths(run):
+    """A completion ends with its first stop token, which belongs to it, or at the limit."""
+    groups = sampled(run)
+    for completion in (c for group in groups for c in group["completions"]):
+        tokens = [*completion["ids"]]
+        assert not {*tokens[:-1]} & {*run.stops} and len(tokens) == len(completion["sampler_logprobs"])
+        assert completion["stopped"] == (tokens[-1] in run.stops) and (completion["stopped"] or len(tokens) == LENGTH)
+    assert {c["stopped"] for group in groups for c in group["completions"]} == {True, False}
+
+
+def test_every_stop_token_stops():
+    """A list of them: also one that the tokenizer does not know as such."""
+    run = make_run("--engine", "continuous")
+    run.stops.append(max(sum(ids(sampled(run)), []), key=sum(ids(sampled(run)), []).count))
+    run.engine = grpo.start_engine(run.sampler, run)
+    assert any(run.stops[-1] in x for x in ids(sampled(run)))
+    assert not any({*x[:-1]} & {*run.stops} for x in ids(sampled(run)))
+
+
+def test_noise(run):
+    """From the seed, the place and the rank; what was sampled in between does not matter."""
+    first, other = ids(sampled(run)), ids(sampled(run, place=("train", 1)))
+    assert ids(sampled(run)) == first != other
+    run.rank = 1
+    assert ids(sampled(run)) not in (first, other)
+    run.rank = 0
+
+
+# ---- log-probs -------------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_policys(run):
+    groups = sampled(run)
+    assert gap(run, groups) < ROUNDING
+    assert gap(run, groups[:4]) < 1e-5  # known text
+
+
+def test_little_room(monkeypatch):
+    """16 pages for 28 sequences, some of two pages: forks that find no room begin again with the prompt."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    again, whole = [], RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", lambda s: again.append(s) or whole(s))
+    run = make_run("--engine", "continuous", "--max_length", 256)
+    assert run.engine.batch_processor.cache.num_blocks == 16
+    groups = sampled(run)
+    assert again
+    assert gap(run, groups) < ROUNDING
+    assert all(c["stopped"] or len(c["ids"]) == LENGTH for group in groups for c in group["completions"])
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_new_weights(dropped, monkeypatch):
+    """After the weights have changed in place, the log-probs are the new ones'. Without dropping pages they are not:
+    this test sees what it is for."""
+    run = make_run("--engine", "continuous")
+    if not dropped:
+        monkeypatch.setattr(run.engine.batch_processor.cache, "reset", lambda: None)
+    assert gap(run, sampled(run)) < ROUNDING
+    with torch.no_grad():
+        for layer in run.sampler.model.layers:
+            layer.self_attn.v_proj.weight.mul_(1.5)
+    groups = sampled(run)
+    assert gap(run, groups[:5]) < ROUNDING  # shorter than a page: never shared
+    assert gap(run, groups) < ROUNDING if dropped else gap(run, groups) > 1e-2
+
+
+# ---- choice ----------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_left(run):
+    """Between calls there is no thread, and the model is as it was: the loop's attention, eval mode."""
+    attention = run.sampler.config._attn_implementation
+    groups = sampled(run)
+    assert not run.engine.is_running() and not run.sampler.training
+    assert run.sampler.config._attn_implementation == attention != logprobs.PAGED
+    assert gap(run, groups) < ROUNDING
+
+
+def test_choice(monkeypatch, capsys):
+    monkeypatch.setattr(grpo, "say", lambda run, text: print(text))
+    assert make_run().engine is None and make_run("--engine", "loop").engine is None
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(logprobs.PagedAttentionCache, "update", lambda self, key, value, layer, read, write: None)
+    run = make_run("--engine", "continuous")
+    assert run.engine is None and "transformers 5.20" in capsys.readouterr().out
+    assert all(ids(sampled(run)))
+
+
+def test_failure_is_said(monkeypatch):
+    """Not a hang, and no thread is left behind."""
+    run = make_run("--engine", "continuous")
+
+    def broken(*args):
+        raise ValueError("broken on purpose")
+
+    monkeypatch.setattr(run.engine.batch_processor, "_generation_step", broken)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        sampled(run)
+    assert not run.engine.is_running()
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def small(folder):
+    flags = ["--dataset", tiny_rows("grpo", folder / "rows.jsonl", 4), "--batch_size", 2, "--eval_rows", 2]
+    return [*flags, "--engine", "continuous"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_run(world, tmp_path):
+    """Whole runs: sampler and trainer agree, the ranks' engines do not disturb each other."""
+    train("grpo", tmp_path / "run", *small(tmp_path), "--max_steps", 4, world=world)
+    steps = [x for x in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "sampler_gap" in x]
+    assert len(steps) == 4 and steps[0]["sampler_gap"] < 1e-5
+    meta = json.loads((newest(tmp_path / "run") / "trainer" / "meta.json").read_text())
+    assert meta["flags"]["engine"] == "continuous"
+
+
+def test_resume(tmp_path):
+    """Step 3 is inside a rollout, step 4 is between two: the same bytes as the run that was not interrupted."""
+    flags = [*small(tmp_path), "--max_steps", 5, "--save_every", 1, "--keep_last", 99]
+    train("grpo", tmp_path / "whole", *flags)
+    for step in (3, 4):
+        out = tmp_path / f"from{step}"
+        shutil.copytree(tmp_path / "whole", out)
+        for path in [*out.glob("checkpoint-*"), out / "final"]:
+            if path.name == "final" or int(path.name[-6:]) > step:
+                shutil.rmtree(path)
+        train("grpo", out, *flags, "--resume", "auto")
+        assert_equal(out, tmp_path / "whole", (5,))
