@@ -143,7 +143,7 @@ def runs_flat(lm, device_type):
     neither sinks nor, without flash_attn, soft-caps: torch's kernel has no gradient for what could replace them."""
     config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    fused = lm._supports_sdpa or (flash_attn_varlen_func and getattr(config, "attn_logit_softcapping", None))
+    fused = flash_attn_varlen_func if getattr(config, "attn_logit_softcapping", None) else lm._supports_sdpa
     flat = lm._supports_attention_backend and not lm._is_stateful and kinds <= {"full_attention", "sliding_attention"}
     return bool(flat and (fused or device_type != "cuda"))
 
