@@ -563,7 +563,7 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     """Clip by the global gradient norm and step; returns the norm before clipping. A loss or norm that is not finite
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
-    limit, before = run.args.max_grad_norm or math.inf, parameters[0].detach().clone() if step == 4 else None
+    limit, before = run.args.max_grad_norm or math.inf, parameters[0].to_local().clone() if step == 4 else None
     for p in (p for module in policy.partial for p in module.parameters()):
         dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
     grad_norm = gradient_norm(parameters, run)
@@ -594,7 +594,8 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
     if step == 4 and finite and lr > 0 and grad_norm > 0:
-        still = 1 - full((parameters[0] != before).float().mean()).item()
+        moved, count = all_sum(run, (parameters[0].to_local() != before).sum(), before.numel())
+        still = 1 - moved / count
     text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
     check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
     return grad_norm
