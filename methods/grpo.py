@@ -816,7 +816,13 @@ def fit_memory(policy, tokens, run):
     again, run.memory = args.activation_checkpointing == "on", "not looked at"
     if args.activation_checkpointing == "auto":
         kept, batch = [], flat_batch(run.probe, run.device)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.untyped_storage()) or x, lambda x: x):
+
+        def keep(x):
+            local = x._local_tensor if isinstance(x, DTensor) else x
+            kept.append(getattr(local, "elem", local).untyped_storage())  # elem: of a collective on its way
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = policy(batch)["logprobs"].sum()
         own = [p.to_local() for p in policy.parameters()]
         kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
