@@ -187,17 +187,15 @@ def versus():
 
 
 def ratios():
-    """-> {case and part of a step: ratios of CPU time (TRL's defaults, its best) and memory (its best), each (median,
-    lowest, highest of the rounds), and what is its best}; above 1 where we need less. What table and picture show."""
+    """-> {case and part of a step: {"default" and "best" (TRL's): [CPU time, memory] as (median, lowest, highest of the
+    rounds) of TRL over ours, memory None for a part}}. What README's table and the picture show."""
     tool, found = versus()
     spread, shown = lambda values: values and (median(values), min(values), max(values)), {}
     for line in tool.summary(found) if found else []:
         row = shown.setdefault(f"{line['case']} {line['view']}".strip(), {})
-        if line["side"] == "TRL default":
-            row["default"] = spread(line["cpu"])
-        if line["best"]:
-            row |= {"best": spread(line["cpu"]), "setting": tool.words(line["setting"])}
-            row["memory"] = None if line["view"] else spread(tool.above_ratio(line))
+        for key, wanted in ("default", line["side"] == "TRL default"), ("best", line["best"]):
+            if wanted:
+                row[key] = spread(line["cpu"]), None if line["view"] else spread(tool.above_ratio(line))
     return shown
 
 
@@ -227,12 +225,13 @@ def part_trl():
     if groups:
         rows = []
         for group, members in groups.items():
-            spans = [[row[key][0] for row in members if row[key]] for key in ("default", "best", "memory")]
+            spans = [[row[key][i][0] for row in members if row[key][i]] for i in (0, 1) for key in ("default", "best")]
             cells = [f"{min(s):.2f} to {max(s):.2f}" if len(s) > 1 else f"{s[0]:.2f}" if s else "-" for s in spans]
             rows.append([group, len(members), *cells])
         text += "TRL's CPU time per useful token and its memory above the model's own, divided by ours (above 1: ours "
         text += "is lighter),\nfor its defaults and the fastest setting found for it; lowest and highest case.\n\n"
-        text += table(("cases", "number:", "time, defaults:", "time, best:", "memory, best:"), rows) + "\n"
+        head = "time, defaults:", "time, best:", "memory, defaults:", "memory, best:"
+        text += table(("cases", "number:", *head), rows) + "\n"
     tail = "Every case and setting, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
     return f"## Measured against TRL\n\n{text}{tail}\n" if text else ""
 
@@ -254,9 +253,9 @@ def part_trl_full():
         text += table(("case", "largest difference (limit)"), rows) + "\n"
     if speed:
         text += "### Time and memory\n\n![TRL over ours, by case](results/versus_trl.png)\n\n"
-        text += "What a useful token, a part of a step, the limit and memory above the model are, and what TRL's best was"
-        text += "\nlooked for among, stands at the top of `benchmarks/versus_trl.py`. Medians with the range over the "
-        text += "rounds; ratios\nare TRL over ours:\n\n" + tool.table(speed) + "\n\n"
+        text += "What a useful token, a part of a step, the limit and memory above the model are, and what TRL's "
+        text += "best was looked for\namong, stands at the top of `benchmarks/versus_trl.py`. Medians with the range "
+        text += "over the rounds; ratios are TRL over ours:\n\n" + tool.table(speed) + "\n\n"
         heads = [row for row in speed if "command" in row]
         commands = dict.fromkeys(re.sub(r" --only .*", "", row["command"]) for row in heads)
         rates = [row["machine"]["flops"] / 1e9 for row in heads], [row["machine"]["bandwidth"] / 1e9 for row in heads]
@@ -488,21 +487,22 @@ def draw_ratios(shown):
     """A line per case and part of a step: TRL over ours, medians and the range over the rounds."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9.9, 0.3 * len(shown) + 1.1), sharey=True, width_ratios=(3, 2))
-    sides = ("default", "TRL's defaults", "#b9b9b9", axes[0]), ("best", "TRL's best setting", "#2f6f9f", axes[0])
-    for key, label, color, axis in *sides, ("memory", "TRL's best setting", "#2f6f9f", axes[1]):
-        points = [(y, *row[key]) for y, row in enumerate(shown.values()) if row[key]]
-        for y, middle, low, high in points:
-            axis.plot((low, high), (y, y), color=color, linewidth=2)
-            axis.annotate(f"{middle:.2f}", (middle, y), textcoords="offset points", xytext=(0, 5), ha="center",
-                          color=color, fontsize=7.5)
-        axis.plot([p[1] for p in points], [p[0] for p in points], "o", color=color, markersize=5, label=label)
+    for key, label, color in ("default", "TRL's defaults", "#a8a8a8"), ("best", "TRL's best setting", "#2f6f9f"):
+        for i, axis in enumerate(axes):
+            points = [(y, *row[key][i]) for y, row in enumerate(shown.values()) if row[key][i]]
+            for y, middle, low, high in points:
+                axis.plot((low, high), (y, y), color=color, linewidth=2)
+                below = key == "default"
+                axis.annotate(f"{middle:.2f}", (middle, y), textcoords="offset points", ha="center", fontsize=7,
+                              xytext=(0, -10 if below else 5), color=color)
+            axis.plot([p[1] for p in points], [p[0] for p in points], "o", color=color, markersize=5, label=label)
     for axis, text in zip(axes, ("CPU time per useful token, TRL / ours", "memory above the model, TRL / ours")):
         axis.axvline(1, color="#888888", linewidth=1)
         axis.set_xlim(left=0)
         axis.set_xlabel(text)
     axes[0].set_yticks(range(len(shown)), list(shown))
     axes[0].set_ylim(len(shown) - 0.4, -0.8)
-    axes[0].legend(loc="lower right", frameon=False)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     figure.tight_layout()
     return figure
 

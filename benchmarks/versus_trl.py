@@ -211,7 +211,7 @@ def summary(rows):
     """-> a line for every case, part of a step and side of TRL: ratios within a round, TRL over ours, above 1 where we
     need less. `best`: of all sides the one that needs the least CPU time for the whole step."""
     lines = []
-    for name in dict.fromkeys(row["case"] for row in rows):
+    for name in dict.fromkeys(row["case"] for row in rows if "round" in row):
         runs = [row for row in rows if row["case"] == name and "round" in row]
         mine, found = {row["round"]: row for row in runs if row["side"] == "ours"}, []
         for side in dict.fromkeys(row["side"] for row in runs if row["side"] != "ours"):
