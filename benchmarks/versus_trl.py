@@ -444,6 +444,7 @@ def script(argv):
 
 def run_ours(method, flags, options):
     events = Path(tempfile.mkdtemp(dir=options.scratch)) / "events.json"
+    flags = flags | (parity.reward_flags() if method == "grpo" else {})
     run = parity.ours(method, flags, options, [Path(__file__).resolve(), "--script", method, events])
     return run | {"events": json.loads(events.read_text())}
 
@@ -465,7 +466,6 @@ def prepare(case, options):
     spec = {"data": str(work / "rows.jsonl"), "slices": [(0, count)], "to": str(work / "sorted.jsonl")}
     parity.here("prepare", spec, options)
     flags = flags_of(case) | {"model": model, "dataset": work / "rows.jsonl"}
-    flags |= parity.reward_flags() if method == "grpo" else {}
     return flags, {"model": str(model), "data": spec["to"], "config": config_of(case)}
 
 

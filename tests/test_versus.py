@@ -113,6 +113,12 @@ def test_timed_functions_exist():
 # ---- whole runs, with fakes ------------------------------------------------------------------------------------------
 
 
+def both_names(**more):
+    """A logged step that has what either side's would have."""
+    names = [name for metric in parity.COMPARED["grpo"] for name in metric[:2]]
+    return dict.fromkeys(names, 1.0) | {"completion_len": 4.0, "completions/mean_length": 4.0} | more
+
+
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Two small cases whose processes are played by `launch` below. -> what a test may change."""
@@ -120,7 +126,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(versus, "CASES", {"first": case, "second": copy.deepcopy(case)})
     monkeypatch.setattr(versus, "FILE", tmp_path / "versus_trl.jsonl")
     losses = [3.0, 2.0, 1.5, 1.2]
-    play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, runs=[])
+    play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, specs=[])
 
     def launch(command, options, what):
         command = [str(word) for word in command]
@@ -129,27 +135,28 @@ def fake(monkeypatch, tmp_path):
         if "--worker" in command:
             mode, path = command[-2:]
             spec = json.loads(open(path).read())
-            play.runs.append(mode)
             known = {"shape": SHAPE, "machine": MACHINE, "lengths": [(5, [4])] * 12, "prepare": None}
             open(spec["result"], "w").write(json.dumps(known[mode]))
-        elif "--script" in command:
-            play.runs.append("ours")
+        elif "--output_dir" in command:
             folder = parity.Path(command[command.index("--output_dir") + 1])
             folder.mkdir(parents=True)
-            parity.write(folder / "metrics.jsonl", [{"step": i + 1, "loss": x} for i, x in enumerate(play.losses)])
+            steps = play.losses[: int(command[command.index("--max_steps") + 1])]
+            parity.write(folder / "metrics.jsonl", [both_names(loss=x) for x in steps])
             (folder / "run.json").write_text(json.dumps({"versions": {"torch": "x"}}))
-            open(command[command.index("--script") + 2], "w").write("[]")
+            if "--script" in command:
+                open(command[command.index("--script") + 2], "w").write("[]")
         else:
             spec = json.loads(open(command[-1]).read())
-            play.runs.append("search" if "search" in spec else "TRL")
+            play.specs.append(spec)
             result, times = {"versions": {"trl": parity.TRL}}, {step: (2 * a, 2 * b) for step, (a, b) in at.items()}
             for setting in spec.get("search", []):
                 answer = play.trl(spec["config"] | setting)
-                steps = answer if isinstance(answer, dict) else {"steps": [{"loss": x} for x in answer]}
+                steps = answer if isinstance(answer, dict) else {"steps": [both_names(loss=x) for x in answer]}
                 result.setdefault("search", []).append({"at": times, "events": []} | steps)
                 open(spec["result"], "w").write(json.dumps(result))
             if "search" not in spec:
-                result |= {"steps": [{"loss": x} for x in play.trl(spec["config"])], "events": []}
+                steps = play.trl(spec["config"])[: spec["config"]["max_steps"]]
+                result |= {"steps": [both_names(loss=x) for x in steps], "events": []}
                 open(spec["result"], "w").write(json.dumps(result))
             run["at"] = times
         return run
@@ -206,6 +213,22 @@ def test_a_candidate_that_fails_or_disagrees_is_not_the_best(fake):
     assert [row["error"] for row in wrong if "padding_free" in row["setting"]] == ["ValueError: no"] * 2
     best = next(row["setting"] for row in rows if row.get("side") == "TRL best")
     assert "padding_free" not in best and "model_init_kwargs" not in best
+
+
+def test_grpo_is_compared_on_our_completions(fake, capsys):
+    """TRL replays three updates of ours, by its defaults and by its best; a candidate with other losses is not it."""
+    case = {"method": "grpo", "rows": "tiny", "micro": 64, "batch": 2, "steps": 4, "warm": 1}
+    versus.CASES["first"] = case | {"flags": {"num_generations": 4, "max_completion_length": 8}}
+    assert versus.main(["--only", "first", "--rounds", "1"]) == 0
+    replays = [spec for spec in fake.specs if "replay" in spec]
+    assert len(replays) == 2 and all(spec["config"]["max_steps"] == 3 for spec in replays)
+    foreign = {*parity.OURS, "reward", "output_dir", "method"}
+    assert all(not foreign & spec["config"].keys() and spec["config"]["num_generations"] == 4 for spec in fake.specs)
+    kept = fake.file.read_text()
+    fake.trl = lambda config: [x + 1e-3 for x in fake.losses]
+    assert versus.main(["--only", "first", "--rounds", "1"]) == 2
+    assert "error: first: TRL default: grpo: loss differs at step 1" in capsys.readouterr().err
+    assert fake.file.read_text() == kept
 
 
 def test_a_search_goes_on_after_the_candidate_that_ended_its_process(fake, monkeypatch):
