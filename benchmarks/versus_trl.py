@@ -7,7 +7,8 @@
 A case (CASES) is some work: a model, rows, their order, the optimizer, fp32 weights on both sides. For each
 1  the machine: rate of a 1024^3 fp32 product, memory bandwidth, and what importing torch and transformers takes;
 2  our run, and TRL with every candidate setting (`candidates`): the one that takes the least CPU time per useful token
-   is TRL's best. One whose losses are not ours, or that fails, cannot be best. All rows are kept, side "search";
+   is TRL's best. One that fails, or whose losses are not ours, cannot be. All are kept in the results, side "search".
+   We have one setting, --tokens_per_microbatch as CASES says. head: TRL's kernel, and plain cross-entropy;
 3  rounds of ours, TRL's defaults, TRL's best, ours, ...: every run a process of its own. The losses of the first three
    steps must agree in every round; grpo samples anew on each side, so there TRL first takes three updates on the
    completions of our run. Where they differ there is one line, and no ratio.
@@ -21,14 +22,14 @@ Memory          peak resident size; "above": less 16 bytes a parameter (weights,
                 what importing torch and transformers takes.
 Limit           time of the useful floating-point operations at the measured rate, over the measured time: 2 a weight
                 and token forwards, twice that backwards, 4 a head width and pair of positions in attention; a prompt
-                once per group, the head for completion tokens only. Sampling: the weights read once per token of the
-                longest completion, if that takes longer.
+                once per group, the head for completion tokens only. Sampling: the weights read once per token of a
+                completion of mean length, if that takes longer.
 Parts           grpo: the seconds inside sampling and inside passes without gradients, of the same runs.
 
 TRL's best is looked for among: no activation checkpointing; all rows of a step at once, or 1/2, 1/4, 1/8 of them at a
 time (less padding); sft: padding_free (rows of a step in one, with the mask that transformers makes for sdpa); eager
 attention; dpo: precomputed reference log-probs; grpo: continuous batching, its cache as large as the work;
---compile: torch_compile, whose compilation is part of the warm-up and takes minutes.
+--compile: torch_compile, which works but compiles for minutes, the first time in the warm-up.
 Left out: bf16 (other numbers); packing (another choice of rows per step; padding_free is the same without it); dpo's
 padding_free (switched off in 1.16); flash attention and Liger (no CPU kernels), flex attention (no CPU backward);
 workers of the data loader (the cores are busy). On a CPU TRL's head scores every position, on a GPU only labelled ones:
@@ -73,16 +74,16 @@ METHODS = {
 # that comes with the scripts. More flags of our script go both ways.
 LAB, TINY_LAB = {"steps": 4, "warm": 1, "micro": 2048}, {"rows": "tiny", "micro": 4096}
 CASES = {
-    "sft-short": LAB | {"method": "sft", "rows": "short", "batch": 16},
+    "sft-short": LAB | {"method": "sft", "rows": "short", "batch": 8},
     "sft-mixed": LAB | {"method": "sft", "rows": "mixed", "batch": 8},
-    "sft-long": LAB | {"method": "sft", "rows": "long", "batch": 4},
-    "dpo-short": LAB | {"method": "dpo", "rows": "short", "batch": 8},
-    "dpo-prompts": LAB | {"method": "dpo", "rows": "prompts", "batch": 4},
-    "grpo-4": LAB | {"method": "grpo", "rows": "short", "batch": 8, "flags": {"num_generations": 4}},
-    "grpo-8": LAB | {"method": "grpo", "rows": "short", "batch": 4, "flags": {"num_generations": 8}},
+    "sft-long": LAB | {"method": "sft", "rows": "long", "batch": 2},
+    "dpo-short": LAB | {"method": "dpo", "rows": "short", "batch": 4},
+    "dpo-prompts": LAB | {"method": "dpo", "rows": "prompts", "batch": 2},
+    "grpo-4": LAB | {"method": "grpo", "rows": "short", "batch": 4, "flags": {"num_generations": 4}},
+    "grpo-8": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 8}},
     "grpo-16": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 16}},
-    "grpo-prompts": LAB | {"method": "grpo", "rows": "prompts", "batch": 4, "flags": {"num_generations": 8}},
-    "grpo-kl": LAB | {"method": "grpo", "rows": "short", "batch": 4, "flags": {"num_generations": 8, "beta": 0.04}},
+    "grpo-prompts": LAB | {"method": "grpo", "rows": "prompts", "batch": 2, "flags": {"num_generations": 8}},
+    "grpo-kl": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 8, "beta": 0.04}},
     "head": {"method": "head", "tokens": 1024, "hidden": 576, "vocabulary": 49152, "repeats": 4},
     "tiny-sft": TINY_LAB | {"method": "sft", "batch": 32, "steps": 24, "warm": 8},
     "tiny-dpo": TINY_LAB | {"method": "dpo", "batch": 32, "steps": 12, "warm": 4},
@@ -388,6 +389,11 @@ def machine(spec):
     return found
 
 
+def facts(spec):
+    """All three, of the machine first: nothing else is in memory then."""
+    return {"machine": machine(spec), "shape": shape(spec), "lengths": lengths(spec)}
+
+
 def head(spec):
     """Log-probs of labels from hidden states and their gradients, by one of three. -> seconds, and what must agree."""
     import torch
@@ -492,7 +498,7 @@ def search(case, spec, settings, options):
     return found[: len(settings)]
 
 
-def choose(case, flags, spec, lengths, numbers, options):
+def choose(case, flags, spec, work, options):
     """Our run and TRL's candidates. -> {side: (setting, gap of the losses)} and a row for every candidate."""
     sampled = case["method"] == "grpo"
     if sampled:
@@ -517,7 +523,7 @@ def choose(case, flags, spec, lengths, numbers, options):
                 row["error"] = run["error"]
             else:
                 run["at"] = {int(step): at for step, at in run["at"].items()}
-                row |= measure(run, case, lengths, *numbers)
+                row |= measure(run, case, *work)
                 tried.append((row["cpu_seconds_per_step"] / row["tokens_per_step"], setting, run, row))
             rows.append(row)
         for _, setting, run, row in sorted(tried, key=lambda x: x[0]):
@@ -538,12 +544,12 @@ def choose(case, flags, spec, lengths, numbers, options):
 def training(name, case, options):
     """A case of a script. -> rows."""
     flags, spec = prepare(case, options)
-    sizes, bounds = here("shape", {"model": spec["model"]}, options), here("machine", {}, options)
-    table_of_lengths = here("lengths", {"model": spec["model"], "data": spec["data"]}, options)
-    longest = max(prompt + max(completions, default=0) for prompt, completions in table_of_lengths)
+    known = here("facts", {"model": spec["model"], "data": spec["data"]}, options)
+    work = known["lengths"], known["shape"], known["machine"]
+    longest = max(prompt + max(completions, default=0) for prompt, completions in known["lengths"])
     assert longest <= flags["max_length"], "we would drop a row"
-    chosen, found = choose(case, flags, spec, table_of_lengths, (sizes, bounds), options)
-    own = 16 * sizes["parameters"] / 2**20 + bounds["imports_mb"]
+    chosen, found = choose(case, flags, spec, work, options)
+    own = 16 * known["shape"]["parameters"] / 2**20 + known["machine"]["imports_mb"]
     for number in range(1, options.rounds + 1):
         runs = {"ours": run_ours(case["method"], flags, options)}
         for side, (setting, gap) in chosen.items():
@@ -552,7 +558,7 @@ def training(name, case, options):
                 gap = loss_gap(runs["ours"], runs[side])
             runs[side] |= {"setting": setting, "first_losses_differ_by": gap}
         for side, run in runs.items():
-            row = {"side": side, "round": number} | measure(run, case, table_of_lengths, sizes, bounds)
+            row = {"side": side, "round": number} | measure(run, case, *work)
             row |= {"peak_mb": run["peak_mb"], "above_mb": run["peak_mb"] - own, "process_seconds": run["wall"]}
             row |= {key: run[key] for key in ("setting", "first_losses_differ_by") if key in run}
             found.append(row)
@@ -560,7 +566,8 @@ def training(name, case, options):
                   f"{row['seconds_per_step']:.3f} s/step  {row['peak_mb']:.0f} MB  {run['wall']:.1f} s in all",
                   flush=True)  # fmt: skip
     mine = json.loads((runs["ours"]["folder"] / "run.json").read_text())["versions"]
-    return [{"machine": bounds, "shape": sizes, "versions": {"ours": mine, "trl": run["versions"]}}, *found]
+    about = {"machine": known["machine"], "shape": known["shape"]}
+    return [about | {"versions": {"ours": mine, "trl": run["versions"]}}, *found]
 
 
 def alone(name, case, options):
@@ -604,7 +611,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="try torch_compile for TRL, too: minutes per case")
     options = parity.read_options(parser, argv)
     if options.worker:
-        return parity.answer(options.worker, (lab, lengths, shape, machine, head))
+        return parity.answer(options.worker, (lab, facts, machine, head))
     try:
         parity.check_trl(options)
     except Problem as e:

@@ -135,7 +135,7 @@ def fake(monkeypatch, tmp_path):
         if "--worker" in command:
             mode, path = command[-2:]
             spec = json.loads(open(path).read())
-            known = {"shape": SHAPE, "machine": MACHINE, "lengths": [(5, [4])] * 12, "prepare": None}
+            known = {"prepare": None, "facts": {"shape": SHAPE, "machine": MACHINE, "lengths": [(5, [4])] * 12}}
             open(spec["result"], "w").write(json.dumps(known[mode]))
         elif "--output_dir" in command:
             folder = parity.Path(command[command.index("--output_dir") + 1])
