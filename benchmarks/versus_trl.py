@@ -59,7 +59,7 @@ FILE = RESULTS / "versus_trl.jsonl"
 # tokens of prompts and completions: medians, how widely they spread (log-normal), and the most of each
 ROWS = {
     "short": (32, 32, 0.4, 96, 96), "mixed": (48, 96, 1.0, 192, 448), "long": (128, 320, 0.3, 256, 512),
-    "prompts": (256, 48, 0.4, 512, 128),
+    "prompts": (160, 48, 0.4, 320, 128),
 }  # fmt: skip
 # passes: forwards that a step needs besides sampling (a backward is two; dpo has a reference). parts: functions of our
 # script that are timed, and under which name
