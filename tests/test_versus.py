@@ -126,7 +126,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(versus, "CASES", {"first": case, "second": copy.deepcopy(case)})
     monkeypatch.setattr(versus, "FILE", tmp_path / "versus_trl.jsonl")
     losses = [3.0, 2.0, 1.5, 1.2]
-    play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, specs=[])
+    play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, specs=[], ours=[])
 
     def launch(command, options, what):
         command = [str(word) for word in command]
@@ -138,6 +138,7 @@ def fake(monkeypatch, tmp_path):
             known = {"prepare": None, "facts": {"shape": SHAPE, "machine": MACHINE, "lengths": [(5, [4])] * 12}}
             open(spec["result"], "w").write(json.dumps(known[mode]))
         elif "--output_dir" in command:
+            play.ours.append(command)
             folder = parity.Path(command[command.index("--output_dir") + 1])
             folder.mkdir(parents=True)
             steps = play.losses[: int(command[command.index("--max_steps") + 1])]
@@ -224,6 +225,7 @@ def test_grpo_is_compared_on_our_completions(fake, capsys):
     assert len(replays) == 2 and all(spec["config"]["max_steps"] == 3 for spec in replays)
     foreign = {*parity.OURS, "reward", "output_dir", "method"}
     assert all(not foreign & spec["config"].keys() and spec["config"]["num_generations"] == 4 for spec in fake.specs)
+    assert len(fake.ours) == 2 and all(c[c.index("--reward") + 1].endswith(":even_digits") for c in fake.ours)
     kept = fake.file.read_text()
     fake.trl = lambda config: [x + 1e-3 for x in fake.losses]
     assert versus.main(["--only", "first", "--rounds", "1"]) == 2
