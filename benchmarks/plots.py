@@ -21,7 +21,6 @@ from statistics import mean, median, mode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = RESULTS / "tiny_curves.png"
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ORDER = ["sft", "dpo", "grpo"]  # scripts in reading order; others come after these
@@ -182,9 +181,28 @@ def parity():
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def versus():
+    """-> versus_trl.py and its lines of benchmarks/results, or nothing."""
+    found = lines(RESULTS / "versus_trl.jsonl")
+    return (module(ROOT / "benchmarks" / "versus_trl.py"), found) if found else (None, [])
+
+
+def ratios():
+    """-> {case and part of a step: {"default" and "best" (TRL's): [CPU time, memory] as (median, lowest, highest of the
+    rounds) of TRL over ours, memory None for a part}}. What README's table and the picture show."""
+    tool, found = versus()
+    spread, shown = lambda values: values and (median(values), min(values), max(values)), {}
+    for line in tool.summary(found) if found else []:
+        row = shown.setdefault(f"{line['case']} {line['view']}".strip(), {})
+        for key, wanted in ("default", line["side"] == "TRL default"), ("best", line["best"]):
+            if wanted:
+                row[key] = spread(line["cpu"]), None if line["view"] else spread(tool.above_ratio(line))
+    return shown
+
+
 def part_trl():
-    """README: per method the worst differences, and the ratios of time and memory against TRL's lightest setting."""
-    found, speed, text = parity(), lines(RESULTS / "trl_speed.jsonl"), ""
+    """README: per method the worst differences, and the ratios of time and memory over its cases."""
+    found, text = parity(), ""
     if found:
         rows = {}
         for name, result in found["results"].items():
@@ -201,29 +219,27 @@ def part_trl():
         text += f"TRL {version}, same rows, same weights, fp32: the largest difference of a loss (absolute) "
         text += "and of a gradient\nor its norm (relative), over all steps of all cases.\n\n"
         text += table(("method", "cases:", "loss:", "gradient:"), cells) + "\n"
-    if speed:
-        rows, key = [], lambda row: (row["method"], row["size"])
-        for method, size in dict.fromkeys(map(key, speed)):
-            sides = {}
-            for row in speed:
-                if key(row) == (method, size):
-                    sides.setdefault(row["side"], []).append(row)
-            mine, best = sides.pop("ours"), None
-            for side, theirs in sides.items():
-                cpu, memory = (median(t[k] / m[k] for t, m in zip(theirs, mine))
-                               for k in ("cpu_seconds_per_step", "peak_mb"))
-                best = min(best or (cpu, memory, side), (cpu, memory, side))
-            rows.append([method, size, f"{best[0]:.2f}", f"{best[1]:.2f}", best[2].removeprefix("TRL, ")])
-        text += "TRL's CPU seconds a step and peak memory, divided by ours (above 1: ours is lighter), in whichever of "
-        text += "TRL's settings\ntakes the least time.\n\n"
-        text += table(("method", "size", "CPU time:", "memory:", "TRL's setting"), rows) + "\n"
+    groups = {}
+    for name, row in ratios().items():
+        if " " not in name:  # whole steps
+            groups.setdefault(name.split("-")[0], []).append(row)
+    if groups:
+        rows = []
+        for group, members in groups.items():
+            spans = [[row[key][i][0] for row in members if row[key][i]] for i in (0, 1) for key in ("default", "best")]
+            cells = [f"{min(s):.2f} to {max(s):.2f}" if len(s) > 1 else f"{s[0]:.2f}" if s else "-" for s in spans]
+            rows.append([group, len(members), *cells])
+        text += "TRL's CPU time per useful token and its memory above the model's own, divided by ours (above 1: ours "
+        text += "is lighter),\nfor its defaults and the fastest setting found for it; lowest and highest case.\n\n"
+        head = "time, defaults:", "time, best:", "memory, defaults:", "memory, best:"
+        text += table(("cases", "number:", *head), rows) + "\n"
     tail = "Every case and setting, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
     return f"## Measured against TRL\n\n{text}{tail}\n" if text else ""
 
 
 def part_trl_full():
-    """benchmarks/README: every case and metric, and the table that the benchmark itself prints."""
-    found, speed, text = parity(), lines(RESULTS / "trl_speed.jsonl"), ""
+    """benchmarks/README: every case and metric, the picture, and the table that the benchmark itself prints."""
+    (tool, speed), found, text = versus(), parity(), ""
     if found:
         rows = []
         for name, result in found["results"].items():
@@ -237,9 +253,15 @@ def part_trl_full():
         text += "Differences of gradients and their norms are relative, all others absolute.\n\n"
         text += table(("case", "largest difference (limit)"), rows) + "\n"
     if speed:
-        commands = dict.fromkeys(f"`{row['command']}`, {row['date']}, {row['device']}" for row in speed)
-        text += "; ".join(commands) + ". Medians with the range over the rounds; ratios are TRL over ours:\n\n"
-        text += module(ROOT / "benchmarks" / "trl_parity.py").table(speed) + "\n\n"
+        text += "### Time and memory\n\n![TRL over ours, by case](results/versus_trl.png)\n\n"
+        text += "What a useful token, a part of a step, the limit and memory above the model are, and what TRL's "
+        text += "best was looked for\namong, stands at the top of `benchmarks/versus_trl.py`. Medians with the range "
+        text += "over the rounds; ratios are TRL over ours:\n\n" + tool.table(speed) + "\n\n"
+        heads = [row for row in speed if "command" in row]
+        commands = dict.fromkeys(re.sub(r" --only .*", "", row["command"]) for row in heads)
+        rates = [row["machine"]["flops"] / 1e9 for row in heads], [row["machine"]["bandwidth"] / 1e9 for row in heads]
+        text += "; ".join(f"`{command}`" for command in commands) + f", {heads[0]['date']}, {heads[0]['device']}; "
+        text += f"{median(rates[0]):.0f} GFLOP/s, {median(rates[1]):.1f} GB/s.\n\n"
     return f"## Against TRL\n\n{text}" if text else ""
 
 
@@ -386,6 +408,8 @@ def scaling(part):
 def scaling_panels(part):
     """-> [(x label, y label, {line: [(x, values)]})], what a picture shows. Lines named (...) are dashed."""
     points, least = scaling(part), "(least time)"
+    if not points:
+        return []
 
     def line(x, figure, points=points):
         return [(x(row), figure(row, f) if callable(figure) else f[figure]) for row, f in points]
@@ -463,7 +487,7 @@ def part_scaling():
         points = scaling(part)
         cells = [[row[c] if c in row["point"] or c == "weights" else span(c(row, f) if callable(c) else f[c])
                   for c in columns[part].values()] for row, f in points]
-        picture = f"![{title}](results/{scaling_picture(part).name})\n\n"
+        picture = f"![{title}](results/scaling_{part}.png)\n\n"
         text += f"### {title}\n\n{about}\n\n{picture}{table(columns[part], cells)}\n" if points else ""
     starts = {}
     for row in lines(RESULTS / "scaling.jsonl"):
@@ -541,7 +565,7 @@ def part_plan_experts():
 PARTS = {name.removeprefix("part_"): function for name, function in list(globals().items()) if name[:5] == "part_"}
 
 
-# ---- picture ---------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def curves():
@@ -552,8 +576,8 @@ def curves():
             for script, runs in tiny().items() if script in SHOWN}
 
 
-def digest():
-    return hashlib.sha256(json.dumps(curves()).encode()).hexdigest()
+def digest(numbers):
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def pyplot():
@@ -571,8 +595,9 @@ def pyplot():
     return plt
 
 
-def draw():
-    plt, shown = pyplot(), curves()
+def draw_curves(shown):
+    """A column per script: held-out accuracy, and what the script optimises."""
+    plt = pyplot()
     figure, axes = plt.subplots(2, len(shown), figsize=(3.3 * len(shown), 4.9), sharex="col", squeeze=False)
     for column, (script, metrics) in zip(axes.T, shown.items()):
         for axis, seeds in zip(column, metrics.values()):
@@ -599,21 +624,36 @@ def draw():
         axis.tick_params(left=False, labelleft=False)
     figure.align_ylabels(axes)
     figure.tight_layout(h_pad=1.4, w_pad=1.8)
-    figure.savefig(PICTURE, dpi=130, metadata={"Description": digest(), "Software": None})
-    plt.close(figure)
+    return figure
 
 
-def scaling_picture(part):
-    return RESULTS / f"scaling_{part}.png"
+def draw_ratios(shown):
+    """A line per case and part of a step: TRL over ours, medians and the range over the rounds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9.9, 0.3 * len(shown) + 1.1), sharey=True, width_ratios=(3, 2))
+    for key, label, color in ("default", "TRL's defaults", "#a8a8a8"), ("best", "TRL's best setting", "#2f6f9f"):
+        for i, axis in enumerate(axes):
+            points = [(y, *row[key][i]) for y, row in enumerate(shown.values()) if row[key][i]]
+            for y, middle, low, high in points:
+                axis.plot((low, high), (y, y), color=color, linewidth=2)
+                below = key == "default"
+                axis.annotate(f"{middle:.2f}", (middle, y), textcoords="offset points", ha="center", fontsize=7,
+                              xytext=(0, -10 if below else 5), color=color)
+            axis.plot([p[1] for p in points], [p[0] for p in points], "o", color=color, markersize=5, label=label)
+    for axis, text in zip(axes, ("CPU time per useful token, TRL / ours", "memory above the model, TRL / ours")):
+        axis.axvline(1, color="#888888", linewidth=1)
+        axis.set_xlim(left=0)
+        axis.set_xlabel(text)
+    axes[0].set_yticks(range(len(shown)), list(shown))
+    axes[0].set_ylim(len(shown) - 0.4, -0.8)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    figure.tight_layout()
+    return figure
 
 
-def scaling_digest(part):
-    return hashlib.sha256(json.dumps(scaling_panels(part)).encode()).hexdigest()
-
-
-def scaling_draw(part):
+def draw_growth(panels):
     """Medians, with a bar from the least to the most."""
-    plt, panels = pyplot(), scaling_panels(part)
+    plt = pyplot()
     height, width = (2, 2) if len(panels) == 4 else (1, len(panels))
     figure, axes = plt.subplots(height, width, figsize=(10.2 if width == 3 else 8.4, 2.9 * height), squeeze=False)
     for axis, (x_label, y_label, shown) in zip(axes.flat, panels):
@@ -636,27 +676,33 @@ def scaling_draw(part):
         if len(shown) > 1:
             axis.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=2, handlelength=1.4, columnspacing=1)
     figure.tight_layout(h_pad=1.4, w_pad=1.8)
-    figure.savefig(scaling_picture(part), dpi=110, metadata={"Description": scaling_digest(part), "Software": None})
-    plt.close(figure)
+    return figure
+
+
+PICTURES = {"tiny_curves.png": (curves, draw_curves), "versus_trl.png": (ratios, draw_ratios)}
+PICTURES |= {f"scaling_{part}.png": (partial(scaling_panels, part), draw_growth) for part in SCALED}
+
+
+def draw(path):
+    numbers, function = PICTURES[path.name]
+    function(numbers()).savefig(path, dpi=130, metadata={"Description": digest(numbers()), "Software": None})
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def stale():
-    """-> what is not current, by path: the text of a page as it should be, or what draws a picture."""
+    """-> what is not current: the pages' text as it should be, by path, and pictures."""
     wrong = {}
     for page in PAGES:
         text = page.read_text()
         new = PART.sub(lambda m: m[1] + PARTS[m[2]]() + m[3], text)
         if new != text:
             wrong[page] = new
-    if curves() and (not PICTURE.is_file() or digest().encode() not in PICTURE.read_bytes()):
-        wrong[PICTURE] = draw
-    for part in SCALED:
-        path = scaling_picture(part)
-        if scaling(part) and (not path.is_file() or scaling_digest(part).encode() not in path.read_bytes()):
-            wrong[path] = partial(scaling_draw, part)
+    for name, (numbers, _) in PICTURES.items():
+        path, shown = RESULTS / name, numbers()
+        if shown and (not path.is_file() or digest(shown).encode() not in path.read_bytes()):
+            wrong[path] = None
     return wrong
 
 
@@ -667,8 +713,8 @@ def main():
     wrong = stale()
     for path, text in wrong.items():
         print(f"{path.relative_to(ROOT)} {'is not current: python benchmarks/plots.py' if check else 'written'}")
-        if not check and callable(text):
-            text()
+        if not check and text is None:
+            draw(path)
         elif not check:
             path.write_text(text)
     return 1 if check and wrong else 0

@@ -1,23 +1,19 @@
-"""Our scripts against TRL 1.16.0: the same losses, step for step, and then the same work for time and memory.
+"""Our scripts against TRL 1.16.0: the same losses, step for step.
 
     python benchmarks/trl_parity.py --make_venv DIR                    once: an environment of its own for TRL
-    python benchmarks/trl_parity.py --trl_python DIR/bin/python        parity -> results/trl_parity.json
-    python benchmarks/trl_parity.py --trl_python DIR/bin/python --speed        -> results/trl_speed.jsonl
+    python benchmarks/trl_parity.py --trl_python DIR/bin/python        -> results/trl_parity.json
 
 Run it with the python of our own requirements.txt. TRL runs in processes of its own (trl_worker.py); nothing of it is
-imported here, and the two sides exchange files only. All in fp32 on the CPU, on rows in one order.
+imported here, and the two sides exchange files only. All in fp32 on the CPU, on rows in one order. Time and memory of
+the same work: versus_trl.py.
 
-Parity      sft, dpo: 20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient
-            norm and (dpo) implicit rewards of every step, without and with gradient accumulation.
-            grpo, one batch: loss, every parameter's gradient and the advantages from the same completions, rewards and
-            old and reference log-probs, over normalisers, KL, clipping and reward scaling; a None reward included.
-            grpo, a run: TRL is given the completions and rewards of our run and must follow it, 20 updates long.
-Speed       rounds of ours, then TRL in each of its settings; seconds and CPU seconds per optimizer step from the
-            arrival of the lines "step N" on both sides, after the warm-up; peak resident memory and wall time of the
-            process. The ratio of CPU seconds is the one to trust on a machine that others use, too.
-            A ratio is printed only where the first losses agree.
+sft, dpo         20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient norm
+                 and (dpo) implicit rewards of every step, without and with gradient accumulation.
+grpo, one batch  loss, every parameter's gradient and the advantages from the same completions, rewards and old and
+                 reference log-probs, over normalisers, KL, clipping and reward scaling; a None reward included.
+grpo, a run      TRL is given the completions and rewards of our run and must follow it, 20 updates long.
 
-Exit code 2, one line each, where a case cannot run or disagrees; the other cases still run. A result file is replaced
+Exit code 2, one line each, where a case cannot run or disagrees; the other cases still run. The result file is replaced
 only by a run in which nothing failed.
 """
 
@@ -28,10 +24,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -44,7 +42,6 @@ OURS = ("model", "dataset", "batch_size", "max_length", "tokens_per_microbatch",
 FILES = {"sft": "demonstrations.jsonl", "dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
 TRL, SEED, STEPS, BATCH = "1.16.0", 42, 20, 8
 WHOLE = 2**20  # --tokens_per_microbatch: a step in one micro-batch
-CHECKPOINTING = {"default": {}, "no checkpointing": {"gradient_checkpointing": False}}  # TRL turns it on by default
 
 # ours, TRL's, limit, of what: metrics of every step. A loss is held to an absolute limit; a norm is of any size.
 LOSS, NORM = ("loss", "loss", 1e-4, "absolute"), ("grad_norm", "grad_norm", 1e-3, "relative")
@@ -70,8 +67,9 @@ class Problem(Exception):
 
 
 def launch(command, options, what):
-    """Run a process, note when each line "step N" arrives. -> wall seconds, peak MB, {step: (wall, CPU seconds)}. This
-    process stays small and imports no torch: on Linux a child's peak starts at the size of whoever started it."""
+    """Run a process, note when each line "step N" arrives. -> wall seconds, peak MB, {step: (wall, CPU seconds)}.
+    Problem where it fails, is killed, or takes longer than options.limit seconds. This process stays small and imports
+    no torch: on Linux a child's peak starts at the size of whoever started it."""
     env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     env |= {"CUDA_VISIBLE_DEVICES": ""}
@@ -82,11 +80,19 @@ def launch(command, options, what):
                                        cwd=options.scratch)  # fmt: skip
         except OSError as e:
             raise Problem(f"{what}: {e.strerror}: {command[0]}") from e
+        timer = threading.Timer(options.limit, process.kill)
+        timer.daemon = True
+        timer.start()
         for line in process.stdout:
             if (found := re.match(r"step +(\d+)", line)) and int(found[1]) not in steps:
                 steps[int(found[1])] = time.perf_counter(), cpu_seconds(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
+        timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode == -signal.SIGKILL:
+            late = time.perf_counter() - started >= options.limit
+            why = f"it took over {options.limit:g} s (--limit)" if late else "out of memory?"
+            raise Problem(f"{what} was killed: {why}")
         if process.returncode:
             errors.seek(0)
             last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
@@ -104,13 +110,15 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def ours(method, flags, options):
-    """One run of methods/<method>.py as anyone would run it. -> what launch says, its metrics by step, its folder."""
+def ours(method, flags, options, via=()):
+    """One run of methods/<method>.py as anyone would run it, or by the command words `via`. -> what launch says, its
+    metrics by step, its folder."""
     out = Path(tempfile.mkdtemp(dir=options.scratch)) / "run"
     fixed = {"output_dir": out, "seed": SEED, "eval_every": 0, "save_every": 0, "lr_scheduler_type": "linear"}
     fixed |= {"warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 1.0, "tokens_per_microbatch": WHOLE}
     words = [w for name, value in (fixed | flags).items() for w in (f"--{name}", str(value))]
-    run = launch([sys.executable, ROOT / "methods" / f"{method}.py", *words], options, f"methods/{method}.py")
+    script = via or [ROOT / "methods" / f"{method}.py"]
+    run = launch([sys.executable, *script, *words], options, f"methods/{method}.py")
     run["steps"] = [row for row in read(out / "metrics.jsonl") if "loss" in row]
     if len(run["steps"]) != flags["max_steps"] or len(run["at"]) < flags["max_steps"]:
         raise Problem(f"methods/{method}.py logged {len(run['steps'])} steps and printed {len(run['at'])}, not "
@@ -128,11 +136,11 @@ def trl(method, spec, options):
     return run | json.loads(Path(spec["result"]).read_text()) | {"path": spec["result"]}
 
 
-def here(mode, spec, options):
-    """Run one of the functions below that need torch, in a process of ours. -> what it returns."""
+def here(mode, spec, options, file=__file__, python=sys.executable):
+    """Run one of the functions of `file` that need torch, in a process of its own. -> what it returns."""
     path = Path(tempfile.mkdtemp(dir=options.scratch)) / "spec.json"
     path.write_text(json.dumps(spec | {"result": str(path.with_name("result.json"))}))
-    launch([sys.executable, Path(__file__).resolve(), "--worker", mode, path], options, mode)
+    launch([python, Path(file).resolve(), "--worker", mode, path], options, mode)
     return json.loads(path.with_name("result.json").read_text())
 
 
@@ -262,48 +270,12 @@ def gradients(spec):
     return worst
 
 
-def middle(spec):
-    """A model of middle size with random weights, and data: 32,000 words, so that the head weighs what it does in real
-    models, six layers of 256, rows of log-normal length."""
-    import random
-
-    import torch
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder, draw = Path(spec["to"]), random.Random(0)
-    special = re.findall(r'"(<\|\w+\|>)"', (TINY / "model" / "tokenizer_config.json").read_text())
-    special = list(dict.fromkeys([*special, "<|system|>", "<|user|>", "<|assistant|>"]))
-    words = [f"w{i}" for i in range(32000 - len(special))]
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(special + words)}, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    known = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "unk_token": "<|unk|>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **known)
-    fast.chat_template = (TINY / "model" / "chat_template.jinja").read_text()
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    ends = {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id}
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
-    config = LlamaConfig(vocab_size=len(fast), num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=None,
-                         max_position_embeddings=1024, **sizes, **ends)  # fmt: skip
-    lm = LlamaForCausalLM(config)
-    lm.generation_config = GenerationConfig(**ends)
-    lm.save_pretrained(folder)
-
-    def text(median, most):
-        count = min(most, max(4, round(median * draw.lognormvariate(0, 0.5))))
-        return " ".join(draw.choice(words) for _ in range(count))
-
-    rows = {name: [] for name in FILES}
-    for _ in range(200):
-        prompt = [{"role": "user", "content": text(64, 192)}]
-        good, bad = ([{"role": "assistant", "content": text(96, 256)}] for _ in range(2))
-        rows["sft"].append({"prompt": prompt, "completion": good})
-        rows["dpo"].append({"prompt": prompt, "chosen": good, "rejected": bad})
-        rows["grpo"].append({"prompt": prompt})
-    for name, file in FILES.items():
-        write(folder / file, rows[name])
+def answer(words, functions):
+    """What `here` asked of this process."""
+    mode, path = words
+    spec = json.loads(Path(path).read_text())
+    Path(spec["result"]).write_text(json.dumps({f.__name__: f for f in functions}[mode](spec)))
+    return 0
 
 
 # ---- parity ----------------------------------------------------------------------------------------------------------
@@ -379,25 +351,37 @@ def parity_offline(method, accumulate, options):
     return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]]}
 
 
-def parity_replay(change, config, options, model=TINY / "model", folder=TINY):
-    """grpo: our run samples; TRL is handed its completions and rewards in order and has to take the same updates."""
-    flags, data, sorted_rows = GRPO | change, folder / FILES["grpo"], options.scratch / "grpo.jsonl"
-    mine = ours("grpo", flags | {"model": model, "dataset": data} | reward_flags(), options)
-    here("prepare", {"data": str(data), "slices": rollouts(flags), "to": str(sorted_rows)}, options)
-    spec = {"model": str(model), "data": str(sorted_rows), "replay": str(mine["folder"] / "samples.jsonl")}
-    theirs = trl("grpo", spec | {"config": replay_config(flags) | config}, options)
+def sampled(flags, data, options):
+    """grpo: our run, which samples. -> the run with what TRL needs to follow it."""
+    mine, rows = ours("grpo", flags | reward_flags(), options), options.scratch / "grpo.jsonl"
+    here("prepare", {"data": str(data), "slices": rollouts(flags), "to": str(rows)}, options)
+    return mine | {"samples": mine["folder"] / "samples.jsonl", "rows": rows, "flags": flags}
+
+
+def replay(mine, config, options):
+    """grpo: TRL is handed the completions and rewards of `sampled` in order and has to take the same updates. -> what
+    its worker wrote, and the worst differences."""
+    spec = {"model": str(mine["flags"]["model"]), "data": str(mine["rows"]), "replay": str(mine["samples"])}
+    theirs = trl("grpo", spec | {"config": replay_config(mine["flags"]) | config}, options)
     # one rollout serves num_iterations updates, and TRL logs what belongs to it only once
     for i, row in enumerate(theirs["steps"]):
         for key in ("reward", "completions/mean_length"):
             row.setdefault(key, theirs["steps"][i - 1].get(key))
-    # TRL averages these over micro-batches whatever their number of tokens: other numbers, for the log only
-    skip = ("entropy", "kl", "clip_frac") if "gradient_accumulation_steps" in config else ()
-    result = {"steps": flags["max_steps"], "worst": compare("grpo", mine["steps"], theirs["steps"], skip)}
-    result |= {"clip_frac": max(s["clip_frac"] for s in mine["steps"])}
     if not all(any(s[name] for s in mine["steps"]) for name in ("loss", "grad_norm")):
         raise Problem("grpo: no group had different rewards, agreement would say nothing")
+    # TRL averages these over micro-batches whatever their number of tokens: other numbers, for the log only
+    skip = ("entropy", "kl", "clip_frac") if config.get("gradient_accumulation_steps", 1) > 1 else ()
+    return theirs | {"worst": compare("grpo", mine["steps"], theirs["steps"], skip)}
+
+
+def parity_replay(change, config, options):
+    flags = GRPO | change | {"model": TINY / "model", "dataset": TINY / FILES["grpo"]}
+    mine = sampled(flags, flags["dataset"], options)
+    theirs = replay(mine, config, options)
+    result = {"steps": flags["max_steps"], "worst": theirs["worst"]}
+    result |= {"clip_frac": max(s["clip_frac"] for s in mine["steps"])}
     return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]],
-                     "samples": mine["folder"] / "samples.jsonl", "rows": sorted_rows, "versions": theirs["versions"]}
+                     "samples": mine["samples"], "rows": mine["rows"], "versions": theirs["versions"]}
 
 
 def reward_flags():
@@ -479,119 +463,6 @@ def parity(options):
     return results, failed
 
 
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
-# steps and, of these, warm-up; rows (sft), pairs (dpo), prompts (grpo) per step
-WORK = {
-    "tiny": {"sft": (24, 8, 32), "dpo": (16, 4, 32), "grpo": (8, 3, 16)},
-    "middle": {"sft": (4, 1, 8), "dpo": (4, 1, 4), "grpo": (4, 1, 4)},
-}
-# one micro-batch per step, as TRL has it, and not much more: our pass for DPO's reference takes as much at a time
-MICRO = {"tiny": {"sft": 4096, "dpo": 4096, "grpo": 8192}, "middle": {"sft": 8192, "dpo": 8192, "grpo": 8192}}
-SETTINGS = {
-    "sft": CHECKPOINTING,
-    "dpo": {
-        "default": {},
-        "no checkpointing": {"gradient_checkpointing": False},
-        "no checkpointing, precomputed": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
-    },
-    "grpo": CHECKPOINTING,
-}
-
-
-def speed_case(method, size, options):
-    """Rounds of ours and TRL's settings -> one row per run. Problem unless both do the same work."""
-    steps, warm, batch = WORK[size][method]
-    folder = TINY if size == "tiny" else options.scratch / "middle"
-    model, data = (TINY / "model" if size == "tiny" else folder), folder / FILES[method]
-    flags = {"model": model, "dataset": data, "batch_size": batch, "max_steps": steps}
-    flags |= {"max_length": 256 if size == "tiny" else 512, "tokens_per_microbatch": MICRO[size][method]}
-    config = {"max_steps": steps, "per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
-    rows = options.scratch / f"{method}-{size}.jsonl"
-    if method == "grpo":
-        flags = GRPO | flags | {"learning_rate": 1e-6, "max_completion_length": 48 if size == "tiny" else 64}
-        # random weights know no stop token: every completion is cut at the limit, and we would stop with GRPO002
-        flags |= {} if size == "tiny" else {"allow": "GRPO002"}
-        agree = parity_replay(flags | {"max_steps": 2}, {}, options, model, folder)
-        gap, slices = agree["worst"]["loss"]["worst"], rollouts(flags)
-        config, flags = replay_config(flags), flags | reward_flags()
-        del config["gradient_checkpointing"]
-    else:
-        flags["learning_rate"] = config["learning_rate"] = 1e-5
-        config["max_length"], slices = flags["max_length"], [(0, steps * batch)]
-    here("prepare", {"data": str(data), "slices": slices, "to": str(rows)}, options)
-    spec = {"model": str(model), "data": str(rows)}
-    found = []
-    for number in range(options.rounds):
-        runs = {"ours": ours(method, flags, options)}
-        for name, setting in SETTINGS[method].items():
-            runs[name] = trl(method, spec | {"config": config | setting}, options)
-        for name, run in runs.items():
-            if method == "grpo":  # each side samples for itself: the same prompts, and as many tokens
-                length = "completion_len" if name == "ours" else "completions/mean_length"
-                work = [statistics.mean(s[length] for s in r["steps"][warm:]) for r, length in
-                        ((runs["ours"], "completion_len"), (run, length))]  # fmt: skip
-                if abs(work[0] / work[1] - 1) > 0.05:
-                    raise Problem(f"grpo {size}: {work[0]:.1f} tokens a completion against TRL's {work[1]:.1f}")
-            else:
-                first = [[s["loss"] for s in r["steps"][:3]] for r in (runs["ours"], run)]
-                gap = max(abs(a - b) / max(1, abs(b)) for a, b in zip(*first, strict=True))
-                if not gap <= 1e-4:
-                    raise Problem(f"{method} {size}, TRL {name}: the first losses differ by {gap:.1e}: no ratio")
-            (begin, busy), (end, busy_end) = run["at"][warm], run["at"][steps]
-            side = name if name == "ours" else f"TRL, {name}"
-            row = {"method": method, "size": size, "side": side, "round": number + 1}
-            row |= {"seconds_per_step": (end - begin) / (steps - warm), "peak_mb": run["peak_mb"]}
-            row |= {"cpu_seconds_per_step": (busy_end - busy) / (steps - warm), "process_seconds": run["wall"]}
-            found.append(row | {"steps": steps, "warmup": warm, "batch": batch, "first_losses_differ_by": gap})
-            print(f"{method:<5} {size:<7} {row['side']:<36} round {number + 1}  {row['seconds_per_step']:.4f} s/step  "
-                  f"{row['cpu_seconds_per_step']:.4f} CPU s/step  {row['peak_mb']:.0f} MB  {run['wall']:.1f} s in all",
-                  flush=True)  # fmt: skip
-    versions = runs["ours"]["folder"] / "run.json"
-    about = {"trl": run["versions"], "ours": json.loads(versions.read_text())["versions"]}
-    return [row | {"versions": about} for row in found]
-
-
-def table(rows):
-    """Markdown: medians with ranges over the rounds; ratios within a round, TRL over ours (above 1: we win)."""
-
-    def show(values, digits):
-        return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-    names = ["method", "size", "TRL setting", "s/step ours", "s/step TRL", "time ratio", "CPU time ratio"]
-    names += ["MB ours", "MB TRL", "memory ratio", "process ratio"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    key = lambda row: (row["method"], row["size"], row["side"])  # noqa: E731
-    for method, size, side in dict.fromkeys(map(key, rows)):
-        if side == "ours":
-            continue
-        theirs = [row for row in rows if key(row) == (method, size, side)]
-        mine = [next(r for r in rows if key(r) == (method, size, "ours") and r["round"] == t["round"]) for t in theirs]
-        cells = [method, size, side.removeprefix("TRL, ")]
-        cells += [show([row["seconds_per_step"] for row in side_rows], 3) for side_rows in (mine, theirs)]
-        for name in ("seconds_per_step", "cpu_seconds_per_step", "peak_mb", "process_seconds"):
-            if name == "peak_mb":
-                cells += [show([row[name] for row in side_rows], 0) for side_rows in (mine, theirs)]
-            cells.append(show([t[name] / m[name] for t, m in zip(theirs, mine)], 2))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def speed(options):
-    """All cases -> rows, number of failures."""
-    rows, failed = [], 0
-    if "middle" in options.sizes:
-        here("middle", {"to": str(options.scratch / "middle")}, options)
-    for size in options.sizes:
-        for method in options.only or FILES:
-            try:
-                rows += speed_case(method, size, options)
-            except Problem as e:
-                print(f"error: {method} {size}: {e}", file=sys.stderr, flush=True)
-                failed += 1
-    return rows, failed
-
-
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -606,7 +477,25 @@ def make_venv(folder):
     return str(python)
 
 
-def about(options):
+def check_trl(options):
+    """options.trl_python becomes a python whose TRL has the wanted version, or Problem."""
+    if options.make_venv:
+        options.trl_python = make_venv(options.make_venv)
+    if not options.trl_python:
+        raise Problem("--trl_python PATH is missing: a python with TRL. --make_venv DIR makes one.")
+    # not resolve(): python of a venv is a link, and only under its own name does it find the venv's packages
+    options.trl_python = os.path.abspath(options.trl_python)
+    ask = [options.trl_python, "-c", "import importlib.metadata as m; print(m.version('trl'))"]
+    try:
+        found = subprocess.run(ask, capture_output=True, text=True)
+    except OSError as e:
+        raise Problem(f"--trl_python {options.trl_python}: {e.strerror}") from e
+    if found.returncode or found.stdout.strip() != TRL:
+        what = f"TRL {found.stdout.strip()}" if not found.returncode else "no TRL"
+        raise Problem(f"--trl_python has {what}, {TRL} is wanted. --make_venv DIR makes such an environment.")
+
+
+def about(command, threads):
     """What a reader needs to repeat this: revision and content of what ran, machine, threads. No paths."""
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
@@ -614,14 +503,12 @@ def about(options):
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
     device = f"{platform.machine()} {found[1] if found else ''}, {os.cpu_count()} logical CPUs"
-    patterns = ("methods/*.py", "common/*.py", "benchmarks/trl_*.py")
+    patterns = ("methods/*.py", "common/*.py", "benchmarks/*trl*.py")
     files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     sha = {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
-    words = ["--speed", f"--rounds {options.rounds}", f"--sizes {' '.join(options.sizes)}"] if options.speed else []
-    words += [f"--threads {options.threads}"] + ([f"--only {' '.join(options.only)}"] if options.only else [])
-    result = {"command": " ".join(["python benchmarks/trl_parity.py --trl_python TRL_PYTHON", *words]), "sha256": sha}
-    result |= {"git": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "methods", "common"))}
-    return result | {"device": device, "threads": options.threads, "date": time.strftime("%Y-%m-%d")}
+    result = {"command": command, "sha256": sha, "git": git("rev-parse", "HEAD")}
+    result |= {"uncommitted": bool(git("status", "--porcelain", "methods", "common"))}
+    return result | {"device": device, "threads": threads, "date": time.strftime("%Y-%m-%d")}
 
 
 def replace(path, text):
@@ -630,61 +517,37 @@ def replace(path, text):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options(parser, argv=None):
+    """The options that versus_trl.py shares with this."""
     parser.add_argument("--trl_python", help="python of an environment with TRL")
     parser.add_argument("--make_venv", metavar="DIR", help="make that environment with pip, and use it")
-    parser.add_argument("--speed", action="store_true", help="time and memory instead of parity")
-    parser.add_argument("--only", nargs="*", choices=list(FILES), help="these methods; the result file is not replaced "
-                        "by a parity run, and gets only their rows from --speed")  # fmt: skip
-    parser.add_argument("--sizes", nargs="*", choices=list(WORK), default=list(WORK), help="workloads of --speed")
-    parser.add_argument("--rounds", type=int, default=3, help="of --speed")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on both sides")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that one process may take")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(FILES), help="these methods; the result file is not replaced")
+    options = read_options(parser)
     if options.worker:
-        mode, path = options.worker
-        spec = json.loads(Path(path).read_text())
-        functions = {f.__name__: f for f in (prepare, tokens, grpo_batch, gradients, middle)}
-        Path(spec["result"]).write_text(json.dumps(functions[mode](spec)))
-        return 0
+        return answer(options.worker, (prepare, tokens, grpo_batch, gradients))
     try:
-        if options.make_venv:
-            options.trl_python = make_venv(options.make_venv)
-        if not options.trl_python:
-            raise Problem("--trl_python PATH is missing: a python with TRL. --make_venv DIR makes one.")
-        # not resolve(): python of a venv is a link, and only under its own name does it find the venv's packages
-        options.trl_python = os.path.abspath(options.trl_python)
-        ask = [options.trl_python, "-c", "import importlib.metadata as m; print(m.version('trl'))"]
-        try:
-            found = subprocess.run(ask, capture_output=True, text=True)
-        except OSError as e:
-            raise Problem(f"--trl_python {options.trl_python}: {e.strerror}") from e
-        if found.returncode or found.stdout.strip() != TRL:
-            what = f"TRL {found.stdout.strip()}" if not found.returncode else "no TRL"
-            raise Problem(f"--trl_python has {what}, {TRL} is wanted. --make_venv DIR makes such an environment.")
+        check_trl(options)
     except Problem as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    command = f"python benchmarks/trl_parity.py --trl_python TRL_PYTHON --threads {options.threads}"
     with tempfile.TemporaryDirectory(prefix="trl-parity-") as scratch:
         options.scratch = Path(scratch)
-        before = about(options)
-        if options.speed:
-            rows, failed = speed(options)
-            if rows:
-                print("\n" + table(rows))
-            rows, path = [row | before for row in rows], RESULTS / "trl_speed.jsonl"
-            done = {(row["method"], row["size"]) for row in rows}
-            old = [row for row in (read(path) if path.is_file() else []) if (row["method"], row["size"]) not in done]
-            if rows and before == about(options):
-                replace(path, "".join(json.dumps(row) + "\n" for row in old + rows))
-        else:
-            results, failed = parity(options)
-            if not failed and not options.only and before == about(options):
-                replace(RESULTS / "trl_parity.json", json.dumps(before | {"results": results}, indent=1) + "\n")
-        if before != about(options):
+        before = about(command, options.threads)
+        results, failed = parity(options)
+        if before != about(command, options.threads):
             print("error: the scripts changed during the run: nothing written", file=sys.stderr)
             failed += 1
+        if not failed and not options.only:
+            replace(RESULTS / "trl_parity.json", json.dumps(before | {"results": results}, indent=1) + "\n")
     return 2 if failed else 0
 
 

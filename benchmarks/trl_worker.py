@@ -1,19 +1,27 @@
-"""One training run, or one loss, of TRL 1.16.0. Run by trl_parity.py with the python of TRL's own environment:
+"""One training run, or one loss, of TRL 1.16.0. Run by trl_parity.py and versus_trl.py with the python of TRL's own
+environment:
 
     PYTHON benchmarks/trl_worker.py SPEC.json
 
 SPEC: method (sft, dpo, grpo), model (folder), data (.jsonl whose rows are used in that order), config (arguments of
 TRL's config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and rewards are
 taken from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs: loss and
-gradients instead of a training run). Prints a line "step N" after every optimizer step: what trl_parity.py times.
+gradients instead of a training run). search: a list of arguments to try one after the other, each on top of config.
+Prints a line "step N" after every optimizer step: what versus_trl.py times.
 
-Nothing but `even_digits` may be needed by the other environment, so everything heavy is imported where it is used.
+Nothing but `even_digits` and `timed` may be needed by the other environment, so everything heavy is imported where it
+is used.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
+
+# what is timed inside a step, by the name that versus_trl.py gives it
+PARTS = {"_generate_single_turn": "rollout", "_calculate_rewards": "reward", "_precompute_ref_logps": "precompute",
+         "_get_per_token_logps_and_entropies": "logprobs"}  # fmt: skip
 
 
 def even_digits(prompts, completions, **_):
@@ -25,22 +33,35 @@ def even_digits(prompts, completions, **_):
     return [round(64 * sum(x % 2 == 0 for x in xs) / max(1, len(xs))) / 64 for xs in digits]
 
 
+def timed(function, part, events, wanted=lambda: True):
+    """`function`, noting [part, start, wall seconds, CPU seconds] of every call for which wanted() holds."""
+    def wrapper(*args, **kwargs):
+        wall, busy = time.perf_counter(), time.process_time()
+        result = function(*args, **kwargs)
+        if wanted():
+            events.append([part, wall, time.perf_counter() - wall, time.process_time() - busy])
+        return result
+    return wrapper
+
+
 def make_trainer(spec, **kwargs):
     """The trainer of spec["method"], rows in the order of the file, with a record of every logged step."""
     import transformers
     import trl
     from datasets import Dataset
+    from torch import is_grad_enabled
     from torch.utils.data import SequentialSampler
 
     class Record(transformers.TrainerCallback):
         """Logged values as TRL logs them (transformers 5 does not round the loss)."""
 
         def __init__(self):
-            self.steps = []
+            self.steps, self.at, self.events = [], {}, []
 
         def on_log(self, args, state, control, logs=None, **_):
             if "grad_norm" in logs:
                 self.steps.append({k: v for k, v in logs.items() if isinstance(v, (int, float))})
+                self.at[state.global_step] = time.perf_counter(), time.process_time()
                 print(f"step {state.global_step}", flush=True)
 
     name = spec["method"].upper()
@@ -65,6 +86,11 @@ def make_trainer(spec, **kwargs):
                 assert self._tokenizer.decode(ids) == line["completion"], "text does not survive tokenisation"
             return encoded, None
 
+    record = Record()
+    for function, part in PARTS.items():
+        if hasattr(base, function):  # the pass with gradients is part of the update
+            only = (lambda: not is_grad_enabled()) if part == "logprobs" else (lambda: True)
+            setattr(InOrder, function, timed(getattr(InOrder, function), part, record.events, only))
     if "replay" in spec:
         lines = [json.loads(line) for line in Path(spec["replay"]).read_text().splitlines()]
         InOrder.replay, InOrder.used = lines, 0
@@ -72,7 +98,6 @@ def make_trainer(spec, **kwargs):
     elif spec["method"] == "grpo":
         kwargs.setdefault("reward_funcs", even_digits)
     rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
-    record = Record()
     common = {  # both sides: fp32, linear decay from the first step, no warmup, no weight decay, clipping at 1
         "output_dir": spec["scratch"], "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "bf16": False, "save_strategy": "no", "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0,
@@ -80,8 +105,35 @@ def make_trainer(spec, **kwargs):
     }  # fmt: skip
     config = getattr(trl, f"{name}Config")(**common | spec["config"])
     dataset = Dataset.from_list(rows)
+    fresh = f"candidate{spec.get('number', 0)}"  # or a candidate would find what the one before it precomputed
+    dataset = dataset.map(lambda row: row, new_fingerprint=fresh)
     trainer = InOrder(model=spec["model"], args=config, train_dataset=dataset, callbacks=[record], **kwargs)
+    if reference := getattr(trainer, "ref_model", None) if spec["method"] == "dpo" else None:
+        reference.forward = timed(reference.forward, "logprobs", record.events)
     return trainer, record
+
+
+def search(spec, result):
+    """Train with every candidate, and write what is known after each: the next one may be the end of the process."""
+    import gc
+
+    result["search"] = []
+    for number, candidate in enumerate(spec["search"]):
+        try:
+            trainer, record = make_trainer(spec | {"config": spec["config"] | candidate, "number": number})
+            trainer.train()
+            found = {"steps": record.steps, "at": record.at, "events": record.events}
+        except Exception as e:  # a setting that does not work here is an answer, too
+            found = {"error": f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0][:200]}"}
+        result["search"].append(found)
+        trainer = record = None
+        gc.collect()
+        write(spec, result)
+
+
+def write(spec, result):
+    Path(spec["result"] + ".tmp").write_text(json.dumps(result))
+    os.replace(spec["result"] + ".tmp", spec["result"])
 
 
 def scored_ids(trainer, spec, limit):
@@ -140,14 +192,15 @@ def main(spec):
     result = {"versions": versions | {"threads": torch.get_num_threads()}}
     if "batch" in spec:
         result["cases"] = grpo_batch(spec)
+    elif "search" in spec:
+        search(spec, result)
     else:
         trainer, record = make_trainer(spec)
         if spec.get("tokens"):
             result["tokens"] = scored_ids(trainer, spec, spec["tokens"])
         trainer.train()
-        result["steps"] = record.steps
-    Path(spec["result"] + ".tmp").write_text(json.dumps(result))
-    os.replace(spec["result"] + ".tmp", spec["result"])
+        result |= {"steps": record.steps, "events": record.events}
+    write(spec, result)
 
 
 if __name__ == "__main__":

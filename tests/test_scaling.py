@@ -181,8 +181,9 @@ def test_the_benchmark_runs_and_replaces_whole_parts_only(tmp_path, monkeypatch,
     page = plots["part_scaling"]()
     assert page.count("### ") == 2 and page.count("\n| ") == 2 * 2 + 5 + 16
     for part in "length", "vocabulary":
-        plots["scaling_draw"](part)
-        assert plots["scaling_digest"](part).encode() in (tmp_path / f"scaling_{part}.png").read_bytes()
+        path = tmp_path / f"scaling_{part}.png"
+        plots["draw"](path)
+        assert plots["digest"](plots["scaling_panels"](part)).encode() in path.read_bytes()
 
     work = scaling.trunk
     monkeypatch.setattr(scaling, "trunk", lambda point: os.kill(os.getpid(), 9) or work(point))
