@@ -308,8 +308,8 @@ def reference(groups, args, run):
 
 @torch.no_grad()
 def evaluate(policy, heldout, args, run):
-    """Held-out means over pairs of dpo_loss's metrics, and accuracy: the share of chosen completions whose every token
-    is the arg-max, which is what greedy decoding would have written."""
+    """Held-out means over pairs of dpo_loss's metrics, and accuracy: the share of chosen completions whose every
+    token is the arg-max, which is what greedy decoding would have written."""
     totals = {}
     for batch, groups, weight in rank_batches(share(heldout, run), heldout[0], args, run):
         out = policy(batch, want=("correct", *("sum_p2",) * args.use_weighting))
