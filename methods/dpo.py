@@ -15,7 +15,7 @@ State   alerts, streaks, before, last, best (evaluations)
 Parent: methods/sft.py
 Delta:
   args, Args.method: imports of encode_preference and F; beta, the losses and their constants, TRL's learning rate
-  loss, logistic, robust, exo, discopop, dpo_loss, check_flags: divergences and losses, and what may not be combined
+  loss, logistic, robust, exo, discopop, pair_losses, dpo_loss, check_flags: divergences, losses; no nonsense
   seq_sums, per_completion, reference: log-probs summed over completions, lengths, weights
   attach_reference, evaluate: the same once for the reference; margins and pair accuracy held out
   data, load_groups: a row becomes a prompt with two completions that share it
@@ -235,21 +235,25 @@ def discopop(margin, tau):
     return F.sigmoid(-margin / tau) * logistic(margin, 0) + (F.logsigmoid(margin / tau) - margin).exp()
 
 
-def dpo_loss(seq_logprobs, ref_logprobs, lengths, weights, args):
-    """seq_logprobs, ref_logprobs (S,): summed over each completion, chosen and rejected in turn; lengths (S,) in scored
-    tokens; weights (S,) or None. Returns the SUM of the loss over pairs, and metrics as sums over pairs; main divides
-    by their number. The rewards among them are beta * log pi / ref under every divergence."""
-    ratios = seq_logprobs - ref_logprobs
-    chosen, rejected = (args.beta * ratios).view(-1, 2).unbind(1)  # implicit rewards
-    scores = args.beta * DIVERGENCES[args.f_divergence_type](ratios, args.f_alpha_divergence_coef)
+def pair_losses(seq_logprobs, ref_logprobs, lengths, args):
+    """As dpo_loss -> (pairs,): losses of --loss_type, summed with their weights."""
+    divergence, alpha = DIVERGENCES[args.f_divergence_type], args.f_alpha_divergence_coef
+    scores = args.beta * divergence(seq_logprobs - ref_logprobs, alpha)
     p = SimpleNamespace(
         w=scores[::2], l=scores[1::2], margin=scores[::2] - scores[1::2], n_w=lengths[::2], n_l=lengths[1::2],
         pi_w=seq_logprobs[::2], beta=args.beta, epsilon=args.label_smoothing, tau=args.discopop_tau,
     )
     factors = args.loss_weights or [1.0] * len(args.loss_type)
-    loss = sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
-    if weights is not None:
-        loss = loss * weights.view(-1, 2).prod(1)
+    return sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
+
+
+def dpo_loss(seq_logprobs, ref_logprobs, lengths, weights, args):
+    """seq_logprobs, ref_logprobs (S,): summed over each completion, chosen and rejected in turn; lengths (S,) in scored
+    tokens; weights (S,) or None. Returns the SUM of the loss over pairs, and metrics as sums over pairs; main divides
+    by their number. The rewards among them are beta * log pi / ref under every divergence."""
+    chosen, rejected = (args.beta * (seq_logprobs - ref_logprobs)).view(-1, 2).unbind(1)  # implicit rewards
+    loss = pair_losses(seq_logprobs, ref_logprobs, lengths, args)  # ln 2 where policy and reference agree
+    loss = loss if weights is None else loss * weights.view(-1, 2).prod(1)
     metrics = {"loss": loss, "reward_margin": chosen - rejected, "reward_acc": (chosen > rejected).float()}
     metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
     metrics |= {"chosen_logprob": seq_logprobs[::2], "rejected_logprob": seq_logprobs[1::2]}

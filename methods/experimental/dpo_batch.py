@@ -18,7 +18,7 @@ State   alerts, streaks, before, last, best (evaluations); rewards: sum and numb
 Parent: methods/dpo.py
 Delta:
   args, Args.method: names and the default of --loss_type
-  loss, dpo_batch_loss, check_flags: four losses, which sort, average or shift; delta; no --use_weighting
+  loss, pair_losses, dpo_batch_loss, check_flags: four losses, which sort, average or shift; delta; no --use_weighting
   first_pass, positions, evaluate: all log-probs of a step or of the held-out pairs, on every rank
   main.step: two passes
 Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> EXPECT_BATCH
@@ -239,13 +239,10 @@ def discopop(margin, tau):
     return F.sigmoid(-margin / tau) * logistic(margin, 0) + (F.logsigmoid(margin / tau) - margin).exp()
 
 
-def dpo_batch_loss(seq_logprobs, ref_logprobs, lengths, delta, args):
-    """seq_logprobs, ref_logprobs (S,): summed over each completion of the WHOLE step, chosen and rejected in turn;
-    lengths (S,) in scored tokens; delta: bco_pair's shift. Returns the SUM of the loss over pairs, and metrics as sums
-    over pairs; main divides by their number. The rewards among them are beta * log pi / ref under every divergence."""
-    ratios = seq_logprobs - ref_logprobs
-    chosen, rejected = (args.beta * ratios).view(-1, 2).unbind(1)  # implicit rewards
-    scores = args.beta * DIVERGENCES[args.f_divergence_type](ratios, args.f_alpha_divergence_coef)
+def pair_losses(seq_logprobs, ref_logprobs, lengths, delta, args):
+    """As dpo_batch_loss -> (pairs,): losses of --loss_type, summed with their weights."""
+    divergence, alpha = DIVERGENCES[args.f_divergence_type], args.f_alpha_divergence_coef
+    scores = args.beta * divergence(seq_logprobs - ref_logprobs, alpha)
     p = SimpleNamespace(
         w=scores[::2], l=scores[1::2], margin=scores[::2] - scores[1::2], n_w=lengths[::2], n_l=lengths[1::2],
         pi_w=seq_logprobs[::2], pi_margin=seq_logprobs[::2] - seq_logprobs[1::2],
@@ -253,7 +250,15 @@ def dpo_batch_loss(seq_logprobs, ref_logprobs, lengths, delta, args):
         beta=args.beta, epsilon=args.label_smoothing, tau=args.discopop_tau,
     )
     factors = args.loss_weights or [1.0] * len(args.loss_type)
-    loss = sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
+    return sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
+
+
+def dpo_batch_loss(seq_logprobs, ref_logprobs, lengths, delta, args):
+    """seq_logprobs, ref_logprobs (S,): summed over each completion of the WHOLE step, chosen and rejected in turn;
+    lengths (S,) in scored tokens; delta: bco_pair's shift. Returns the SUM of the loss over pairs, and metrics as sums
+    over pairs; main divides by their number. The rewards among them are beta * log pi / ref under every divergence."""
+    chosen, rejected = (args.beta * (seq_logprobs - ref_logprobs)).view(-1, 2).unbind(1)  # implicit rewards
+    loss = pair_losses(seq_logprobs, ref_logprobs, lengths, delta, args)
     metrics = {"loss": loss, "reward_margin": chosen - rejected, "reward_acc": (chosen > rejected).float()}
     metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
     metrics |= {"chosen_logprob": seq_logprobs[::2], "rejected_logprob": seq_logprobs[1::2]}

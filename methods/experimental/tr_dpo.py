@@ -240,21 +240,25 @@ def discopop(margin, tau):
     return F.sigmoid(-margin / tau) * logistic(margin, 0) + (F.logsigmoid(margin / tau) - margin).exp()
 
 
-def tr_dpo_loss(seq_logprobs, ref_logprobs, lengths, weights, args):
-    """seq_logprobs, ref_logprobs (S,): summed over each completion, chosen and rejected in turn; lengths (S,) in scored
-    tokens; weights (S,) or None. Returns the SUM of the loss over pairs, and metrics as sums over pairs; main divides
-    by their number. The rewards among them are beta * log pi / ref under every divergence."""
-    ratios = seq_logprobs - ref_logprobs
-    chosen, rejected = (args.beta * ratios).view(-1, 2).unbind(1)  # implicit rewards
-    scores = args.beta * DIVERGENCES[args.f_divergence_type](ratios, args.f_alpha_divergence_coef)
+def pair_losses(seq_logprobs, ref_logprobs, lengths, args):
+    """As tr_dpo_loss -> (pairs,): losses of --loss_type, summed with their weights."""
+    divergence, alpha = DIVERGENCES[args.f_divergence_type], args.f_alpha_divergence_coef
+    scores = args.beta * divergence(seq_logprobs - ref_logprobs, alpha)
     p = SimpleNamespace(
         w=scores[::2], l=scores[1::2], margin=scores[::2] - scores[1::2], n_w=lengths[::2], n_l=lengths[1::2],
         pi_w=seq_logprobs[::2], beta=args.beta, epsilon=args.label_smoothing, tau=args.discopop_tau,
     )
     factors = args.loss_weights or [1.0] * len(args.loss_type)
-    loss = sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
-    if weights is not None:
-        loss = loss * weights.view(-1, 2).prod(1)
+    return sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
+
+
+def tr_dpo_loss(seq_logprobs, ref_logprobs, lengths, weights, args):
+    """seq_logprobs, ref_logprobs (S,): summed over each completion, chosen and rejected in turn; lengths (S,) in scored
+    tokens; weights (S,) or None. Returns the SUM of the loss over pairs, and metrics as sums over pairs; main divides
+    by their number. The rewards among them are beta * log pi / ref under every divergence."""
+    chosen, rejected = (args.beta * (seq_logprobs - ref_logprobs)).view(-1, 2).unbind(1)  # implicit rewards
+    loss = pair_losses(seq_logprobs, ref_logprobs, lengths, args)  # ln 2 where policy and reference agree
+    loss = loss if weights is None else loss * weights.view(-1, 2).prod(1)
     metrics = {"loss": loss, "reward_margin": chosen - rejected, "reward_acc": (chosen > rejected).float()}
     metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
     metrics |= {"chosen_logprob": seq_logprobs[::2], "rejected_logprob": seq_logprobs[1::2]}
