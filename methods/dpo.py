@@ -329,6 +329,7 @@ def check_flags(args):
     """Combinations of flags that have no meaning stop the run."""
     losses, epsilon, weights = set(args.loss_type), args.label_smoothing, args.loss_weights
     others, divergence = sorted(losses - MARGINS.keys()), args.f_divergence_type
+    alpha = args.f_alpha_divergence_coef if divergence == "alpha_divergence" else None
     for wrong, text in (
         (not losses, f"--loss_type: name one of {', '.join(LOSSES)}, or several."),
         (weights and len(weights) != len(args.loss_type), f"--loss_weights {weights}: one for each --loss_type."),
@@ -341,7 +342,7 @@ def check_flags(args):
         (others and divergence != "reverse_kl", f"--f_divergence_type {divergence}: not for {others}. Use reverse_kl."),
         (others and args.reference_free, f"--reference_free: not for {others}, which need log pi / ref."),
         (args.reference_free and divergence != "reverse_kl", "--reference_free: needs --f_divergence_type reverse_kl."),
-        (args.f_alpha_divergence_coef == 1, "--f_alpha_divergence_coef 1: divides by 0. Use reverse_kl, its limit."),
+        (alpha == 1, "--f_alpha_divergence_coef 1: divides by 0. Use reverse_kl, its limit."),
         (args.ld_alpha > 1, f"--ld_alpha {args.ld_alpha}: must be from 0 to 1."),
         (args.ld_alpha < 1 and "sft" in losses, "--ld_alpha: sft needs whole completions. Use 1, or leave sft out."),
     ):

@@ -383,7 +383,7 @@ def test_finite_at_log_ratios_of_50(signs, dtype):
             assert all(value.isfinite() for value in metrics.values())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(PAIRS, st.randoms(use_true_random=False))
 def test_the_order_of_pairs_changes_nothing(pairs, random):
     where = list(range(len(pairs)))
@@ -400,7 +400,7 @@ def test_the_order_of_pairs_changes_nothing(pairs, random):
             close(moved.view(-1, 2), slope.view(-1, 2)[where], rtol=1e-9, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(PAIRS, st.integers(0, 6))
 def test_where_a_step_is_cut_changes_nothing(pairs, cut):
     """Sums over pairs add up over any cut; what does not (sorts, means) is in dpo_batch.py, which takes whole steps:

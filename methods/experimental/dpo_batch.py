@@ -9,8 +9,8 @@ Loss    with u = log pi - log ref of a completion, r = beta * u, and sorts and m
         kto_pair      1/2 [ sigmoid(max(0, mean r_l) - r_w) + sigmoid(r_l - max(0, mean r_w)) ], no gradient of means
         bco_pair      - log sigmoid(r_w - delta) - log sigmoid(delta - r_l), delta the mean of all r so far
 Tokens  as in methods/dpo.py
-Norm    mean over the pairs of the optimizer step. TRL sorts and averages each micro-batch by itself, and its kto_pair
-        (until 0.8) let gradients through the means: other numbers, which depend on how a step is cut
+Norm    mean over the pairs of the optimizer step. TRL sorts and averages each micro-batch by itself, and its kto_pair,
+        while it had one, let gradients through the means: other numbers, which depend on how a step is cut
 Models  as in methods/dpo.py. A step takes two passes: all log-probs without gradient, for the whole step the
         loss's derivative by each log pi(y), then sum(derivative * log pi(y)) for each micro-batch
 Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike
@@ -351,6 +351,7 @@ def check_flags(args):
     """Combinations of flags that have no meaning stop the run."""
     losses, epsilon, weights = set(args.loss_type), args.label_smoothing, args.loss_weights
     others, divergence = sorted(losses - MARGINS.keys()), args.f_divergence_type
+    alpha = args.f_alpha_divergence_coef if divergence == "alpha_divergence" else None
     for wrong, text in (
         (not losses, f"--loss_type: name one of {', '.join(LOSSES)}, or several."),
         (weights and len(weights) != len(args.loss_type), f"--loss_weights {weights}: one for each --loss_type."),
@@ -363,7 +364,7 @@ def check_flags(args):
         (others and divergence != "reverse_kl", f"--f_divergence_type {divergence}: not for {others}. Use reverse_kl."),
         (others and args.reference_free, f"--reference_free: not for {others}, which need log pi / ref."),
         (args.reference_free and divergence != "reverse_kl", "--reference_free: needs --f_divergence_type reverse_kl."),
-        (args.f_alpha_divergence_coef == 1, "--f_alpha_divergence_coef 1: divides by 0. Use reverse_kl, its limit."),
+        (alpha == 1, "--f_alpha_divergence_coef 1: divides by 0. Use reverse_kl, its limit."),
         (args.use_weighting, "--use_weighting: a sort takes pairs apart. Use the parent script."),
         (args.ld_alpha > 1, f"--ld_alpha {args.ld_alpha}: must be from 0 to 1."),
         (args.ld_alpha < 1 and "sft" in losses, "--ld_alpha: sft needs whole completions. Use 1, or leave sft out."),
