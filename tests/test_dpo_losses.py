@@ -465,7 +465,10 @@ def test_wpo_weights_by_hand():
 def first_step(folder, *flags):
     """The metrics of step 1, and of the five pairs that it takes log-probs and sum_v p^2 per token, from the model's
     own logits, one sequence at a time: [(chosen, rejected)], each (logp (T,), sum_p2 (T,))."""
-    rows = tiny_rows("dpo", folder / "rows.jsonl", 5)
+    answers = ("7", "8, or 9"), ("3+4=7", "3"), ("no", "12+30"), ("1 2 3", "1 2 4"), ("a sum of 7", "seven")
+    pairs = [{"prompt": f"3+{k}=", "chosen": w, "rejected": x} for k, (w, x) in enumerate(answers)]  # other lengths
+    (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = str(folder / "rows.jsonl")
     common = ["--dataset", rows, "--eval_dataset", "", "--batch_size", 5, "--max_steps", 1, "--save_every", 0]
     train("dpo", folder / "out", *common, *flags)
     (line,) = read_jsonl(folder / "out" / "metrics.jsonl")
@@ -498,6 +501,7 @@ def test_a_run_with_weights_and_shortened_tails(tmp_path):
         weights.append(math.prod((logp - s.log()).mean().exp().item() for logp, s in pair))
         short = min(len(logp) for logp, _ in pair)
         sums.append((pair[0][0][:short].sum() + 0.5 * pair[0][0][short:].sum()).item())
+    assert abs(sum(sums) - sum(w[0].sum().item() for w, _ in pairs)) > 1  # tails there are
     assert line["loss"] == pytest.approx(math.log(2) * sum(weights) / 5, rel=1e-5)
     assert line["chosen_logprob"] == pytest.approx(sum(sums) / 5, rel=1e-5)
 
