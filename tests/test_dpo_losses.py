@@ -462,18 +462,12 @@ def test_wpo_weights_by_hand():
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def first_step(folder, *flags):
-    """The metrics of step 1, and of the five pairs that it takes log-probs and sum_v p^2 per token, from the model's
-    own logits, one sequence at a time: [(chosen, rejected)], each (logp (T,), sum_p2 (T,))."""
-    answers = ("7", "8, or 9"), ("3+4=7", "3"), ("no", "12+30"), ("1 2 3", "1 2 4"), ("a sum of 7", "seven")
-    pairs = [{"prompt": f"3+{k}=", "chosen": w, "rejected": x} for k, (w, x) in enumerate(answers)]  # other lengths
-    (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    rows = str(folder / "rows.jsonl")
-    common = ["--dataset", rows, "--eval_dataset", "", "--batch_size", 5, "--max_steps", 1, "--save_every", 0]
-    train("dpo", folder / "out", *common, *flags)
-    (line,) = read_jsonl(folder / "out" / "metrics.jsonl")
+def plain(rows, weights=None):
+    """A file of pairs through the tiny model's own logits, one sequence at a time, where wanted with other weights:
+    [(chosen, rejected)], each (log p (T,), sum_v p^2 (T,)) of the completion's tokens."""
     path = ROOT / "common" / "tiny" / "model"
     tokenizer, lm = dpo.load_tokenizer(str(path)), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    lm.load_state_dict(weights or {}, strict=False)
     groups, _, _ = dpo.load_groups(rows, tokenizer, dpo.stop_ids(tokenizer, lm.generation_config), dpo.Args())
     scored = []
     for group in groups:
@@ -483,7 +477,19 @@ def first_step(folder, *flags):
                 logp = lm(ids[None]).logits[0].double().log_softmax(-1)[len(group["prompt"]) - 1 : -1]
             labels = ids[len(group["prompt"]) :, None]
             scored.append((logp.gather(1, labels)[:, 0], logp.exp().square().sum(-1)))
-    return line, list(zip(scored[::2], scored[1::2]))
+    return list(zip(scored[::2], scored[1::2]))
+
+
+def first_step(folder, *flags):
+    """The metrics of step 1, and `plain` of the five pairs that it takes."""
+    answers = ("7", "8, or 9"), ("3+4=7", "3"), ("no", "12+30"), ("1 2 3", "1 2 4"), ("a sum of 7", "seven")
+    pairs = [{"prompt": f"3+{k}=", "chosen": w, "rejected": x} for k, (w, x) in enumerate(answers)]  # other lengths
+    (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = str(folder / "rows.jsonl")
+    common = ["--dataset", rows, "--eval_dataset", "", "--batch_size", 5, "--max_steps", 1, "--save_every", 0]
+    train("dpo", folder / "out", *common, *flags)
+    (line,) = read_jsonl(folder / "out" / "metrics.jsonl")
+    return line, plain(rows)
 
 
 def test_a_run_without_a_reference(tmp_path):
@@ -552,8 +558,11 @@ def test_a_hard_update_makes_the_policy_its_own_reference(tmp_path):
         still = line["step"] % 2 == 1
         assert (abs(line["loss"] - math.log(2)) < 1e-6) == still, line
         assert (abs(line["reward_margin"]) < 1e-6) == still
-    for line in [line for line in lines if "eval/loss" in line and line["step"]]:
-        assert abs(line["eval/reward_margin"]) > 1e-4  # evaluated after an update: one or two steps from the reference
+    held = [line["eval/reward_margin"] for line in lines if "eval/loss" in line]
+    for step in 2, 3, 5:  # the first four rows, by the weights as they are in the files
+        ours, theirs = (plain(str(tmp_path / "rows.jsonl"), both[step])[:4] for both in (policy, reference))
+        margins = [0.5 * (a[0][0].sum() - b[0][0].sum() - a[1][0].sum() + b[1][0].sum()) for a, b in zip(ours, theirs)]
+        assert held[step] == pytest.approx(sum(margins).item() / 4, rel=1e-3) and abs(held[step]) > 1e-3
     assert apart(reference[2], policy[0]) == 0 and apart(reference[3], policy[2]) == 0
     assert apart(reference[5], policy[4]) == 0 and apart(policy[4], policy[0]) > 1e-5
 
