@@ -93,13 +93,13 @@ def part_scripts():
 
 
 def part_diff():
-    """How dpo.py differs from sft.py, in the loss and in the step of the loop."""
+    """How dpo.py differs from sft.py, in the loss (without docstrings) and in the step of the loop."""
     loss = r"\n(def \w+_loss\(.*?\n)\n\n"
     step = r"\n( +for batch, [^\n]* in batches:\n[^#]*?backward\(\)[^\n]*\n)"
     hunks = []
     for pattern in loss, step:
         found = (re.search(pattern, (ROOT / "methods" / name).read_text(), re.S) for name in ("sft.py", "dpo.py"))
-        sft, dpo = (match[1].splitlines() for match in found)
+        sft, dpo = (re.sub(r' +""".*?"""\n', "", match[1], flags=re.S).splitlines() for match in found)
         hunks.append("".join(f"{line.rstrip()}\n" for line in [*difflib.unified_diff(sft, dpo, n=99, lineterm="")][3:]))
     return "```diff\n" + "\n".join(hunks) + "```\n"
 

@@ -1,20 +1,25 @@
 """
 DPO: learn from pairs of a chosen and a rejected completion. No reward model, no sampling.
 
-Paper   Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7
+Paper   Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7; those of the variants stand beside them
 Loss    L = - log sigmoid( beta * [ (log pi - log ref)(y_w|x) - (log pi - log ref)(y_l|x) ] )
+        or others of LOSSES: --loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1 is their weighted sum (MPO)
 Tokens  completions only; log pi(y|x) is the SUM over the completion's tokens, its end-of-turn token included
-Norm    mean over the pairs of the optimizer step, over all micro-batches and ranks
+Norm    mean over the pairs of the optimizer step, over all micro-batches and ranks (TRL: of micro-batches' means). The
+        term sft is a mean per token of each chosen completion (Iterative RPO, MPO), not of all the micro-batch's tokens
+        (TRL); label_smoothing also smooths sigmoid and sigmoid_norm (cDPO; TRL since 0.29: no more)
 Models  the policy (trained), sharded with FSDP2. The reference is the policy before its first step: its log-probs are
         computed once and kept in ref_logprobs.safetensors; no second model is in memory
 Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike
 State   alerts, streaks, before, last, best (evaluations)
 Parent: methods/sft.py
 Delta:
-  args, Args.method: imports of encode_preference and F; beta, loss_type, TRL's learning rate
-  loss, dpo_loss, evaluate: the table of losses; the loss of a pair; margins and pair accuracy held out
-  seq_sums, attach_reference: log-probs summed over completions, and once for the reference
+  args, Args.method: imports of encode_preference and F; beta, the losses and their constants, TRL's learning rate
+  loss, logistic, robust, exo, discopop, pair_losses, dpo_loss, check_flags: divergences, losses; no nonsense
+  seq_sums, per_completion, reference: log-probs summed over completions, lengths, weights
+  attach_reference, evaluate: the same once for the reference; margins and pair accuracy held out
   data, load_groups: a row becomes a prompt with two completions that share it
+  main.model: check_flags
   main.reference, main.step: reference log-probs, before a checkpoint is loaded; the loss of pairs, PREF001
 Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.97 in a minute or two (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/dpo.py --model DIR --dataset pairs.jsonl --beta 0.1
@@ -69,6 +74,10 @@ from common.flags import read_flags
 
 
 # ---- args ----------------------------------------------------------------------------------------
+LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+                   "apo_zero", "apo_down", "discopop", "sft"]  # fmt: skip
+
+
 @dataclass
 class Args:
     # ---- run -------------------------------------------------------------------------------------
@@ -115,7 +124,15 @@ class Args:
     learning_rate: Annotated[float, arg(aliases=["--lr"])] = 1e-6  # peak (TRL: 1e-6)
     batch_size: int = 8  # pairs per optimizer step, all ranks together (TRL: 8)
     beta: float = 0.1  # pull towards the reference: larger stays closer (TRL: 0.1)
-    loss_type: Literal["sigmoid"] = "sigmoid"  # a key of LOSSES
+    loss_type: tuple[LossType, ...] = ("sigmoid",)  # keys of LOSSES, one or several
+    loss_weights: tuple[float, ...] = ()  # one for each loss_type; none: all 1
+    label_smoothing: float = 0.0  # share of pairs labelled the wrong way round: sigmoid (cDPO), robust, exo_pair
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5  # of alpha_divergence, as TRL has it: 1 - the paper's alpha
+    discopop_tau: float = 0.05  # of discopop: smaller is a sharper change from logistic to exponential
+    reference_free: bool = False  # log ref = 0: a uniform reference
+    use_weighting: bool = False  # WPO: pairs that the policy would not write count less
+    ld_alpha: float = 1.0  # LD-DPO: weight of tokens beyond the shorter completion's length; 1: off (paper: 0.5)
 
 
 def parse_args(argv=None):
@@ -175,16 +192,72 @@ from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, 
 
 
 # ---- loss ----------------------------------------------------------------------------------------
-LOSSES = {  # of the difference of the two implicit rewards, (pairs,)
-    "sigmoid": lambda margin: -F.logsigmoid(margin),  # equation 7
+DIVERGENCES = {  # f-DPO, 2309.16240: score of a completion by u = log pi / ref; e^40 is finite in fp32, also squared
+    "reverse_kl": lambda u, alpha: u,
+    "forward_kl": lambda u, alpha: 1 - (-u).clamp(max=40).exp(),
+    "js_divergence": lambda u, alpha: math.log(2) + F.logsigmoid(u),
+    "alpha_divergence": lambda u, alpha: ((alpha - 1) * u).clamp(max=40).expm1() / (alpha - 1),
 }
+MARGINS = {  # of pairs p: rewards w, l = beta * score, margin = w - l, lengths n_w, n_l, pi_w = log pi(y_w), (pairs,)
+    "sigmoid": lambda p: logistic(p.margin, p.epsilon),  # equation 7; with epsilon: cDPO
+    "sigmoid_norm": lambda p: logistic(p.w / p.n_w - p.l / p.n_l, p.epsilon),  # Tulu 3, 2411.15124
+    "hinge": lambda p: F.relu(1 - p.margin),  # SLiC, 2305.10425; RSO, 2309.06657
+    "ipo": lambda p: (p.w / p.n_w - p.l / p.n_l - 0.5).square() / p.beta**2,  # 2310.12036, equation 17, per token
+    "robust": lambda p: robust(p.margin, p.epsilon),  # 2403.00409
+    "exo_pair": lambda p: exo(p.margin, p.epsilon),  # 2402.00856, equation 16
+    "discopop": lambda p: discopop(p.margin, p.tau),  # 2406.08414, equation 5
+    "sft": lambda p: -p.pi_w / p.n_w,  # Iterative RPO, 2404.19733; RPO, 2405.16436; MPO, 2411.10442
+}
+LOSSES = MARGINS | {  # these need each reward by itself, so log pi / ref as it is
+    "nca_pair": lambda p: -F.logsigmoid(p.w) - 0.5 * (F.logsigmoid(-p.w) + F.logsigmoid(-p.l)),  # 2402.05369
+    "bco_pair": lambda p: -F.logsigmoid(p.w) - F.logsigmoid(-p.l),  # 2404.04656 without its running shift delta
+    "sppo_hard": lambda p: ((p.w - 0.5).square() + (p.l + 0.5).square()) / p.beta**2,  # 2405.00675
+    "apo_zero": lambda p: F.sigmoid(-p.w) + F.sigmoid(p.l),  # 2408.06266, equation 7
+    "apo_down": lambda p: F.sigmoid(p.w) + F.sigmoid(-p.margin),  # 2408.06266, equation 8
+}
+SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair"}  # by --label_smoothing
 
 
-def dpo_loss(seq_logprobs, ref_logprobs, args):
-    """seq_logprobs, ref_logprobs (S,): summed over each completion, chosen and rejected in turn. Returns the SUM of the
-    loss over pairs, and metrics as sums over pairs; main divides by their number."""
+def logistic(margin, epsilon):
+    """-log sigmoid(margin), where a share epsilon of the pairs is the other way round."""
+    return -(1 - epsilon) * F.logsigmoid(margin) - epsilon * F.logsigmoid(-margin)
+
+
+def robust(margin, epsilon):
+    """Its mean over labels that are flipped with probability epsilon is -log sigmoid(margin) of the right ones."""
+    return ((1 - epsilon) * logistic(margin, 0) - epsilon * logistic(-margin, 0)) / (1 - 2 * epsilon)
+
+
+def exo(margin, epsilon):
+    """KL of (q, 1 - q), q = sigmoid(margin), from the labels (1 - epsilon, epsilon)."""
+    log_q, log_rest = F.logsigmoid(margin), F.logsigmoid(-margin)
+    return log_q.exp() * (log_q - math.log(1 - epsilon)) + log_rest.exp() * (log_rest - math.log(epsilon))
+
+
+def discopop(margin, tau):
+    """(1 - m) * logistic + m * exp(-margin), m = sigmoid(margin / tau); a product in the last term may be 0 * inf."""
+    return F.sigmoid(-margin / tau) * logistic(margin, 0) + (F.logsigmoid(margin / tau) - margin).exp()
+
+
+def pair_losses(seq_logprobs, ref_logprobs, lengths, args):
+    """As dpo_loss -> (pairs,): losses of --loss_type, summed with their weights."""
+    divergence, alpha = DIVERGENCES[args.f_divergence_type], args.f_alpha_divergence_coef
+    scores = args.beta * divergence(seq_logprobs - ref_logprobs, alpha)
+    p = SimpleNamespace(
+        w=scores[::2], l=scores[1::2], margin=scores[::2] - scores[1::2], n_w=lengths[::2], n_l=lengths[1::2],
+        pi_w=seq_logprobs[::2], beta=args.beta, epsilon=args.label_smoothing, tau=args.discopop_tau,
+    )
+    factors = args.loss_weights or [1.0] * len(args.loss_type)
+    return sum(factor * LOSSES[name](p) for name, factor in zip(args.loss_type, factors))
+
+
+def dpo_loss(seq_logprobs, ref_logprobs, lengths, weights, args):
+    """seq_logprobs, ref_logprobs (S,): summed over each completion, chosen and rejected in turn; lengths (S,) in scored
+    tokens; weights (S,) or None. Returns the SUM of the loss over pairs, and metrics as sums over pairs; main divides
+    by their number. The rewards among them are beta * log pi / ref under every divergence."""
     chosen, rejected = (args.beta * (seq_logprobs - ref_logprobs)).view(-1, 2).unbind(1)  # implicit rewards
-    loss = LOSSES[args.loss_type](chosen - rejected)  # ln 2 where policy and reference agree
+    loss = pair_losses(seq_logprobs, ref_logprobs, lengths, args)  # ln 2 where policy and reference agree
+    loss = loss if weights is None else loss * weights.view(-1, 2).prod(1)
     metrics = {"loss": loss, "reward_margin": chosen - rejected, "reward_acc": (chosen > rejected).float()}
     metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
     metrics |= {"chosen_logprob": seq_logprobs[::2], "rejected_logprob": seq_logprobs[1::2]}
@@ -193,22 +266,37 @@ def dpo_loss(seq_logprobs, ref_logprobs, args):
 
 def seq_sums(values, batch):
     """(M,) per scored token -> (S,) sums per completion."""
-    return torch.zeros(len(batch["seq_segment"]), device=values.device).index_add_(0, batch["seq"], values)
+    return values.new_zeros(len(batch["seq_segment"])).index_add_(0, batch["seq"], values)
+
+
+def per_completion(out, batch, args):
+    """Policy's outputs (M,) -> (S,) each: log pi(y), scored tokens, and with sum_p2 WPO's weight, else None. LD-DPO
+    (2409.06411): tokens beyond the shorter completion's length count ld_alpha times. WPO (2406.11827, equation 2): exp
+    of the mean of log p(y_t) - log sum_v p(v)^2, without gradient."""
+    logprobs, seq, weights = out["logprobs"], batch["seq"], None
+    lengths = seq_sums(torch.ones_like(logprobs), batch)
+    if args.ld_alpha != 1:
+        place = torch.arange(len(seq), device=seq.device) - (lengths.cumsum(0) - lengths)[seq]
+        shorter = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        logprobs = torch.where(place < shorter[seq], logprobs, args.ld_alpha * logprobs)
+    if "sum_p2" in out:
+        weights = (seq_sums((out["logprobs"] - out["sum_p2"].log()).detach(), batch) / lengths).exp()
+    return seq_sums(logprobs, batch), lengths, weights
 
 
 @torch.no_grad()
 def attach_reference(policy, groups, name, args, run):
     """Give every completion its log pi_ref, of the untrained policy; a file keeps it by a digest of rows and probe."""
     path, probe = run.out / f"ref_logprobs_{name}.safetensors", policy(flat_batch(run.probe, run.device))["logprobs"]
-    about = repr((run.data, [g["row"] for g in groups], args.max_length, [round(x, 3) for x in probe.tolist()]))
-    key = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
+    about = run.data, [g["row"] for g in groups], args.max_length, args.ld_alpha, [round(x, 3) for x in probe.tolist()]
+    key = hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
     known = load_file(path) if path.is_file() else {}
     if key not in known:
         values = torch.zeros(len(groups), 2, dtype=torch.float64, device=run.device)
         numbered = [group | {"at": i} for i, group in enumerate(groups)]
         for batch, members, weight in rank_batches(share(numbered, run), numbered[0], args, run):
             at = torch.tensor([group["at"] for group in members], device=run.device)
-            values[at] += weight * seq_sums(policy(batch)["logprobs"], batch).view(-1, 2)
+            values[at] += weight * per_completion(policy(batch), batch, args)[0].view(-1, 2)
         dist.all_reduce(values)
         known = {key: (values / args.tp_size).float().cpu()}  # tp ranks hold the same rows
         if run.rank == 0:
@@ -220,19 +308,50 @@ def attach_reference(policy, groups, name, args, run):
             completion["ref_logprob"] = value
 
 
+def reference(groups, args, run):
+    """(S,) log pi_ref of the completions of `groups`."""
+    completions = [c for group in groups for c in group["completions"]]
+    return torch.tensor([0.0 if args.reference_free else c["ref_logprob"] for c in completions], device=run.device)
+
+
 @torch.no_grad()
 def evaluate(policy, heldout, args, run):
-    """Held-out means over pairs of dpo_loss's metrics, and accuracy: the share of chosen completions whose every token
-    is the arg-max, which is what greedy decoding would have written."""
+    """Held-out means over pairs of dpo_loss's metrics, and accuracy: the share of chosen completions whose every
+    token is the arg-max, which is what greedy decoding would have written."""
     totals = {}
     for batch, groups, weight in rank_batches(share(heldout, run), heldout[0], args, run):
-        out = policy(batch, want=("correct",))
-        ref = torch.tensor([c["ref_logprob"] for g in groups for c in g["completions"]], device=run.device)
-        _, metrics = dpo_loss(seq_sums(out["logprobs"], batch), ref, args)
+        out = policy(batch, want=("correct", *("sum_p2",) * args.use_weighting))
+        seq_logprobs, lengths, weights = per_completion(out, batch, args)
+        _, metrics = dpo_loss(seq_logprobs, reference(groups, args, run), lengths, weights, args)
         wrong = seq_sums((~out["correct"]).float(), batch)
         metrics["accuracy"] = (wrong[::2] == 0).float().sum()
         totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
     return {f"eval/{name}": value / len(heldout) for name, value in zip(totals, all_sum(run, *totals.values()))}
+
+
+def check_flags(args):
+    """Combinations of flags that have no meaning stop the run."""
+    losses, epsilon, weights = set(args.loss_type), args.label_smoothing, args.loss_weights
+    others, divergence = sorted(losses - MARGINS.keys()), args.f_divergence_type
+    alpha = args.f_alpha_divergence_coef if divergence == "alpha_divergence" else None
+    for wrong, text in (
+        (not losses, f"--loss_type: name one of {', '.join(LOSSES)}, or several."),
+        (weights and len(weights) != len(args.loss_type), f"--loss_weights {weights}: one for each --loss_type."),
+        (not all(map(math.isfinite, weights)), f"--loss_weights {weights}: must be finite."),
+        (epsilon >= 0.5, f"--label_smoothing {epsilon}: must be below 0.5, where labels say nothing."),
+        (epsilon == 0 and "exo_pair" in losses, "--label_smoothing 0: exo_pair takes its logarithm. Try 1e-3."),
+        (epsilon and not losses & SMOOTHED, f"--label_smoothing {epsilon}: {args.loss_type} has no use for it. Use 0."),
+        (args.beta == 0 and losses & {"ipo", "sppo_hard"}, "--beta 0: ipo and sppo_hard divide by it. Try 0.1."),
+        (args.discopop_tau == 0 and "discopop" in losses, "--discopop_tau 0: discopop divides by it. Try 0.05."),
+        (others and divergence != "reverse_kl", f"--f_divergence_type {divergence}: not for {others}. Use reverse_kl."),
+        (others and args.reference_free, f"--reference_free: not for {others}, which need log pi / ref."),
+        (args.reference_free and divergence != "reverse_kl", "--reference_free: needs --f_divergence_type reverse_kl."),
+        (alpha == 1, "--f_alpha_divergence_coef 1: divides by 0. Use reverse_kl, its limit."),
+        (args.ld_alpha > 1, f"--ld_alpha {args.ld_alpha}: must be from 0 to 1."),
+        (args.ld_alpha < 1 and "sft" in losses, "--ld_alpha: sft needs whole completions. Use 1, or leave sft out."),
+    ):
+        if wrong:
+            raise InputError(text)
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -261,6 +380,7 @@ def main(args):
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
+    check_flags(args)
     policy = load_weights(shard(Policy(lm), run), run)
     check_model(policy, run)
     fit_memory(policy, longest(train), run)
@@ -275,7 +395,7 @@ def main(args):
     # ---- reference -------------------------------------------------------------------------------
     used = sorted(set(order(len(train), args.seed, 0, min(len(train), steps * args.batch_size))))
     for name, groups in ("train", [train[i] for i in used]), ("heldout", heldout):
-        attach_reference(policy, groups, name, args, run) if groups else None
+        attach_reference(policy, groups, name, args, run) if groups and not args.reference_free else None
     # ---- resume ----------------------------------------------------------------------------------
     resume(policy, optimizer, tokenizer, run)
     print_plan(policy, tokenizer, train, heldout, counts, steps, run)
@@ -294,15 +414,16 @@ def main(args):
         )))
         totals = {}
         for batch, members, weight in batches:
-            ref = torch.tensor([c["ref_logprob"] for g in members for c in g["completions"]], device=run.device)
-            loss, metrics = dpo_loss(seq_sums(policy(batch)["logprobs"], batch), ref, args)
+            out = policy(batch, want=("sum_p2",) * args.use_weighting)
+            seq_logprobs, lengths, weights = per_completion(out, batch, args)
+            loss, metrics = dpo_loss(seq_logprobs, reference(members, args, run), lengths, weights, args)
             (loss * weight * run.dp_size / num_pairs).backward()  # a part of a global mean; FSDP2 averages over ranks
             totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
         metrics = {name: value / num_pairs for name, value in zip(totals, all_sum(run, *totals.values()))}
         metrics["num_tokens"] = num_tokens
-        if step == 0:
-            text = "the reference is not the starting policy: the first loss must be ln 2"
-            check(run, 0, "PREF001", "loss - ln 2", abs(metrics["loss"] - math.log(2)), NEVER, 0.01, text)
+        if step == 0 and not args.reference_free:
+            text, limit = "the reference is not the starting policy: the first margin must be 0", args.beta / 5
+            check(run, 0, "PREF001", "reward margin", abs(metrics["reward_margin"]), NEVER, limit, text)  # 0.2 nats
         # ---- update ------------------------------------------------------------------------------
         lr = args.learning_rate * schedule(step, steps, args)
         metrics |= {"grad_norm": update(policy, optimizer, lr, metrics, groups, step, run), "lr": lr}

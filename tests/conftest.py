@@ -32,12 +32,18 @@ METHODS = ROOT / "methods"
 SCRIPTS = sorted(str(p.relative_to(METHODS).with_suffix("")) for p in METHODS.rglob("*.py"))  # sft, experimental/ppo
 TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so more is a hang
 
+STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same text in all (test_copies), and slow
+
 # Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
 # visits every branch that splits, saves or resumes (grpo: two optimizer steps from each of two prompts' halves of a
 # rollout, twice; a reference). `micro`: a token budget so small that every row, and half of every group, stands alone.
 FAST = {
     "sft": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "1e-4"]},
     "dpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "8e-5"]},
+    "experimental/dpo_batch": {"data": "pairs", "micro": 90, "flags": [
+        "--learning_rate", "8e-5", "--loss_type", "aot", "bco_pair", "sft", "--loss_weights", "1", "0.5", "0.1"]},
+    "experimental/tr_dpo": {"data": "pairs", "micro": 90, "flags": [
+        "--learning_rate", "8e-5", "--ref_model_sync_steps", "2", "--bema", "--bias_power", "1", "--beta", "0.5"]},
     "grpo": {"data": "prompts", "micro": 90, "flags": [
         "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
         "--max_completion_length", "40", "--beta", "0.01", "--eval_samples", "2", "--temperature", "1.2"]},

@@ -354,12 +354,12 @@ def test_pref001_a_reference_that_is_not_the_start(tmp_path):
         def moved(policy, groups, *more):
             attach(policy, groups, *more)
             for group in groups:
-                group["completions"][0]["ref_logprob"] += 1.0  # beta 0.1: the loss moves by 0.05
+                group["completions"][0]["ref_logprob"] += 1.0  # beta 0.1: the margin moves by 0.1
 
         module.attach_reference = moved
 
     found = stops_before_step_1("PREF001", "dpo", tmp_path, patch=patch)
-    assert 0.04 < found["value"] < 0.06
+    assert 0.09 < found["value"] < 0.11
 
 
 # ---- online --------------------------------------------------------------------------------------

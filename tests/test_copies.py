@@ -20,7 +20,7 @@ BANNERS = "args rewards loss data rollout main model checkpoint health".split()
 KEYS = "Paper Loss Tokens Norm Models Data State Parent Delta Expect Run".split()
 # Lines: (whole file, up to the end of main); all of common/. What stands today; design 1 aims at (600, 300), (850, 480)
 # and 500. Raise a number only for a promise that cannot be kept without.
-OFFLINE, ONLINE, COMMON = (1186, 317), (1524, 657), 1110
+OFFLINE, ONLINE, COMMON = (1340, 460), (1524, 657), 1110
 FORMULA, VARIANT = 40, 120  # changed lines: where only Args.method and the banner `loss` differ; any other grandchild
 WORDS = {"reward"}  # a script's name that is also an everyday word of the others: what online scripts maximise
 BANNER = re.compile(r" *# ---- (\w+) -+")
@@ -161,7 +161,9 @@ def check_pair(child, parent, scripts):
         yield f"'{child.written(moved)}' stands elsewhere than in {parent.path}: run --fix"
     stems = "|".join(sorted({s.stem for s in scripts.values()} - WORDS))
     method = re.compile(rf"(?<![a-z0-9])(?:{stems})(?![a-z0-9])", re.I)  # an underscore does not hide a name
-    for name in sorted(child.blocks.keys() - differ - declared):
+    root = next((script for script in scripts.values() if script.parent == "none"), parent)
+    everybodys = {name for name in child.blocks if child.blocks[name] == root.blocks.get(name)}  # a family may name it
+    for name in sorted(everybodys - differ - declared):
         for word in sorted(set(method.findall("\n".join(child.blocks[name])))):
             yield f"'{child.written(name)}' is shared with {parent.path} but says '{word}'"
     formula = all(name == "Args.method" or banner_of.get(name) == "loss" for name in declared)
@@ -464,8 +466,9 @@ def test_fix_never_touches_a_declared_block(tmp_path):
 def test_budgets_that_are_larger(tmp_path):
     online = ("*", "#= main", "#= rollout\n#= main"), ("*", "if __name", "# long\n" * OFFLINE[0] + "if __name")
     family = ("dpo", "  Args.", "  collate, Args."), ("dpo ipo", "return rows[", "x = 0\n    " * 130 + "return rows[")
-    plant(tmp_path, *online, *family)
-    assert check(tmp_path) == []  # a family's root may change more than 120 lines, an online script may be longer
+    for edits in online, family:  # an online script may be longer, a family's root may change more than 120 lines
+        plant(tmp_path, *edits)
+        assert check(tmp_path) == []
 
 
 def test_common_has_a_cap(tmp_path):

@@ -65,13 +65,18 @@ def test_sft_loss_adds_up_over_any_cut():
 PAIRS = (-10.0, -11.0, -8.0, -9.0), (-12.0, -10.0, -8.0, -14.0)
 
 
-def dpo_args(beta=0.1, loss_type="sigmoid"):
-    return SimpleNamespace(beta=beta, loss_type=loss_type)
+def dpo_args(**more):
+    return dpo.Args(**more)  # beta 0.1, sigmoid
+
+
+def dpo_loss(logprobs, ref, args):
+    """Completions of one token: where a loss divides by their lengths, it divides by 1."""
+    return dpo.dpo_loss(logprobs, ref, torch.ones_like(ref), None, args)
 
 
 def test_dpo_loss_value_metrics_and_gradient():
     logprobs, ref = f64(*PAIRS[0], grad=True), f64(*PAIRS[1])
-    loss, metrics = dpo.dpo_loss(logprobs, ref, dpo_args())
+    loss, metrics = dpo_loss(logprobs, ref, dpo_args())
     # margins: 0.1 * (2 - -1) = 0.3 and 0.1 * (0 - 5) = -0.5
     losses = math.log(1 + math.exp(-0.3)), math.log(1 + math.exp(0.5))
     close(f64(*losses), [0.5543552444685271, 0.9740769841801067])
@@ -91,7 +96,7 @@ def test_dpo_loss_value_metrics_and_gradient():
 
 
 def test_dpo_loss_is_ln2_where_policy_and_reference_agree():
-    loss, metrics = dpo.dpo_loss(f64(*PAIRS[0]), f64(*PAIRS[0]), dpo_args())
+    loss, metrics = dpo_loss(f64(*PAIRS[0]), f64(*PAIRS[0]), dpo_args())
     close(loss, 2 * math.log(2))
     assert metrics["reward_margin"].item() == 0 and metrics["reward_acc"].item() == 0  # a tie is not a win
 
@@ -99,7 +104,7 @@ def test_dpo_loss_is_ln2_where_policy_and_reference_agree():
 def test_dpo_loss_is_finite_and_linear_far_out():
     # -log sigmoid(m) -> -m for m -> -inf, 0 for +inf: 1 + e^1000 as written would overflow
     logprobs = f64(-10_000.0, 0.0, 0.0, -10_000.0, grad=True)
-    loss, _ = dpo.dpo_loss(logprobs, f64(0, 0, 0, 0), dpo_args())
+    loss, _ = dpo_loss(logprobs, f64(0, 0, 0, 0), dpo_args())
     close(loss, 1000.0 + 0.0)
     loss.backward()
     close(logprobs.grad, f64(-0.1, 0.1, 0, 0))
@@ -107,12 +112,19 @@ def test_dpo_loss_is_finite_and_linear_far_out():
 
 @pytest.mark.parametrize("loss_type", sorted(dpo.LOSSES))
 def test_every_dpo_loss_pushes_the_chosen_up_at_the_start(loss_type):
-    """At a margin of 0 each loss of the table falls with the chosen log-prob and rises with the rejected one."""
+    """At a margin of 0 each loss of the table falls with the chosen log-prob and rises with the rejected one; but
+    apo_down has nothing to say about the chosen one there, sft never about the rejected one, and discopop with its tau
+    of 0.05 climbs, as in the paper's figure: d/dm = (1 - ln 2) / (4 tau) - 3/4 = 0.784."""
     logprobs = f64(-3.0, -4.0, grad=True)
-    loss, _ = dpo.dpo_loss(logprobs, f64(-3.0, -4.0), dpo_args(loss_type=loss_type))
+    smoothing = 1e-3 if loss_type == "exo_pair" else 0
+    loss, _ = dpo_loss(logprobs, f64(-3.0, -4.0), dpo_args(loss_type=(loss_type,), label_smoothing=smoothing))
     loss.backward()
     chosen, rejected = logprobs.grad.tolist()
-    assert math.isfinite(loss.item()) and chosen < 0 < rejected
+    assert math.isfinite(loss.item())
+    if loss_type == "discopop":
+        return close(logprobs.grad, f64(1, -1) * 0.1 * ((1 - math.log(2)) / 0.2 - 0.75))
+    assert chosen < 0 or loss_type == "apo_down" and abs(chosen) < 1e-12
+    assert rejected > 0 or loss_type == "sft" and rejected == 0
 
 
 @settings(deadline=None, max_examples=50)
@@ -123,7 +135,7 @@ def test_dpo_loss_does_not_depend_on_the_order_of_pairs(pairs, random):
     sums = []
     for rows in pairs, shuffled:
         table = torch.tensor(rows, dtype=torch.float64)
-        loss, metrics = dpo.dpo_loss(table[:, :2].flatten(), table[:, 2:].flatten(), dpo_args())
+        loss, metrics = dpo_loss(table[:, :2].flatten(), table[:, 2:].flatten(), dpo_args())
         sums.append([loss, *metrics.values()])
     for a, b in zip(*sums, strict=True):
         close(a, b, rtol=1e-12, atol=1e-9)  # sums of up to 5 numbers of up to 50, in two orders

@@ -112,7 +112,7 @@ def test_refused_before_any_weight(name):
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, ROWS = 10, 5, 15
-LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "5e-4"}
+LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "5e-4", "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4"}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -144,7 +144,7 @@ def make_model(kind, folder):
 def run(name, model, out, mesh, batch=BATCH):
     """-> the run's folder; (1, 1, 1) is one process."""
     world, replicate, tp = mesh
-    out.parent.mkdir(exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     test = (ROOT / "common" / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)
     (out.parent / "heldout.jsonl").write_text("".join(test[:3]))
     flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
@@ -191,8 +191,9 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     model, reference = single(name, kind)
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
-    # dpo's rewards: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32
-    wrong = metric_differences(lines, others, 4e-6 if name == "dpo" else DEFAULT_FLOOR)
+    # dpo's rewards: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32; tr_dpo: 0.5
+    floors = {"dpo": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5}
+    wrong = metric_differences(lines, others, floors.get(name, DEFAULT_FLOOR))
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SCRIPTS, script, tiny_flags, tiny_rows
+from conftest import METHODS, ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +25,14 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
         ["step", "eval/loss", "eval/token_accuracy", "eval/accuracy"],
     ),
     "dpo": (
+        ["step", *PAIR, "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in PAIR), "eval/accuracy"],
+    ),
+    "experimental/dpo_batch": (
+        ["step", *PAIR, "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in PAIR), "eval/accuracy"],
+    ),
+    "experimental/tr_dpo": (
         ["step", *PAIR, "num_tokens", "grad_norm", "lr", *PERF],
         ["step", *(f"eval/{key}" for key in PAIR), "eval/accuracy"],
     ),
@@ -41,6 +49,7 @@ EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model
 TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
 EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
+    "experimental/dpo_batch": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "grpo": ["samples.jsonl"],
 }
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
@@ -179,7 +188,7 @@ def test_final_loads_as_any_model(ran):
 # ---- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", STABLE)
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=("INT", "TERM"))
 def test_a_signal_stops_after_saving(name, number, tmp_path):
     """During step 1: the run finishes it, saves, says how to go on and leaves with 4. The handler is what the script

@@ -1,0 +1,155 @@
+"""TRL's own losses and gradients on numbers that are written down: what tests/ compares the scripts with.
+
+    PYTHON benchmarks/trl_fixtures.py [FAMILY ...]     (PYTHON: of an environment with TRL 1.16.0; none: all families)
+
+A family is a function below that returns {"batches": name -> inputs, "cases": [{flags, batch, loss, gradient}]}, one of
+FAMILIES; its result becomes tests/fixtures/trl_FAMILY.json with the versions, one batch or case per line. Inputs stand
+in the file, so a test needs neither TRL nor the random numbers of another torch. TRL's trainers are not started: the
+method that computes the loss is called on a trainer without an __init__, with a model that returns given log-probs.
+"""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import trl
+
+VERSION = "1.16.0"
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "fixtures"
+
+# ---- dpo -------------------------------------------------------------------------------------------------------------
+
+PROMPT = 2  # tokens before each completion
+LENGTHS = {  # of the chosen and the rejected completions; equal: where a mean over tokens is one over completions
+    "mixed": ([3, 5, 2, 4], [4, 2, 6, 4]),
+    "equal": ([4, 4, 4], [4, 4, 4]),
+}
+DIVERGENCES = "forward_kl", "js_divergence", "alpha_divergence"
+MARGINS = "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"  # allowed under any divergence
+OTHERS = "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired"
+
+
+def dpo_cases():
+    """(flags, batch): every loss at two betas, under every divergence, weighted, shortened, smoothed, mixed."""
+    for name in MARGINS + OTHERS:
+        smoothing = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
+        for beta in 0.1, 0.6:
+            yield {"loss_type": [name], "beta": beta} | smoothing, "mixed"
+        if name in MARGINS:
+            for divergence in DIVERGENCES:
+                yield {"loss_type": [name], "f_divergence_type": divergence} | smoothing, "mixed"
+        if not name.startswith("aot"):
+            yield {"loss_type": [name], "use_weighting": True} | smoothing, "mixed"
+        yield {"loss_type": [name], "ld_alpha": 0.5} | smoothing, "mixed"
+    for coefficient in 0.0, 0.2, 0.8:
+        yield {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": coefficient, "beta": 1.0}, "mixed"
+    yield {"loss_type": ["discopop"], "discopop_tau": 0.5}, "mixed"
+    for name in "aot", "aot_unpaired":
+        yield {"loss_type": [name], "label_smoothing": 0.2}, "mixed"
+    yield {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.005]}, "equal"  # RPO
+    yield {"loss_type": ["sigmoid", "sft"]}, "equal"  # Iterative RPO
+    yield {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, "equal"  # MPO
+    yield {"loss_type": ["sft"]}, "mixed"  # where TRL's mean over tokens is not ours
+    yield {"loss_type": ["ipo", "nca_pair"], "loss_weights": [0.25, 2.0], "use_weighting": True}, "mixed"
+
+
+def dpo_batch(chosen, rejected, generator):
+    """Per token, completions in the order chosen, rejected, chosen, ...: log pi, log ref, log sum p^2."""
+    lengths = [n for pair in zip(chosen, rejected) for n in pair]
+
+    def uniform(n, low, high):
+        return [round(x, 3) for x in (low + (high - low) * torch.rand(n, generator=generator)).tolist()]
+
+    logprobs = [uniform(n, -2.5, -0.05) for n in lengths]
+    shifts = [uniform(n, -1.2, 1.2) for n in lengths]
+    ref = [[round(min(x + d, -0.01), 3) for x, d in zip(xs, ds)] for xs, ds in zip(logprobs, shifts)]
+    return {"logprobs": logprobs, "ref_logprobs": ref, "log_sum_p2": [uniform(n, -1.5, -0.1) for n in lengths]}
+
+
+def dpo_trainer(flags, outputs):
+    """What DPOTrainer._compute_loss reads of its trainer."""
+    config = trl.DPOConfig
+    default = {name: config.__dataclass_fields__[name].default for name in (
+        "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "use_weighting",
+        "ld_alpha", "loss_weights")}  # fmt: skip
+    values = default | {"loss_type": ["sigmoid"]} | flags
+    trainer = object.__new__(trl.DPOTrainer)
+    vars(trainer).update(values)
+    trainer.f_divergence_type = getattr(values["f_divergence_type"], "value", values["f_divergence_type"])
+    trainer.loss_types, trainer.loss_weights = values["loss_type"], values["loss_weights"]
+    trainer.loss_weights = trainer.loss_weights or [1.0] * len(trainer.loss_types)
+    trainer.args = SimpleNamespace(discopop_tau=values["discopop_tau"], gradient_checkpointing_kwargs=None)
+    same = lambda x: x  # noqa: E731
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
+    trainer.model = torch.nn.Identity()
+    trainer.model.is_gradient_checkpointing = False
+    trainer.ref_model = lambda **_: SimpleNamespace(log_probs=outputs["ref_logprobs"])
+    trainer.precompute_ref_logps = trainer.aux_loss_enabled = False
+    trainer._metrics = defaultdict(lambda: defaultdict(list))
+    trainer._total_train_tokens, trainer._tp_size = 0, 1
+    return trainer
+
+
+def dpo():
+    generator = torch.Generator().manual_seed(0)
+    batches = {name: dpo_batch(*lengths, generator) for name, lengths in LENGTHS.items()}
+    cases = []
+    for flags, name in dpo_cases():
+        # TRL clamps exponents by a table of dtypes that lacks float64
+        dtype = torch.float32 if flags.get("f_divergence_type") == "alpha_divergence" else torch.float64
+        rows = len(batches[name]["logprobs"])
+        order = [*range(0, rows, 2), *range(1, rows, 2)]  # TRL: all chosen, then all rejected
+        lengths = [len(batches[name]["logprobs"][i]) for i in order]
+        mask = torch.tensor([[0] * PROMPT + [1] * n + [0] * (max(lengths) - n) for n in lengths])
+        outputs = {}
+        for key, lists in batches[name].items():
+            outputs[key] = torch.zeros(mask[:, 1:].shape, dtype=dtype)
+            for row, i in enumerate(order):
+                outputs[key][row, PROMPT - 1 : PROMPT - 1 + lengths[row]] = torch.tensor(lists[i], dtype=dtype)
+        outputs["logprobs"].requires_grad_()
+        zeros = torch.zeros_like(outputs["ref_logprobs"])
+        result = SimpleNamespace(log_probs=outputs["logprobs"], log_sum_sq_probs=outputs["log_sum_p2"], entropy=zeros,
+                                 mean_logits=zeros, is_top1=zeros.bool())  # fmt: skip
+        inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+        loss = dpo_trainer(flags, outputs)._compute_loss(lambda result=result, **_: result, inputs, False)
+        gradient = [None] * rows
+        try:
+            loss.backward()
+        except RuntimeError as e:  # TRL multiplies by the weights in place, which the backward of hinge's relu refuses
+            cases.append({"flags": flags, "batch": name, "loss": loss.item(), "gradient": None, "error": str(e)[:94]})
+            continue
+        for row, i in enumerate(order):
+            part = outputs["logprobs"].grad[row, PROMPT - 1 : PROMPT - 1 + lengths[row]]
+            gradient[i] = [float(f"{x:.12g}") for x in part.tolist()]
+        assert math.isfinite(loss.item()) and any(map(any, gradient)), flags
+        cases.append({"flags": flags, "batch": name, "loss": loss.item(), "gradient": gradient})
+    return {"batches": batches, "cases": cases}
+
+
+# ---- all families ----------------------------------------------------------------------------------------------------
+
+FAMILIES = {"dpo": dpo}
+
+
+def main():
+    if trl.__version__ != VERSION:
+        raise SystemExit(f"error: TRL {trl.__version__} is installed, the fixtures are of {VERSION}")
+    for name in sys.argv[1:] or FAMILIES:
+        if name not in FAMILIES:
+            raise SystemExit(f"error: {name}: choose from {', '.join(FAMILIES)}")
+        made = FAMILIES[name]()
+        batches = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(batch)}" for key, batch in made["batches"].items())
+        cases = ",\n  ".join(json.dumps(case) for case in made["cases"])
+        head = f'"trl": "{trl.__version__}", "torch": "{torch.__version__}", "made_by": "benchmarks/trl_fixtures.py"'
+        text = f'{{{head},\n "batches": {{\n  {batches}\n }},\n "cases": [\n  {cases}\n ]\n}}\n'
+        json.loads(text)
+        (FOLDER / f"trl_{name}.json").write_text(text)
+        print(f"{name}: {len(made['cases'])} cases")
+
+
+if __name__ == "__main__":
+    main()
