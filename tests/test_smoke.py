@@ -228,9 +228,10 @@ def test_ctrl_c_in_a_terminal(tmp_path):
             end = time.monotonic() + 60
             while not (out / "metrics.jsonl").is_file() and time.monotonic() < end:
                 time.sleep(0.05)
-            for _ in range(signals):
-                process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            while signals == 2 and process.poll() is None:  # two that arrive during one long operation are seen as one
                 time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
             err = process.communicate(timeout=60)[1]
         finally:
             process.kill()
