@@ -19,6 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PERF = ["perf/seconds", "perf/tokens_per_s", "perf/peak_gb"]
 PAIR = ["loss", "reward_margin", "reward_acc", "reward_chosen", "reward_rejected", "chosen_logprob", "rejected_logprob"]
+RANKED = ["loss", "accuracy", "reward_margin", "reward_chosen", "reward_rejected"]
+RANKED += ["reward_mean", "reward_std", "reward_min", "reward_max"]
+LABELLED = ["loss", "kl", "reward_chosen", "chosen_logprob", "reward_rejected", "rejected_logprob"]
 METRICS = {  # of a training row and of an evaluation row, in their order: a contract, see design section 12
     "sft": (
         ["step", "loss", "num_tokens", "grad_norm", "lr", *PERF],
@@ -27,6 +30,14 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
     "dpo": (
         ["step", *PAIR, "num_tokens", "grad_norm", "lr", *PERF],
         ["step", *(f"eval/{key}" for key in PAIR), "eval/accuracy"],
+    ),
+    "reward": (
+        ["step", *RANKED, "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in RANKED)],
+    ),
+    "kto": (
+        ["step", *LABELLED, "reward_margin", "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in (*LABELLED, "accuracy", "reward_margin"))],
     ),
     "grpo": (
         ["step", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len", "num_tokens",
@@ -41,6 +52,7 @@ EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model
 TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
 EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
+    "kto": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "grpo": ["samples.jsonl"],
 }
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
