@@ -15,7 +15,7 @@ import torch
 from conftest import METHODS, ROOT, SCRIPTS, script, tiny_flags, tiny_rows
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 PERF = ["perf/seconds", "perf/tokens_per_s", "perf/peak_gb"]
 PAIR = ["loss", "reward_margin", "reward_acc", "reward_chosen", "reward_rejected", "chosen_logprob", "rejected_logprob"]
@@ -172,20 +172,25 @@ def test_the_console(ran):
 
 
 def test_final_loads_as_any_model(ran):
-    _, out, _ = ran
-    lm = AutoModelForCausalLM.from_pretrained(out / "final", use_safetensors=True, trust_remote_code=False)
+    name, out, _ = ran
+    kind, head = (AutoModelForSequenceClassification, "score") if name == "reward" else (AutoModelForCausalLM, "model")
+    lm = kind.from_pretrained(out / "final", use_safetensors=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(out / "final", trust_remote_code=False)
     assert lm.dtype == torch.float32 and lm.config._attn_implementation != "flash_varlen"
     config = json.loads((out / "final" / "config.json").read_text())
     assert config["dtype"] == "float32" and not any("attn" in key for key in config)
-    stops = lm.generation_config.eos_token_id
+    stops = GenerationConfig.from_pretrained(out / "final") if name == "reward" else lm.generation_config
+    stops = stops.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|end|>") in (stops if isinstance(stops, list) else [stops])
     with safe_open(out / "final" / "model.safetensors", "pt") as tensors:
-        assert tensors.metadata() == {"format": "pt"} and all(key.startswith("model.") for key in tensors.keys())
+        assert tensors.metadata() == {"format": "pt"} and all(k.startswith(("model.", head)) for k in tensors.keys())
     assert "runs/" not in (out / "final" / "README.md").read_text().split("`")[0]
     messages = [{"role": "user", "content": "What is 123 + 456?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, return_tensors="pt")
-    assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+    if name == "reward":
+        assert lm(ids).logits.shape == (1, 1)
+    else:
+        assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
 
 # ---- signals -------------------------------------------------------------------------------------
