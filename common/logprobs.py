@@ -351,7 +351,8 @@ class Scorer(Policy):
     @torch.no_grad()
     def reference(self, lm, groups):
         sequences = [[*group["prompt"], *completion["ids"]] for group in groups for completion in group["completions"]]
-        return torch.cat([lm(torch.tensor([ids], device=lm.device)).logits[0].float() for ids in sequences])
+        sequences = [torch.tensor([ids], device=lm.device) for ids in sequences]
+        return torch.cat([lm(ids, use_cache=False).logits[0].float() for ids in sequences])
 
     def read(self, hidden, batch, want):
         return {"rewards": hidden.float() @ self.head().weight[0].float()}

@@ -242,6 +242,7 @@ def main(args):
     unlike = [tokenizer.pad_token_id, *tokenizer.added_tokens_decoder, *range(len(tokenizer) - 1, 0, -1)]
     tokenizer.pad_token_id = next(i for i in unlike if i not in (None, *stops))
     lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a classifier reads the last token unlike it
+    tokenizer.padding_side = "right"  # where every position is what it was in training
     policy = load_weights(shard(Scorer(lm), run), run)
     check_model(policy, run)
     # ---- optimizer -------------------------------------------------------------------------------
