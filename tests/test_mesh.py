@@ -17,7 +17,7 @@ import torch.distributed as dist
 import transformers
 from conftest import ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
 from test_logprobs import WANT, build, make_groups, oracle
-from test_split import DEFAULT_FLOOR, metric_differences, weight_differences
+from test_split import DEFAULT_FLOOR, FLOOR, FLOORS, metric_differences, weight_differences
 
 from common.logprobs import Policy
 from common.tokenization import InputError, flat_batch
@@ -164,7 +164,8 @@ def case_list():
 
 
 SLICE = [("sft", "Llama untied", "fsdp2 x tp2"), ("dpo", "Qwen3 tied", "replicas2 x tp2"),
-         ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Qwen3 tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2")]  # fmt: skip
+         ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Qwen3 tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2"),
+         ("reward", "Qwen3 tied", "fsdp2 x tp2"), ("kto", "Llama untied", "hsdp 2x2")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +192,9 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     model, reference = single(name, kind)
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
-    # dpo's rewards: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32
-    wrong = metric_differences(lines, others, 4e-6 if name == "dpo" else DEFAULT_FLOOR)
+    # dpo's and kto's rewards: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32
+    floor = 4e-6 if name in ("dpo", "kto") else DEFAULT_FLOOR
+    wrong = metric_differences(lines, others, floor, FLOORS.get(name, FLOOR))
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []

@@ -25,8 +25,10 @@ RELATIVE, PER_LR = 1e-5, 0.02
 # grpo's advantages cancel within a group. The gradient norm is a sum of squares: nothing cancels, no floor.
 FLOOR = {"grad_norm": 0.0, "loss": 1e-7, "eval/loss": 1e-7}
 DEFAULT_FLOOR = 1e-6
-# kto's kl is about completions that do not answer their prompts: log-probs that sum to some -150, each known to 1e-5.
-FLOORS = {"kto": FLOOR | {"kl": 1e-5, "eval/kl": 1e-5}}
+# kto, at --beta 1: differences of log-probs that sum to as much as -150 (kl is about completions that do not answer
+# their prompts), each known to 1e-5.
+COARSE = ["kl", "reward_chosen", "reward_rejected", "reward_margin"]
+FLOORS = {"kto": FLOOR | {stage + key: 1e-5 for stage in ("", "eval/") for key in COARSE}}
 NOISE = {("reward_acc", 1), ("eval/reward_acc", 0)}  # policy = reference: the sign of a rounding error
 
 
