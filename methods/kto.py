@@ -281,6 +281,9 @@ HEAD = {}  # what a head needs in the model's config
 
 def encode_labelled(row, tokenizer, stops, kwargs):
     """-> groups of one completion and a label, True: desirable. A pair becomes two."""
+    if not {"label", "chosen"} & row.keys():
+        wanted = "wanted columns prompt + completion + label | prompt + chosen + rejected; found"
+        raise problem(row, wanted, sorted(row), "Type --rename old:new,old:new")
     if "label" not in row:
         pair = encode_preference(row, tokenizer, stops, kwargs)
         return [pair | {"completions": [c], "label": c is pair["completions"][0]} for c in pair["completions"]]
@@ -335,9 +338,8 @@ def main(args):
         lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=1e-8, fused=True,
     )
     # ---- reference -------------------------------------------------------------------------------
-    labels, size, pairs = label_balance(train, args), args.batch_size, []  # pairs: of all steps in their order
-    for step in range(steps):
-        pairs += mismatched([train[i] for i in order(len(train), args.seed, step * size, size)])
+    labels, n, size = label_balance(train, args), len(train), args.batch_size
+    pairs = [g for s in range(steps) for g in mismatched([train[i] for i in order(n, args.seed, s * size, size)])]
     heldout = mismatched(heldout)
     for name, groups in ("train", pairs), ("heldout", heldout):
         attach_reference(policy, groups, name, args, run) if groups else None
