@@ -20,7 +20,7 @@ Delta:
 Paper differences
   none. TRL takes rows in file order and a kl per micro-batch; here rows are shuffled and kl is of the whole step, so
   neither ranks nor micro-batches change it. It costs a forward without gradient per row; apo_zero_unpaired only logs it
-Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.9 in a minute or two (benchmarks/README.md)
+Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.95 within a minute (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/kto.py --model DIR --dataset labelled.jsonl --beta 0.1
         python methods/kto.py                                        (no flags: the tiny lab, on any machine)
 """

@@ -20,7 +20,7 @@ Delta:
   main.finish: a reward model completes no prompts
 Paper differences
   a step takes pairs; Ouyang et al. take all pairs of a prompt's ranking together. Their prompts are shared here too
-Expect  tiny lab, 2 CPU cores: held-out pair accuracy 0.5 -> 0.9 within a minute or two (benchmarks/README.md)
+Expect  tiny lab, 2 CPU cores: held-out pair accuracy 0.5 -> 0.99 within a minute (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/reward.py --model DIR --dataset pairs.jsonl
         python methods/reward.py                                     (no flags: the tiny lab, on any machine)
 """

@@ -165,7 +165,7 @@ def case_list():
 
 SLICE = [("sft", "Llama untied", "fsdp2 x tp2"), ("dpo", "Qwen3 tied", "replicas2 x tp2"),
          ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Qwen3 tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2"),
-         ("reward", "Qwen3 tied", "fsdp2 x tp2"), ("kto", "Llama untied", "hsdp 2x2")]  # fmt: skip
+         ("reward", "Qwen3 tied", "fsdp2 x tp2"), ("kto", "Qwen3 tied", "hsdp 2x2")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
