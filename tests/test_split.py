@@ -79,7 +79,7 @@ def sample_differences(name, a, b):
         if x["step"] > 1:
             run(name, a.parent, 1, BIG, x["step"] - 1).rename(again)
         source = newest(again) if x["step"] > 1 else ROOT / "common" / "tiny" / "model"
-        lm = module.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        lm = module.AutoModelWithHead.from_pretrained(source, dtype=torch.float32)
         tokenizer = module.load_tokenizer(str(source))
         texts = x["prompt"], x["completion"], y["completion"]
         prompt, *ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
