@@ -8,7 +8,7 @@ Tokens  r(x, y) is the score head on the hidden state of the last token of promp
 Norm    mean over the pairs of the optimizer step, over all micro-batches and ranks
 Models  the policy is a sequence classifier with one label (trained), sharded with FSDP2. From a language model it takes
         all but the head, which starts at random; a reward model goes on as it is
-Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike; with a column margin: {..., margin}
+Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike; a column margin may be with them (else 0)
 State   alerts, streaks, before, last, best (evaluations)
 Parent: methods/sft.py
 Delta:
@@ -220,8 +220,8 @@ def load_groups(name, tokenizer, stops, args):
     groups = [encode_preference(row, tokenizer, stops, kwargs) for row in rows]
     for group, row in zip(groups, rows):
         group["margin"] = margin = row.get("margin", 0.0)
-        if type(margin) not in (int, float) or not math.isfinite(margin):
-            raise problem(row, "margin is not a number", margin, "Write numbers, or --rename margin:other")
+        if type(margin) not in (int, float) or not abs(margin) < 1e6:
+            raise problem(row, "margin is not a number below 1e6", margin, "Write numbers, or --rename margin:other")
     groups, counts = fit(groups, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 

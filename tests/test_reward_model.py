@@ -271,7 +271,7 @@ def test_a_margin_column_counts(tmp_path):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("margin", ("1", True, [1.0], 1e400))
+@pytest.mark.parametrize("margin", ("1", True, [1.0], 1e400, 10**400))
 def test_a_margin_that_is_not_a_number(margin, tmp_path):
     good = {"prompt": "3+4=", "chosen": "7", "rejected": "8"}
     data = write_rows(tmp_path, good | {"margin": 1}, good | {"margin": margin})
