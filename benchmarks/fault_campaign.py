@@ -70,11 +70,14 @@ LIMIT = 120  # seconds that a run may take
 GRACE = 5  # seconds that ranks get when one is lost
 DISK = 192 << 20  # bytes of the tmpfs that fills up: more than a few checkpoints
 
-ROWS = {"sft": "demonstrations", "dpo": "pairs", "grpo": "prompts"}  # 12 rows of this file of common/tiny
+# 12 rows of this file of common/tiny
+ROWS = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "labelled", "grpo": "prompts"}
 COMMON = "--batch_size 4 --max_steps 6 --save_every 1 --eval_every 3 --save_minutes 999 --lr_scheduler_type constant"
 FLAGS = {  # grpo: two optimizer steps from each half of a rollout, so that most faults fall inside a rollout
     "sft": f"{COMMON} --learning_rate 1e-4",
+    "reward": f"{COMMON} --learning_rate 1e-4",
     "dpo": f"{COMMON} --learning_rate 8e-5",
+    "kto": f"{COMMON} --learning_rate 8e-5 --beta 1",
     "grpo": f"{COMMON} --learning_rate 5e-5 --num_generations 4 --num_iterations 2 --steps_per_generation 2 "
     "--max_completion_length 40 --eval_samples 2 --beta 0.01 --reward accuracy format --reward_weights 0.7 0.1",
 }

@@ -563,7 +563,7 @@ def trl_update(lab, method):
     shape, policy, optimizer = policy.lm.config, None, None
     for name, setting in TRL.items():
         with torch.device("meta"):
-            lm = module.AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa")
+            lm = module.AutoModelWithHead.from_config(shape, dtype=torch.float32, attn_implementation="sdpa")
         lab.fill(module, run, lm)
         at, micro = [], 8 if count % 8 == 0 else 1
         sequences = count * (size["group"] if method == "grpo" else 1)

@@ -7,8 +7,8 @@ Run it with the python of our own requirements.txt. TRL runs in processes of its
 imported here, and the two sides exchange files only. All in fp32 on the CPU, on rows in one order. Time and memory of
 the same work: versus_trl.py.
 
-sft, dpo         20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient norm
-                 and (dpo) implicit rewards of every step, without and with gradient accumulation.
+sft, reward,     20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient norm
+dpo, kto         and rewards of every step, without and (not kto) with gradient accumulation.
 grpo, one batch  loss, every parameter's gradient and the advantages from the same completions, rewards and old and
                  reference log-probs, over normalisers, KL, clipping and reward scaling; a None reward included.
 grpo, a run      TRL is given the completions and rewards of our run and must follow it, 20 updates long.
@@ -20,6 +20,7 @@ only by a run in which nothing failed.
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -39,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "common" / "tiny"
 OURS = ("model", "dataset", "batch_size", "max_length", "tokens_per_microbatch", "allow")  # flags that TRL lacks
-FILES = {"sft": "demonstrations.jsonl", "dpo": "pairs.jsonl", "grpo": "prompts.jsonl"}
+FILES = {"sft": "demonstrations.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl", "kto": "labelled.jsonl",
+         "grpo": "prompts.jsonl"}  # fmt: skip
 TRL, SEED, STEPS, BATCH = "1.16.0", 42, 20, 8
 WHOLE = 2**20  # --tokens_per_microbatch: a step in one micro-batch
 
@@ -47,6 +49,14 @@ WHOLE = 2**20  # --tokens_per_microbatch: a step in one micro-batch
 LOSS, NORM = ("loss", "loss", 1e-4, "absolute"), ("grad_norm", "grad_norm", 1e-3, "relative")
 COMPARED = {
     "sft": [LOSS, NORM],
+    "reward": [
+        LOSS, NORM, ("accuracy", "accuracy", 1e-6, "absolute"), ("reward_margin", "margin", 1e-4, "absolute"),
+        ("reward_mean", "mean_reward", 1e-4, "absolute"),
+    ],
+    "kto": [
+        LOSS, NORM, ("kl", "kl", 1e-3, "absolute"), ("reward_chosen", "rewards/chosen", 1e-4, "absolute"),
+        ("reward_rejected", "rewards/rejected", 1e-4, "absolute"),
+    ],
     "dpo": [
         LOSS, NORM, ("reward_margin", "rewards/margins", 1e-4, "absolute"),
         ("reward_chosen", "rewards/chosen", 1e-4, "absolute"), ("reward_acc", "rewards/accuracies", 1e-6, "absolute"),
@@ -160,8 +170,21 @@ def prepare(spec):
     from common.tokenization import order
 
     rows = read(spec["data"])
-    picked = [i for start, count in spec["slices"] for i in order(len(rows), SEED, start, count)]
+    turn = -1 if spec.get("reverse") else 1
+    picked = [i for start, count in spec["slices"] for i in order(len(rows), SEED, start, count)[::turn]]
     write(Path(spec["to"]), [rows[i] for i in picked])
+
+
+def classifier(spec):
+    """The model with a head of one label, so that both sides begin with the same one."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+
+    torch.manual_seed(SEED)
+    lm = AutoModelForSequenceClassification.from_pretrained(spec["model"], dtype=torch.float32, num_labels=1)
+    lm.save_pretrained(spec["to"])
+    for part in AutoTokenizer, GenerationConfig:
+        part.from_pretrained(spec["model"]).save_pretrained(spec["to"])
 
 
 def tokens(spec):
@@ -178,7 +201,8 @@ def tokens(spec):
         for group in groups if isinstance(groups, list) else [groups]:
             for completion in group["completions"]:  # one at a time; the shift by one is flat_batch's
                 batch = flat_batch([group | {"completions": [completion]}])
-                sequences.append([batch["input_ids"].tolist(), (batch["rows"] + 1).tolist()])
+                scored = (batch["rows"] + 1).tolist()
+                sequences.append([batch["input_ids"].tolist(), scored[-1:] if spec["method"] == "reward" else scored])
     return sequences
 
 
@@ -291,7 +315,8 @@ def compare(method, mine, theirs, skip=()):
             continue  # beta 0: no reference on either side
         if name not in mine[0] or name_trl not in theirs[0]:
             raise Problem(f"{method}: {name} or TRL's {name_trl} is not logged (ours: {', '.join(mine[0])})")
-        pairs = [(a[name], b[name_trl]) for a, b in zip(mine, theirs)]
+        pairs = [(a[name], b.get(name_trl)) for a, b in zip(mine, theirs)]
+        pairs = [(a, math.nan if b is None else b) for a, b in pairs if (a, b) != (None, None)]  # a label without rows
         floor = 1e-3 * max(abs(b) for _, b in pairs) + 1e-12  # a step whose groups are all silent has no gradient
         gaps = [abs(a - b) / (max(abs(b), floor) if kind == "relative" else 1) for a, b in pairs]
         gap = max(gaps)
@@ -323,22 +348,30 @@ GRPO = {"batch_size": 4, "num_generations": 8, "max_completion_length": 48, "max
 
 
 def parity_offline(method, accumulate, options):
-    """sft, dpo: the same rows through both, 20 updates of 8 rows; accumulate: TRL in 4 micro-batches of 2, ours by 256
-    tokens, so that both cut the step, and differently."""
+    """sft, reward, dpo, kto: the same rows through both, 20 updates of 8 rows; accumulate: TRL in 4 micro-batches of 2,
+    ours by 256 tokens, so that both cut the step, and differently. kto: TRL gives a row the completion of the one
+    before, we that of the next, so its rows go in backwards, step by step; and it has a kl for each micro-batch."""
     model, data = TINY / "model", TINY / FILES[method]
     sorted_rows = options.scratch / f"{method}.jsonl"
-    here("prepare", {"data": str(data), "slices": [(0, STEPS * BATCH)], "to": str(sorted_rows)}, options)
+    slices = [(step * BATCH, BATCH) for step in range(STEPS)]
+    about = {"data": str(data), "slices": slices, "to": str(sorted_rows), "reverse": method == "kto"}
+    here("prepare", about, options)
+    if method == "reward":
+        here("classifier", {"model": str(model), "to": str(options.scratch / "classifier")}, options)
+        model = options.scratch / "classifier"
     flags = {"model": model, "dataset": data, "max_length": 256, "batch_size": BATCH, "max_steps": STEPS}
     flags |= {"learning_rate": 1e-4, "tokens_per_microbatch": 256 if accumulate else WHOLE}
     config = {"max_length": 256, "max_steps": STEPS, "learning_rate": 1e-4, "gradient_checkpointing": False}
     config |= {"per_device_train_batch_size": 2 if accumulate else BATCH}
     config |= {"gradient_accumulation_steps": 4 if accumulate else 1}
-    if method == "dpo":
-        flags, config = flags | {"beta": 0.1}, config | {"beta": 0.1}
+    more = {"dpo": {"beta": 0.1}, "kto": {"beta": 0.5, "learning_rate": 3e-4, "desirable_weight": 1.3},
+            "reward": {"learning_rate": 1e-3, "center_rewards_coefficient": 0.01}}.get(method, {})  # fmt: skip
+    flags, config = flags | more, config | more
     count = STEPS * BATCH
     mine = ours(method, flags, options)
     theirs = trl(method, {"model": str(model), "data": str(sorted_rows), "config": config, "tokens": count}, options)
-    scored = here("tokens", {"model": str(model), "data": str(sorted_rows), "tokens": count}, options)
+    about = {"method": method, "model": str(model), "data": str(sorted_rows), "tokens": count}
+    scored = here("tokens", about, options)
     if scored != theirs["tokens"]:
         row = next(i for i, (a, b) in enumerate(zip(scored, theirs["tokens"])) if a != b)
         raise Problem(f"{method}: sequence {row} differs: ours {scored[row]}, TRL {theirs['tokens'][row]}")
@@ -346,6 +379,8 @@ def parity_offline(method, accumulate, options):
     moved = abs(mine["steps"][-1]["loss"] - mine["steps"][0]["loss"]) / mine["steps"][0]["loss"]
     if moved < 0.05:
         raise Problem(f"{method}: the loss moved by {moved:.1%} only, agreement would say little")
+    if method == "kto" and sum(step["kl"] > 0.01 for step in mine["steps"]) < 3:
+        raise Problem("kto: kl is hardly ever above 0, agreement would say little")
     result = {"steps": STEPS, "worst": worst, "equal_sequences": len(scored)}
     result |= {"scored_tokens": sum(len(s) for _, s in scored), "versions": theirs["versions"]}
     return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]]}
@@ -446,9 +481,10 @@ def parity(options):
             print(f"{name:<12} {line['case']:<46} {'  '.join(gaps)}  {about}", flush=True)
         return {k: result.pop(k) for k in ("samples", "rows") if k in result}
 
-    for method in ("sft", "dpo"):
+    for method in ("sft", "reward", "dpo"):
         case(f"{method} batch 8", parity_offline, method, False, options)
         case(f"{method} accumulated 4 x 2", parity_offline, method, True, options)
+    case("kto batch 8", parity_offline, "kto", False, options)
     first = case("grpo run, dapo, beta 0.04", parity_replay, {"beta": 0.04}, {}, options)
     if first:
         kept = options.scratch / "kept.jsonl"
@@ -532,7 +568,7 @@ def main():
     parser.add_argument("--only", nargs="*", choices=list(FILES), help="these methods; the result file is not replaced")
     options = read_options(parser)
     if options.worker:
-        return answer(options.worker, (prepare, tokens, grpo_batch, gradients))
+        return answer(options.worker, (prepare, classifier, tokens, grpo_batch, gradients))
     try:
         check_trl(options)
     except Problem as e:

@@ -3,11 +3,11 @@ environment:
 
     PYTHON benchmarks/trl_worker.py SPEC.json
 
-SPEC: method (sft, dpo, grpo), model (folder), data (.jsonl whose rows are used in that order), config (arguments of
-TRL's config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and rewards are
-taken from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs: loss and
-gradients instead of a training run). search: a list of arguments to try one after the other, each on top of config.
-Prints a line "step N" after every optimizer step: what versus_trl.py times.
+SPEC: method (sft, reward, dpo, kto, grpo), model (folder), data (.jsonl whose rows are used in that order), config
+(arguments of TRL's config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and
+rewards are taken from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs:
+loss and gradients instead of a training run). search: a list of arguments to try one after the other, each on top of
+config. Prints a line "step N" after every optimizer step: what versus_trl.py times.
 
 Nothing but `even_digits` and `timed` may be needed by the other environment, so everything heavy is imported where it
 is used.
@@ -64,7 +64,7 @@ def make_trainer(spec, **kwargs):
                 self.at[state.global_step] = time.perf_counter(), time.process_time()
                 print(f"step {state.global_step}", flush=True)
 
-    name = spec["method"].upper()
+    name = {"reward": "Reward"}.get(spec["method"], spec["method"].upper())
     base = getattr(trl, f"{name}Trainer")
 
     class InOrder(base):
@@ -139,9 +139,14 @@ def write(spec, result):
 def scored_ids(trainer, spec, limit):
     """For the first rows, every sequence with the ids that TRL scores: [[ids, scored positions], ...], chosen before
     rejected. Taken from the collated batch, the last thing that the loss sees."""
+    import torch
+
     sequences = []
     for i in range(min(limit, len(trainer.train_dataset))):
         batch = trainer.data_collator([trainer.train_dataset[i]])
+        if spec["method"] == "reward":  # the classifier reads one token: the last
+            real = batch["attention_mask"]
+            batch["completion_mask"] = torch.arange(real.shape[1]) == real.sum(1, keepdim=True) - 1
         mask = batch["completion_mask"] == 1 if "completion_mask" in batch else batch["labels"] != -100
         for ids, real, scored in zip(batch["input_ids"], batch["attention_mask"], mask):
             keep = real.bool()

@@ -305,13 +305,16 @@ class Policy(nn.Module):
     """`lm` as a function from a flat batch to log-probs of its scored tokens; the root module for fully_shard.
 
     road: "flat", or "padded" for models that runs_flat refuses. There every completion is a right-padded row with its
-    own copy of the prompt, in the model's own attention; no mask, since a causal layer never looks to the right."""
+    own copy of the prompt, in the model's own attention; no mask, since a causal layer never looks to the right.
+    output: the one that is always there. new: weights that a model folder may lack."""
+
+    output, new = "logprobs", frozenset()
 
     def __init__(self, lm, temperature=1.0, topk=0):
         super().__init__()
-        if not isinstance(lm.get_output_embeddings(), nn.Linear):
-            raise InputError(f"{type(lm).__name__} has no linear head: --model must be a causal language model")
         self.lm, self.topk = lm, topk
+        if not isinstance(self.head(), nn.Linear):
+            raise InputError(f"{type(lm).__name__} has no linear head: --model must be a causal language model")
         # What ForCausalLM.forward does after the head. One name may mean two things in two families, so the comparison
         # with reference_logprobs before step 1 decides, not this table.
         number = lambda name, absent: getattr(lm.config.get_text_config(), name, None) or absent  # noqa: E731
@@ -333,16 +336,23 @@ class Policy(nn.Module):
         assert set(want) < set(OUTPUTS), want
         if own:
             self.lm.config._attn_implementation = self.own
-            logprobs = reference_logprobs(self.lm, batch, self.shape[-1])
+            answer = self.reference(self.lm, batch)
             self.lm.config._attn_implementation = self.implementation
-            return logprobs
+            return answer
         # any other implementation would ignore the layout and return wrong numbers without a word
         assert self.lm.config._attn_implementation == self.implementation, self.lm.config._attn_implementation
         inputs, rows = self._flat(batch) if self.road == "flat" else self._padded(batch)
         backbone = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model  # Llama-4's has no name
-        hidden = _take(backbone(use_cache=False, **inputs).last_hidden_state.flatten(0, 1), rows)
-        head = self.lm.get_output_embeddings()
-        weight, bias, group = head.weight, head.bias, None
+        return self.read(_take(backbone(use_cache=False, **inputs).last_hidden_state.flatten(0, 1), rows), batch, want)
+
+    def head(self):
+        return self.lm.get_output_embeddings()
+
+    def reference(self, lm, groups):
+        return reference_logprobs(lm, groups, self.shape[-1])
+
+    def read(self, hidden, batch, want):
+        weight, bias, group = self.head().weight, self.head().bias, None
         if isinstance(weight, DTensor):  # sharded over the vocabulary by tensor parallelism
             group = weight.device_mesh.get_group()
             weight, bias = weight.to_local(), bias if bias is None else bias.to_local()
@@ -358,6 +368,31 @@ class Policy(nn.Module):
         ids = ids if batch["kv_index"] is None else ids[batch["kv_index"]]
         ids = nn.utils.rnn.pad_sequence([ids[borders[i]:borders[i + 1]] for i in batch["seq_segment"].tolist()], True)
         return {"input_ids": ids}, batch["seq"] * ids.shape[1] + batch["position_ids"][batch["rows"]]
+
+
+class Scorer(Policy):
+    """`lm`, a sequence classifier of one label, as a function from a flat batch to {"rewards": (S,)}, fp32: the head
+    `score` on the last token of each completion, its end-of-turn token, where the classifier itself reads it too."""
+
+    output, new = "rewards", frozenset({"score.weight"})
+
+    def forward(self, batch, want=(), own=False):
+        if not own:
+            last = batch["cu_seqlens_q"][batch["seq_segment"] + 1].long() - 1
+            batch = {**batch, "rows": last, "seq": torch.arange(len(last), device=last.device)}
+        return super().forward(batch, want, own)
+
+    def head(self):
+        return getattr(self.lm, "score", None)
+
+    @torch.no_grad()
+    def reference(self, lm, groups):
+        sequences = [[*group["prompt"], *completion["ids"]] for group in groups for completion in group["completions"]]
+        sequences = [torch.tensor([ids], device=lm.device) for ids in sequences]
+        return torch.cat([lm(ids, use_cache=False).logits[0].float() for ids in sequences])
+
+    def read(self, hidden, batch, want):
+        return {"rewards": hidden.float() @ self.head().weight[0].float()}
 
 
 # ---- probe -----------------------------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ ASKS, WRITES = {"role": "user", "content": "3+4?"}, {"role": "assistant", "conte
 GOOD = {  # one row each, and columns that are not enough
     "sft": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
     "dpo": ({"prompt": "3+4=", "chosen": "7", "rejected": "8"}, {"prompt": "3+4=", "chosen": "7"}),
+    "reward": ({"prompt": "3+4=", "chosen": "7", "rejected": "8"}, {"prompt": "3+4=", "rejected": "7"}),
+    "kto": ({"prompt": "3+4=", "completion": "7", "label": True}, {"prompt": "3+4=", "completion": "7"}),
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
 }
 

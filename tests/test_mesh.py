@@ -17,7 +17,7 @@ import torch.distributed as dist
 import transformers
 from conftest import ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
 from test_logprobs import WANT, build, make_groups, oracle
-from test_split import DEFAULT_FLOOR, metric_differences, weight_differences
+from test_split import DEFAULT_FLOOR, FLOOR, FLOORS, metric_differences, weight_differences
 
 from common.logprobs import Policy
 from common.tokenization import InputError, flat_batch
@@ -112,7 +112,8 @@ def test_refused_before_any_weight(name):
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, ROWS = 10, 5, 15
-LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "5e-4", "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4"}
+LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "experimental/dpo_batch": "1e-4",
+      "experimental/tr_dpo": "1e-4"}  # fmt: skip
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -164,7 +165,8 @@ def case_list():
 
 
 SLICE = [("sft", "Llama untied", "fsdp2 x tp2"), ("dpo", "Qwen3 tied", "replicas2 x tp2"),
-         ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Qwen3 tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2")]  # fmt: skip
+         ("grpo", "Qwen3 tied", "tp2"), ("grpo", "Qwen3 tied", "hsdp 2x2"), ("sft", "Qwen3Moe", "fsdp2"),
+         ("reward", "Qwen3 tied", "fsdp2 x tp2"), ("kto", "Qwen3 tied", "hsdp 2x2")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +193,9 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     model, reference = single(name, kind)
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
-    # dpo's rewards: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32; tr_dpo: 0.5
-    floors = {"dpo": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5}
-    wrong = metric_differences(lines, others, floors.get(name, DEFAULT_FLOOR))
+    # rewards of dpo, kto: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32; tr_dpo: 0.5
+    coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5}
+    wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), FLOORS.get(name, FLOOR))
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []

@@ -22,8 +22,10 @@ import torch.distributed as dist
 from conftest import ROOT, SCRIPTS, STABLE, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags, tiny_rows
 from conftest import train, trainer_tensors, try_train
 from safetensors.torch import load_file
-from test_split import metric_differences, weight_differences
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from test_split import FLOOR, FLOORS, metric_differences, weight_differences
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
+)  # fmt: skip
 
 STEPS, BATCH, KEPT = 8, 4, (3, 6, 8)
 
@@ -181,7 +183,8 @@ def test_other_number_of_ranks(name, runs, tmp_path):
     flags, whole = runs(name)
     out = interrupted(whole, tmp_path / "run", 3)
     train(name, out, *flags, "--resume", "auto", world=2)
-    wrong = metric_differences(*(read_jsonl(folder / "metrics.jsonl") for folder in (whole, out)))
+    lines = (read_jsonl(folder / "metrics.jsonl") for folder in (whole, out))
+    wrong = metric_differences(*lines, floors=FLOORS.get(name, FLOOR))
     wrong += weight_differences(newest(whole), newest(out), script(name).parse_args(tiny_flags(name)).learning_rate)
     assert not wrong and read_jsonl(out / "samples.jsonl")[:32] == read_jsonl(whole / "samples.jsonl")[:32], wrong
     assert meta(newest(out))["versions"]["mesh"] == "1x2x1"
@@ -332,24 +335,29 @@ def test_leftovers_are_cleaned(name, runs, tmp_path):
 def assert_export(folder, checkpoint, dtype, tied):
     """A Hugging Face folder says what the trainer's weights say, in `dtype`."""
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
-    lm, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    classifier = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForSequenceClassification")
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    lm, info = kind.from_pretrained(folder, output_loading_info=True)
     assert lm.dtype == dtype == AutoConfig.from_pretrained(folder).dtype
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    assert classifier or (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
     tensors = trainer_tensors(checkpoint)
     trained = {k.removeprefix("model.lm."): v for k, v in tensors.items() if k.startswith("model.lm.")}
     assert len(trained) == len(dict(lm.named_parameters())), "a tied alias appears once"
     for name, weight in lm.named_parameters():
         assert torch.equal(weight, trained[name].to(dtype)), name
-    moved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    fresh = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float32).eval()
-    fresh.load_state_dict({k: v.to(dtype).float() for k, v in trained.items()}, strict=not tied)
+    moved = kind.from_pretrained(folder, dtype=torch.float32)
+    fresh = kind.from_config(lm.config, dtype=torch.float32).eval()
+    fresh.load_state_dict({k: v.to(dtype).float() for k, v in trained.items()}, strict=classifier or not tied)
     ids = torch.arange(3, 40)[None]
-    assert torch.equal(moved(ids).logits, fresh(ids).logits)  # the very same numbers through the very same code
+    if classifier:  # a product with one column adds up as its operand lies in memory, which is the file for one of them
+        moved, fresh = moved.base_model, fresh.base_model
+    assert torch.equal(moved(ids)[0], fresh(ids)[0])  # the very same numbers through the very same code
     tokenizer = AutoTokenizer.from_pretrained(folder)
     turn = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
     end = tokenizer.apply_chat_template(turn, return_dict=False)[-1]
-    assert end in torch.tensor(lm.generation_config.eos_token_id).flatten().tolist() and end == tokenizer.eos_token_id
+    stops = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert end in torch.tensor(stops).flatten().tolist() and end == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

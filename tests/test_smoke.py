@@ -15,10 +15,13 @@ import torch
 from conftest import METHODS, ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 PERF = ["perf/seconds", "perf/tokens_per_s", "perf/peak_gb"]
 PAIR = ["loss", "reward_margin", "reward_acc", "reward_chosen", "reward_rejected", "chosen_logprob", "rejected_logprob"]
+RANKED = ["loss", "accuracy", "reward_margin", "reward_chosen", "reward_rejected"]
+RANKED += ["reward_mean", "reward_std", "reward_min", "reward_max"]
+LABELLED = ["loss", "kl", "reward_chosen", "chosen_logprob", "reward_rejected", "rejected_logprob"]
 METRICS = {  # of a training row and of an evaluation row, in their order: a contract, see design section 12
     "sft": (
         ["step", "loss", "num_tokens", "grad_norm", "lr", *PERF],
@@ -36,6 +39,14 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
         ["step", *PAIR, "num_tokens", "grad_norm", "lr", *PERF],
         ["step", *(f"eval/{key}" for key in PAIR), "eval/accuracy"],
     ),
+    "reward": (
+        ["step", *RANKED, "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in RANKED)],
+    ),
+    "kto": (
+        ["step", *LABELLED, "reward_margin", "num_tokens", "grad_norm", "lr", *PERF],
+        ["step", *(f"eval/{key}" for key in (*LABELLED, "accuracy", "reward_margin"))],
+    ),
     "grpo": (
         ["step", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len", "num_tokens",
          "ratio_mean", "clip_frac", "kl", "loss", "entropy", "sampler_gap", "perf/rollout_seconds", "grad_norm", "lr",
@@ -50,6 +61,7 @@ TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
 EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "experimental/dpo_batch": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
+    "kto": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "grpo": ["samples.jsonl"],
 }
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
@@ -169,20 +181,25 @@ def test_the_console(ran):
 
 
 def test_final_loads_as_any_model(ran):
-    _, out, _ = ran
-    lm = AutoModelForCausalLM.from_pretrained(out / "final", use_safetensors=True, trust_remote_code=False)
+    name, out, _ = ran
+    kind, head = (AutoModelForSequenceClassification, "score") if name == "reward" else (AutoModelForCausalLM, "model")
+    lm = kind.from_pretrained(out / "final", use_safetensors=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(out / "final", trust_remote_code=False)
     assert lm.dtype == torch.float32 and lm.config._attn_implementation != "flash_varlen"
     config = json.loads((out / "final" / "config.json").read_text())
     assert config["dtype"] == "float32" and not any("attn" in key for key in config)
-    stops = lm.generation_config.eos_token_id
+    stops = GenerationConfig.from_pretrained(out / "final") if name == "reward" else lm.generation_config
+    stops = stops.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|end|>") in (stops if isinstance(stops, list) else [stops])
     with safe_open(out / "final" / "model.safetensors", "pt") as tensors:
-        assert tensors.metadata() == {"format": "pt"} and all(key.startswith("model.") for key in tensors.keys())
+        assert tensors.metadata() == {"format": "pt"} and all(k.startswith(("model.", head)) for k in tensors.keys())
     assert "runs/" not in (out / "final" / "README.md").read_text().split("`")[0]
     messages = [{"role": "user", "content": "What is 123 + 456?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, return_tensors="pt")
-    assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+    if name == "reward":
+        assert lm(ids).logits.shape == (1, 1)
+    else:
+        assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
 
 # ---- signals -------------------------------------------------------------------------------------

@@ -25,6 +25,10 @@ RELATIVE, PER_LR = 1e-5, 0.02
 # grpo's advantages cancel within a group. The gradient norm is a sum of squares: nothing cancels, no floor.
 FLOOR = {"grad_norm": 0.0, "loss": 1e-7, "eval/loss": 1e-7}
 DEFAULT_FLOOR = 1e-6
+# kto, at --beta 1: differences of log-probs that sum to as much as -150 (kl is about completions that do not answer
+# their prompts), each known to 1e-5.
+COARSE = ["kl", "reward_chosen", "reward_rejected", "reward_margin"]
+FLOORS = {"kto": FLOOR | {stage + key: 1e-5 for stage in ("", "eval/") for key in COARSE}}
 NOISE = {("reward_acc", 1), ("eval/reward_acc", 0)}  # policy = reference: the sign of a rounding error
 
 
@@ -38,7 +42,7 @@ def run(name, tmp_path, world, budget, steps=STEPS, patch=None):
     return out
 
 
-def metric_differences(a, b, floor=DEFAULT_FLOOR):
+def metric_differences(a, b, floor=DEFAULT_FLOOR, floors=FLOOR):
     """Lines of two metrics.jsonl -> what differs, in words."""
     out = [] if [x["step"] for x in a] == [x["step"] for x in b] else ["other steps"]
     for x, y in zip(a, b):
@@ -46,7 +50,7 @@ def metric_differences(a, b, floor=DEFAULT_FLOOR):
         for key in x.keys() & y.keys():
             if (key, x["step"]) in NOISE:
                 continue
-            if not math.isclose(x[key], y[key], rel_tol=RELATIVE, abs_tol=FLOOR.get(key, floor)):
+            if not math.isclose(x[key], y[key], rel_tol=RELATIVE, abs_tol=floors.get(key, floor)):
                 out.append(f"step {x['step']}: {key} {x[key]!r} {y[key]!r}")
     return out
 
@@ -75,7 +79,7 @@ def sample_differences(name, a, b):
         if x["step"] > 1:
             run(name, a.parent, 1, BIG, x["step"] - 1).rename(again)
         source = newest(again) if x["step"] > 1 else ROOT / "common" / "tiny" / "model"
-        lm = module.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        lm = module.AutoModelWithHead.from_pretrained(source, dtype=torch.float32)
         tokenizer = module.load_tokenizer(str(source))
         texts = x["prompt"], x["completion"], y["completion"]
         prompt, *ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
@@ -129,7 +133,7 @@ def test_split(name, world, small, references, tmp_path):
     out = run(name, tmp_path, world, FAST[name]["micro"] if small else BIG)
     lines = read_jsonl(reference / "metrics.jsonl")
     assert len(lines) == STEPS + 2 and sum("grad_norm" in x for x in lines) == STEPS  # an evaluation before and after
-    wrong = metric_differences(lines, read_jsonl(out / "metrics.jsonl"))
+    wrong = metric_differences(lines, read_jsonl(out / "metrics.jsonl"), floors=FLOORS.get(name, FLOOR))
     lr = script(name).parse_args(tiny_flags(name)).learning_rate
     wrong += weight_differences(newest(reference), newest(out), lr)
     wrong += sample_differences(name, reference, out) if (reference / "samples.jsonl").is_file() else []

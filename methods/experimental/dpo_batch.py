@@ -182,11 +182,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers import AutoModelForCausalLM as AutoModelWithHead  # what --model and final/ hold
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
+from common.logprobs import Policy, probe_groups, refuse_rotary
 from common.tokenization import InputError, balance, encode_preference, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
