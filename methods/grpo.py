@@ -863,7 +863,7 @@ def fit_memory(policy, tokens, run):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = policy(batch)["logprobs"].sum()
+            loss = policy(batch)[policy.output].sum()
         own = [p.to_local() for p in policy.parameters()]
         kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
         loss.backward()  # FSDP2 counts on it

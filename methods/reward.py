@@ -46,6 +46,7 @@ import traceback
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,8 @@ class Args:
     replicate_size: int = 1  # copies of the sharded model (HSDP); ranks / (replicate_size * tp_size) shard one copy
     tp_size: int = 1  # ranks that share each layer's matrices (tensor parallelism), adjacent ones: one machine
     cpu_offload: bool = False  # parameters and optimizer in host memory
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # compute layers again in backward; auto: if needed
+    compile: bool = False  # each decoder layer by torch.compile
     deterministic: bool = False  # bitwise reruns on CUDA too, slower
     ddp_timeout: float = 1800.0  # seconds without progress after which a run ends and names the rank
     eval_every: Annotated[int, arg(aliases=["--eval-steps"])] = 100  # optimizer steps; 0: only before and after
@@ -445,6 +448,43 @@ def check_model(policy, run):
     check(run, 0, "MODEL001", f"{policy.output} difference", value.item(), NEVER, limit, text)
 
 
+def longest(groups, completion=0):
+    """Tokens of the largest group, its completions at least so many together."""
+    return max(len(g["prompt"]) + max(completion, sum(len(c["ids"]) for c in g["completions"])) for g in groups)
+
+
+def fit_memory(policy, tokens, run):
+    """--compile, and --activation_checkpointing: layers keep nothing for backward and are computed again in it. auto:
+    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam. tokens: of the
+    largest group. All ranks decide alike: layers under tensor parallelism are collective whenever they are computed."""
+    args, layers = run.args, [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    again, run.memory = args.activation_checkpointing == "on", "not looked at"
+    if args.activation_checkpointing == "auto":
+        kept, batch = [], flat_batch(run.probe, run.device)
+
+        def keep(x):
+            local = x._local_tensor if isinstance(x, DTensor) else x
+            kept.append(getattr(local, "elem", local).untyped_storage())  # elem: of a collective on its way
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = policy(batch)[policy.output].sum()
+        own = [p.to_local() for p in policy.parameters()]
+        kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
+        loss.backward()  # FSDP2 counts on it
+        policy.zero_grad(set_to_none=True)
+        most = max(tokens, min(args.tokens_per_microbatch, args.batch_size * tokens))
+        activations = sum(kept.values()) / len(batch["input_ids"]) * most
+        need = activations + 12 * sum(p.numel() for p in own)  # gradients, two moments
+        again = all_most(run, need > 0.8 * free_bytes()) == 1  # the rest: logits of a chunk, a layer's gradients
+        run.memory = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens{': too many' * again}"
+    for layer in layers if args.compile else ():
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # every micro-batch has a size of its own
+    run.memory += ", layers are computed again in backward" * again
+    for layer in layers if again else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def share(groups, run):
     """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares. Ranks that share
     layers (tp) share their rows too."""
@@ -454,11 +494,10 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
+    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = torch.tensor(len(batches), device=run.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (int(most) - len(batches))
+    most = int(all_most(run, max(1, len(batches))))
+    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (most - len(batches))
     return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
 
 
@@ -478,6 +517,12 @@ def all_sum(run, *values):
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
     dist.all_reduce(total)
     return (total / run.args.tp_size).tolist()
+
+
+def all_most(run, value):
+    most = torch.tensor(float(value), dtype=torch.float64, device=run.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
 
 
 def agree(run, error):
@@ -508,7 +553,7 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
     watched = parameters[len(parameters) // 2]  # not the embedding: a token that did not occur has no gradient there
-    limit, before = run.args.max_grad_norm or math.inf, watched.detach().clone() if step == 4 else None
+    limit, before = run.args.max_grad_norm or math.inf, watched.to_local().clone() if step == 4 else None
     for p in (p for module in policy.partial for p in module.parameters()):
         dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
     grad_norm = gradient_norm(parameters, run)
@@ -539,7 +584,8 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
     if step == 4 and finite and lr > 0 and grad_norm > 0:
-        still = 1 - full((watched != before).float().mean()).item()
+        moved, count = all_sum(run, (watched.to_local() != before).sum(), before.numel())
+        still = 1 - moved / count
     text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
     check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
     return grad_norm
@@ -1010,6 +1056,15 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def free_bytes():
+    """What this rank may still allocate."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+)", info.read_text() if info.is_file() else "")
+    return int(found[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else math.inf
+
+
 def log(run, metrics, steps):
     """metrics.jsonl, the console, the tracker. Evaluations also go to the state: the first, the last, the best."""
     if "eval/accuracy" in metrics:
@@ -1060,6 +1115,7 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
         f"{16 * weights * run.args.replicate_size / run.world / 1e9:.2f} GB a rank")
+    say(run, f"memory    {run.memory}")
     say(run, f"command   {run.command}")
 
 

@@ -74,8 +74,6 @@ from common.flags import read_flags
 # ---- args ----------------------------------------------------------------------------------------
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
                    "apo_zero", "apo_down", "discopop", "sft"]  # fmt: skip
-
-
 @dataclass
 class Args:
     # ---- run -------------------------------------------------------------------------------------
@@ -187,11 +185,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers import AutoModelForCausalLM as AutoModelWithHead  # what --model and final/ hold
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
+from common.logprobs import Policy, probe_groups, refuse_rotary
 from common.tokenization import InputError, balance, encode_preference, fingerprint, fit, flat_batch, load_rows
 from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
 
@@ -372,6 +371,7 @@ def check_flags(args):
 
 # ---- data ----------------------------------------------------------------------------------------
 TINY = "pairs"  # the file of common/tiny that --dataset tiny reads
+HEAD = {}  # what a head needs in the model's config
 
 
 def load_groups(name, tokenizer, stops, args):
@@ -484,9 +484,10 @@ def load_model(args, run):
             from huggingface_hub import snapshot_download
 
             path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **HEAD)
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            lm = AutoModelWithHead.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        lm.generation_config = GenerationConfig.from_model_config(config)
         if (Path(path) / "generation_config.json").is_file():
             lm.generation_config = GenerationConfig.from_pretrained(path)
         transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
@@ -575,7 +576,8 @@ def own_tensors(policy):
 
 def load_weights(policy, run):
     """Every rank reads its own slices of the safetensors files. Where their names are not the model's (a layout that
-    transformers converts, as for some experts), rank 0 reads the model and broadcasts it, tensor by tensor."""
+    transformers converts, as for some experts), or a new head is not in them, rank 0 reads the model, which makes the
+    head, and broadcasts it, tensor by tensor."""
     lm = materialize(policy.lm, "cpu" if run.args.cpu_offload else run.device, run)
     tensors, error = own_tensors(lm), None
     reader = HuggingFaceStorageReader(run.model_path)
@@ -588,11 +590,12 @@ def load_weights(policy, run):
             named = read_json(Path(run.model_path, "model.safetensors.index.json")).get("weight_map", {}).values()
             if outside := [name for name in named if Path(name).name != name]:
                 raise ValueError(f"its index names {outside[0]}, which is not in the folder")
-            model, info = AutoModelForCausalLM.from_pretrained(
+            torch.manual_seed(run.args.seed)  # of a new head
+            model, info = AutoModelWithHead.from_pretrained(
                 run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True,
+                output_loading_info=True, **HEAD,
             )
-            whole, missing = model.state_dict(), sorted(info["missing_keys"])
+            whole, missing = model.state_dict(), sorted(set(info["missing_keys"]) - policy.new)
             error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
     except (Exception, CheckpointException) as e:  # readers may raise anything; the last is a BaseException
         error = first_line(e)
@@ -604,10 +607,10 @@ def load_weights(policy, run):
 @torch.no_grad()
 def check_model(policy, run):
     """MODEL001: what training will compute against the model in its own attention and head, one sequence at a time."""
-    gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - policy(run.probe, own=True)).abs()
+    gap = (policy(flat_batch(run.probe, run.device))[policy.output] - policy(run.probe, own=True)).abs()
     value, limit = (gap.mean(), 5e-2) if run.device.type == "cuda" else (gap.max(), 1e-3)  # bf16, fp32
-    text = f"log-probs on the {policy.road} road differ from the model's own forward: this model is not supported"
-    check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
+    text = f"{policy.output} on the {policy.road} road differ from the model's own forward: this model is not supported"
+    check(run, 0, "MODEL001", f"{policy.output} difference", value.item(), NEVER, limit, text)
 
 
 def longest(groups, completion=0):
@@ -630,7 +633,7 @@ def fit_memory(policy, tokens, run):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = policy(batch)["logprobs"].sum()
+            loss = policy(batch)[policy.output].sum()
         own = [p.to_local() for p in policy.parameters()]
         kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
         loss.backward()  # FSDP2 counts on it
@@ -714,7 +717,8 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     """Clip by the global gradient norm and step; returns the norm before clipping. A loss or norm that is not finite
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
-    limit, before = run.args.max_grad_norm or math.inf, parameters[0].to_local().clone() if step == 4 else None
+    watched = parameters[len(parameters) // 2]  # not the embedding: a token that did not occur has no gradient there
+    limit, before = run.args.max_grad_norm or math.inf, watched.to_local().clone() if step == 4 else None
     for p in (p for module in policy.partial for p in module.parameters()):
         dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
     grad_norm = gradient_norm(parameters, run)
@@ -745,7 +749,7 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
     if step == 4 and finite and lr > 0 and grad_norm > 0:
-        moved, count = all_sum(run, (parameters[0].to_local() != before).sum(), before.numel())
+        moved, count = all_sum(run, (watched.to_local() != before).sum(), before.numel())
         still = 1 - moved / count
     text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
     check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
@@ -900,13 +904,13 @@ def resume(policy, optimizer, tokenizer, run):
 
 @torch.no_grad()
 def check_export(policy, folder, run):
-    """CKPT001: a saved folder loads with AutoModelForCausalLM, no tensor missing, ties tied, every weight as we hold it
+    """CKPT001: a saved folder loads with AutoModelWithHead, no tensor missing, ties tied, every weight as we hold it
     (in save_dtype), and says what the policy says. Returns the reloaded model on rank 0; up to 1 GB in fp32 only."""
-    reloaded, same, trained = None, True, policy(flat_batch(run.probe, run.device))["logprobs"].cpu()
+    reloaded, same, trained = None, True, policy(flat_batch(run.probe, run.device))[policy.output].cpu()
     if sum(p.numel() for p in policy.parameters()) > 250e6:
         return None
     if run.rank == 0:
-        reloaded, info = AutoModelForCausalLM.from_pretrained(
+        reloaded, info = AutoModelWithHead.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     theirs = dict(reloaded.named_parameters()) if reloaded else {}
@@ -914,14 +918,12 @@ def check_export(policy, folder, run):
         ours = full(p).detach().to("cpu", run.save_dtype).float()
         same = (name in theirs and torch.equal(theirs.pop(name), ours)) and same
     if run.rank == 0:
-        tied = [lm.get_output_embeddings().weight is lm.get_input_embeddings().weight for lm in (reloaded, policy.lm)]
-        broken = bool(info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or theirs or not same)
+        broken = bool(info["missing_keys"] or info["unexpected_keys"] or theirs or not same)  # theirs: untied, for one
         text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
         check(run, run.step, "CKPT001", "keys, ties or weights differ", broken, NEVER, 0, text)
         if run.save_dtype == torch.float32:  # bf16 rounds
-            says = reference_logprobs(reloaded.eval(), run.probe, getattr(run.args, "temperature", 1.0))
-            gap = (says - trained).abs().max().item()
-            check(run, run.step, "CKPT001", "logprob difference", gap, NEVER, 1e-3, text)
+            gap = (policy.reference(reloaded.eval(), run.probe) - trained).abs().max().item()
+            check(run, run.step, "CKPT001", f"{policy.output} difference", gap, NEVER, 1e-3, text)
     return reloaded
 
 
@@ -947,7 +949,7 @@ def finish(policy, tokenizer, heldout, run):
         say(run, picture("sample", {"prompt": prompt, "completions": [completion]}, tokenizer))
     for key, value in run.state.get("last", {}).items():
         say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
-    say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
+    say(run, f'\n  lm = {AutoModelWithHead.__name__}.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
     summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
     times = {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
