@@ -193,7 +193,7 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     model, reference = single(name, kind)
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
-    # rewards of dpo, kto: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32; tr_dpo: 0.5
+    # rewards of dpo, kto: 0.1 (tr_dpo: 0.5) times differences of log-probs that sum to some -100, in fp32 known to 8e-6
     coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5}
     wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), FLOORS.get(name, FLOOR))
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
