@@ -151,7 +151,7 @@ def run(name, model, out, mesh, batch=BATCH):
     flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
     flags += ["--eval_dataset", out.parent / "heldout.jsonl", "--batch_size", batch, "--eval_every", 0]
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
-    if name == "reward":  # under the head that seed 42 draws, one weight's first gradient is mere rounding: 1e-9, others 1e-3
+    if name == "reward":  # the head that 42 draws leaves a weight a first gradient of mere rounding: 1e-9, others 1e-3
         flags += ["--seed", 1]
     if name == "grpo":
         (out.parent / "reward.py").write_text(REWARD)
