@@ -131,7 +131,7 @@ class Args:
     # ---- method ----------------------------------------------------------------------------------
     learning_rate: Annotated[float, arg(aliases=["--lr"])] = 1e-6  # peak (TRL: 1e-6)
     batch_size: int = 8  # prompts per optimizer step, all ranks together
-    num_generations: Annotated[int, arg(aliases=["--group-size"])] = 8  # completions per prompt (TRL: 8)
+    num_generations: Annotated[int, arg(aliases=["--group-size"])] = 8  # completions per prompt (TRL: 8; its RLOO: 2)
     max_completion_length: Annotated[int, arg(aliases=["--max-new-tokens"])] = 512  # tokens (TRL: 512)
     temperature: float = 1.0  # divides logits: of the sampler, the policy and the reference
     steps_per_generation: int = 1  # a rollout covers the prompts of so many optimizer steps
@@ -422,14 +422,14 @@ def sequence_sum(values, seq):
 
 
 def importance_ratio(logprobs, old_logprobs, seq, args):
-    """-> log ratio of pi / pi_old (M,) of a token or, at sequence level, of its sequence: the mean over its tokens.
+    """-> log ratio of pi / pi_old (M,) of a token or, at sequence level, of its sequence, all its tokens.
     sequence_token: that value, with each token's own gradient. Zheng et al. 2025 (GSPO),
     https://arxiv.org/abs/2507.18071."""
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if args.importance_sampling_level == "token":
         return log_ratio
-    mean = sequence_sum(log_ratio, seq) / torch.bincount(seq)[seq]
-    return mean if args.importance_sampling_level == "sequence" else mean.detach() + logprobs - logprobs.detach()
+    whole = sequence_sum(log_ratio, seq) / torch.bincount(seq)[seq]  # the mean: lengths do not matter
+    return whole if args.importance_sampling_level == "sequence" else whole.detach() + logprobs - logprobs.detach()
 
 
 def sampler_weight(old_logprobs, sampler_logprobs, seq, args):
@@ -484,7 +484,7 @@ def check_flags(args):
     for wrong, text in (
         (kind == "cispo" and high < 1, f"--epsilon_high {high:g}: cispo caps ratios at it. Give 1 or more (5)."),
         (level != "token" and kind in ("dapo", "bnpo", "dr_grpo", "cispo"),
-         f"--loss_type {kind} weighs a sequence by its length: --loss_type grpo or luspo fit one ratio."),
+         f"--loss_type {kind} weighs a sequence by its length, which does not fit one ratio: use another."),
         (level != "token" and kind in ("vespo", "gmpo"), f"--importance_sampling_level {level}: {kind} needs token."),
         (level == "token" and kind == "luspo", "--loss_type luspo needs --importance_sampling_level sequence."),
         (args.delta is not None and not (clips and args.delta > 1 + high),
@@ -633,6 +633,10 @@ def rollout(policy, prompts, index, step, run):
     sample(groups, args.num_generations, ("train", index), run)
     reward_groups(groups, run)
     groups = gather(groups, run.mesh["tp"].get_group())
+    again = lasting and args.old_logprobs == "policy"
+    for name, model in ("old_logprobs", policy if again else None), ("ref_logprobs", run.ref):
+        if model:
+            attach_logprobs(model, groups, name, args, run)
     if args.multi_objective_aggregation == "normalize_then_sum":
         parts = torch.tensor([[c["parts"] for c in g["completions"]] for g in groups], dtype=torch.float64)
         table = normalize_then_sum(parts, args, run)
@@ -642,10 +646,6 @@ def rollout(policy, prompts, index, step, run):
     for group, advantages in zip(groups, table.tolist()):
         for completion, advantage in zip(group["completions"], advantages):
             completion["advantage"] = advantage
-    again = lasting and args.old_logprobs == "policy"
-    for name, model in ("old_logprobs", policy if again else None), ("ref_logprobs", run.ref):
-        if model:
-            attach_logprobs(model, groups, name, args, run)
     everyone = gather(groups if run.rank % args.tp_size == 0 else [], None)
     for group, c in [(g, c) for g in everyone for c in g["completions"]] if run.rank == 0 else []:
         line = {"step": step + 1, "row": group["row"], "prompt": run.tokenizer.decode(group["prompt"])}
