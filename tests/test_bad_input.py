@@ -64,6 +64,7 @@ GOOD = {  # one row each, and columns that are not enough
     "sft": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
     "dpo": ({"prompt": "3+4=", "chosen": "7", "rejected": "8"}, {"prompt": "3+4=", "chosen": "7"}),
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
+    "rloo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
 }
 
 
