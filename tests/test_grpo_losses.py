@@ -5,8 +5,10 @@ formulas as printed, so it shares neither code nor automatic differentiation wit
 operations on numbers of size 10; a wrong factor, sign or denominator is off by more than 1e-3.
 """
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -332,6 +334,38 @@ def test_entropy_bonus(loss_type):
     plain, got = computed(loss_type=loss_type), computed(loss_type=loss_type, entropy_coef=0.3)
     assert got[0] == pytest.approx(plain[0] - 0.3 * sum(ENTROPY) / 10, rel=1e-9)
     assert got[1] == plain[1] and got[2] == pytest.approx([-0.03] * 10) and plain[2] == [0] * 10
+
+
+# ---- TRL -----------------------------------------------------------------------------------------
+
+FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "trl_grpo.json").read_text())
+
+
+@pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda case: " ".join(map(str, sum(case["flags"].items(), ()))))
+def test_equals_trl(case):
+    """Loss and gradients of TRL's own code (benchmarks/trl_grpo_fixtures.py) on the same log-probs. TRL's steps are the
+    same in float64 but for our float32 normaliser by integer lengths."""
+    more, script_of = dict(case["flags"]), grpo
+    if more.pop("rloo", False):
+        script_of = script("rloo")
+    f64 = lambda name: torch.tensor(FIXTURE[name], dtype=torch.float64)  # noqa: E731
+    seq = torch.arange(len(FIXTURE["lengths"])).repeat_interleave(torch.tensor(FIXTURE["lengths"]))
+    args = replace(script_of.Args(), max_completion_length=FIXTURE["max_completion_length"], **more)
+    logprobs, entropy = f64("new").requires_grad_(), f64("entropy").requires_grad_()
+    given = f64("old"), f64("ref") if args.beta else None, f64("advantages"), seq, len(seq), len(FIXTURE["lengths"])
+    loss, _ = getattr(script_of, "grpo_loss" if script_of is grpo else "rloo_loss")(
+        logprobs, *given, args, f64("sampler"), entropy
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-6, abs=1e-7)
+    assert logprobs.grad.tolist() == pytest.approx(case["gradient"], rel=1e-6, abs=1e-8)
+    by_entropy = torch.zeros_like(logprobs) if entropy.grad is None else entropy.grad
+    assert by_entropy.tolist() == pytest.approx(case["entropy_gradient"], rel=1e-6)
+
+
+def test_trl_has_cases_of_every_loss_type():
+    covered = {case["flags"].get("loss_type", "dapo") for case in FIXTURE["cases"]}
+    assert FIXTURE["trl"] == "1.16.0" and covered == {*grpo.NORMS, *grpo.SURROGATES}
 
 
 # ---- several rewards -----------------------------------------------------------------------------
