@@ -192,7 +192,7 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
     # dpo's rewards: 0.1 times differences of log-probs that sum to some -100, each known to 8e-6 in fp32
-    wrong = metric_differences(lines, others, 4e-6 if name == "dpo" else DEFAULT_FLOOR)
+    wrong = metric_differences(lines, others, 4e-6 if name == "dpo" else DEFAULT_FLOOR, name)
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []

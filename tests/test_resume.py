@@ -180,7 +180,7 @@ def test_other_number_of_ranks(name, runs, tmp_path):
     flags, whole = runs(name)
     out = interrupted(whole, tmp_path / "run", 3)
     train(name, out, *flags, "--resume", "auto", world=2)
-    wrong = metric_differences(*(read_jsonl(folder / "metrics.jsonl") for folder in (whole, out)))
+    wrong = metric_differences(*(read_jsonl(folder / "metrics.jsonl") for folder in (whole, out)), name=name)
     wrong += weight_differences(newest(whole), newest(out), script(name).parse_args(tiny_flags(name)).learning_rate)
     assert not wrong and read_jsonl(out / "samples.jsonl")[:32] == read_jsonl(whole / "samples.jsonl")[:32], wrong
     assert meta(newest(out))["versions"]["mesh"] == "1x2x1"
