@@ -112,7 +112,7 @@ def test_refused_before_any_weight(name):
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, ROWS = 10, 5, 15
-LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "5e-4"}
+LR = {"sft": "1e-3", "dpo": "1e-4", "grpo": "5e-4", "rloo": "5e-4"}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -150,7 +150,7 @@ def run(name, model, out, mesh, batch=BATCH):
     flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
     flags += ["--eval_dataset", out.parent / "heldout.jsonl", "--batch_size", batch, "--eval_every", 0]
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
-    if name == "grpo":
+    if name in ("grpo", "rloo"):
         (out.parent / "reward.py").write_text(REWARD)
         flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
         flags += ["--allow", "GRPO001", "GRPO002"]
