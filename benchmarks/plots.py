@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
-ORDER = ["sft", "dpo", "grpo"]  # scripts in reading order; others come after these
+ORDER = ["sft", "dpo", "grpo", "rloo"]  # scripts in reading order; others come after these
 SHOWN = {  # what each script optimises: metric, axis label
     "sft": ("eval/loss", "held-out loss (nats a token)"),
     "dpo": ("reward_margin", "reward margin of the step"),

@@ -50,6 +50,9 @@ FAST = {
     "grpo": {"data": "prompts", "micro": 90, "flags": [
         "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
         "--max_completion_length", "40", "--beta", "0.01", "--eval_samples", "2", "--temperature", "1.2"]},
+    "rloo": {"data": "prompts", "micro": 90, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
+        "--max_completion_length", "40", "--eval_samples", "2", "--temperature", "1.2", "--normalize_advantages"]},
 }  # fmt: skip
 
 

@@ -66,6 +66,7 @@ GOOD = {  # one row each, and columns that are not enough
     "reward": ({"prompt": "3+4=", "chosen": "7", "rejected": "8"}, {"prompt": "3+4=", "rejected": "7"}),
     "kto": ({"prompt": "3+4=", "completion": "7", "label": True}, {"prompt": "3+4=", "completion": "7"}),
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
+    "rloo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
 }
 
 

@@ -6,6 +6,7 @@ denominator is off by more than 1e-2.
 """
 
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -157,13 +158,15 @@ NORMS = {  # weight of each token: 10 tokens and 4 sequences in the whole step, 
     "dapo": [1 / 10] * 6,
     "grpo": [1 / 4, 1 / 12, 1 / 12, 1 / 12, 1 / 8, 1 / 8],  # 1 / (own length x 4)
     "dr_grpo": [1 / 32] * 6,  # 1 / (8 x 4)
+    "bnpo": [1 / 10] * 6,  # TRL divides by a micro-batch's tokens: here by the step's
+    "luspo": [1 / 4] * 6,  # sums of sequences, over 4
 }
 
 
 def grpo_args(**more):
     default = {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "max_completion_length": 8,
                "old_logprobs": "policy", "ratio_cap": 2.0}
-    return SimpleNamespace(**(default | more))
+    return SimpleNamespace(**(asdict(grpo.Args()) | default | more))
 
 
 def surrogate(ratios=RATIOS, seq=SEQ, advantages=ADVANTAGES, ref=None, num_tokens=10, num_seqs=4, **args):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import transformers
 from conftest import ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
 from test_logprobs import WANT, build, make_groups, oracle
-from test_split import DEFAULT_FLOOR, FLOOR, FLOORS, metric_differences, weight_differences
+from test_split import DEFAULT_FLOOR, metric_differences, weight_differences
 
 from common.logprobs import Policy
 from common.tokenization import InputError, flat_batch
@@ -112,8 +112,8 @@ def test_refused_before_any_weight(name):
 # ---- whole runs ------------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, ROWS = 10, 5, 15
-LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "experimental/dpo_batch": "1e-4",
-      "experimental/tr_dpo": "1e-4"}  # fmt: skip
+LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "rloo": "5e-4",
+      "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4"}  # fmt: skip
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -153,7 +153,7 @@ def run(name, model, out, mesh, batch=BATCH):
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
     if name == "reward":  # the head that 42 draws leaves a weight a first gradient of mere rounding: 1e-9, others 1e-3
         flags += ["--seed", 1]
-    if name == "grpo":
+    if name in ("grpo", "rloo"):
         (out.parent / "reward.py").write_text(REWARD)
         flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
         flags += ["--allow", "GRPO001", "GRPO002"]
@@ -197,7 +197,7 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
     # rewards of dpo, kto: 0.1 (tr_dpo: 0.5) times differences of log-probs that sum to some -100, in fp32 known to 8e-6
     coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5}
-    wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), FLOORS.get(name, FLOOR))
+    wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), name)
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []

@@ -54,6 +54,7 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
         ["step", "eval/pass@2", "eval/completion_len", "eval/accuracy"],
     ),
 }  # fmt: skip
+METRICS["rloo"] = METRICS["grpo"]
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
@@ -63,6 +64,7 @@ EXTRA = {
     "experimental/dpo_batch": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "kto": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "grpo": ["samples.jsonl"],
+    "rloo": ["samples.jsonl"],
 }
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
 RUN |= {"seconds", "save_seconds"}
