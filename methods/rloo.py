@@ -152,13 +152,14 @@ class Args:
     scale_rewards: Literal["group", "batch", "none"] = "none"  # whose standard deviation divides
     normalize_advantages: bool = False  # over all ranks' batch (REINFORCE++)
     reward_clip_range: tuple[float, float] | None = None  # of the weighted sum, before the KL
-    reward: tuple[str, ...] = ("accuracy",)  # built-in (BUILT_IN) or FILE.py:FUNCTION; several are added
+    reward: tuple[str, ...] = ("accuracy",)  # of BUILT_IN, FILE.py:FUNCTION or a reward model; several are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"  # 2nd: GDPO
     soft_punish_cache: int = 128  # the last tokens of max_completion_length, where soft_overlong falls to -1
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
     eval_samples: int = 4  # completions per held-out prompt for pass@k; 0: greedy only
+    engine: Literal["auto", "loop", "continuous"] = "auto"  # of sampling; auto: continuous batching on CUDA, else loop
 
 
 def parse_args(argv=None):
@@ -208,15 +209,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM as AutoModelWithHead  # what --model and final/ hold
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.decoding import decoder
-from common.logprobs import Policy, probe_groups, reference_logprobs, refuse_rotary
+from common.logprobs import PAGED, Policy, Scorer, probe_groups, refuse_rotary, runs_paged
 from common.rewards import RewardFile
-from common.tokenization import InputError, balance, encode_prompt, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
+from common.tokenization import InputError, Row, balance, encode_demonstration, encode_prompt, fingerprint, fit
+from common.tokenization import flat_batch, load_rows, load_tokenizer, micro_batches, order, stop_ids, token_picture
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -268,18 +270,52 @@ BUILT_IN = {"accuracy": accuracy, "format": format, "soft_overlong": soft_overlo
             "repetition": repetition}  # fmt: skip
 
 
+class RewardModel:
+    """--reward FOLDER: a sequence classifier with one label, as methods/reward.py saves it. Every rank holds it whole;
+    prompt and completion are encoded as its training encoded them, and it reads the end-of-turn token."""
+
+    def __init__(self, folder, args):
+        cuda = torch.cuda.is_available()
+        self.device, self.budget = torch.device("cuda" if cuda else "cpu"), args.tokens_per_microbatch
+        try:
+            lm, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.bfloat16 if cuda else torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as e:  # the loader may raise anything, and what it reads is input
+            raise InputError(f"--reward {folder}: {first_line(e)}. Give the folder of a reward model.") from e
+        if info["missing_keys"] or lm.config.num_labels != 1:
+            raise InputError(f"--reward {folder}: no sequence classifier with one label. Give a reward model.")
+        self.tokenizer = load_tokenizer(folder)
+        self.stops, self.model = stop_ids(self.tokenizer), Scorer(lm.eval().to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, prompts, completions, **_):
+        groups, rewards = [], torch.zeros(len(completions))
+        for prompt, completion in zip(prompts, completions):
+            (group,) = encode_demonstration(Row(prompt=prompt, completion=completion), self.tokenizer, self.stops)
+            groups.append(group | {"row": len(groups)})
+        for members in micro_batches(groups, self.budget):
+            values = self.model(flat_batch(members, self.device))["rewards"]
+            rewards[[group["row"] for group in members]] = values.cpu()
+        return rewards.tolist()
+
+
 def load_rewards(args):
     """--reward -> functions reward(prompts, completions, **columns) -> list of numbers or None: TRL's signature. Those
     of this file also get completion_ids, the limit of their length and soft_overlong's cache."""
     functions = []
     for name in args.reward:
         try:
+            if name not in BUILT_IN and os.path.isdir(name):
+                functions.append(RewardModel(name, args))
+                continue
             if ":" not in name and name not in BUILT_IN:
                 raise ChildProcessError("there is no such reward")
             functions.append(BUILT_IN.get(name) or RewardFile(name, args.reward_timeout, args.reward_memory))
         except OSError as e:
-            names = ", ".join(BUILT_IN)
-            raise InputError(f"--reward {name}: {first_line(e)}. Give {names} or FILE.py:FUNCTION.") from e
+            give = f"Give {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the folder of a reward model."
+            raise InputError(f"--reward {name}: {first_line(e)}. {give}") from e
     if len(args.reward_weights) not in (0, len(functions)):
         raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(functions)} rewards.")
     return functions
@@ -522,6 +558,7 @@ def evaluate(policy, heldout, args, run):
 
 # ---- data ----------------------------------------------------------------------------------------
 TINY = "prompts"  # the file of common/tiny that --dataset tiny reads
+HEAD = {}  # what a head needs in the model's config
 
 
 def load_groups(name, tokenizer, stops, args):
@@ -581,8 +618,70 @@ def generate(lm, prompts, copies, noise, stops, args):
     return [(array("i", ids[:n].tolist()), logprobs[:n].clone(), stop) for ids, logprobs, n, stop in pieces]
 
 
+def start_engine(lm, run):
+    """transformers' continuous batching over lm as --engine says, or None: the loop. Pages and CUDA graphs last for the
+    run, its thread for one call."""
+    args, cuda = run.args, run.device.type == "cuda"
+    if args.engine == "loop" or args.engine == "auto" and (not cuda or args.deterministic):
+        return None
+    if not runs_paged(lm, run.device.type):
+        say(run, "sampling  in the loop: continuous batching needs transformers 5.20 and a model on the flat road")
+        return None
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # it warns of packages it can do without
+    # Not the default, 0.9 of what is free: gradients, Adam's moments (12 bytes a weight) and activations are to come.
+    # Beside Qwen3-1.7B 0.3 of 80 GB hold some 170,000 tokens; what does not fit waits. On the CPU, where it runs for
+    # tests only: two groups.
+    pages = 2 * args.num_generations * (1 + args.max_length // PAGE)
+    size = {"max_memory_percent": 0.3} if cuda else {"num_blocks": pages, "max_batch_tokens": 1024}
+    size |= {"page_size": PAGE, "max_requests_per_batch": 256}
+    draw = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "eos_token_id": run.stops}
+    own, lm.config._attn_implementation = lm.config._attn_implementation, PAGED
+    engine = lm.init_continuous_batching(
+        GenerationConfig(**draw, max_new_tokens=args.max_completion_length),
+        ContinuousBatchingConfig(return_logprobs=True, auto_switch_to_flash=False, **size),  # True: may download
+    )
+    engine.warmup()  # memory is taken, and graphs are recorded, now
+    lm.config._attn_implementation = own
+    return engine
+
+
+def sample_continuous(groups, copies, place, run):
+    """`sample` by run.engine, all prompts in one batch, each computed once and forked. It draws from torch's generator:
+    the noise depends on the seed, the place, the rank and what else is in the batch."""
+    engine, config, names, done = run.engine, run.sampler.config, [], {}
+    own, config._attn_implementation = config._attn_implementation, PAGED
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()  # `refresh` wrote the weights on a stream that the engine's does not wait for
+    engine.start()
+    try:
+        with engine.pause():  # until all prompts are there: what is computed together does not depend on the clock
+            torch.manual_seed(int(uniforms((*place, run.rank), run.args.seed, 1) * 2**53))
+            for group in groups:
+                # the fork is made where one token is left, and there has to be a token before it (transformers 5.23)
+                forks = engine.num_return_sequences = 1 if len(group["prompt"]) % PAGE == 1 else copies
+                parents = [engine.add_request([*group["prompt"]]) for _ in range(copies // forks)]
+                children = ["", *(f"__child#{i}" for i in range(forks - 1))]
+                names.append([parent + child for parent in parents for child in children])
+        while len(done) < len(groups) * copies:
+            out = engine.get_result(timeout=1)
+            if out and out.error or not out and not engine.is_running():
+                raise RuntimeError(f"continuous batching failed: {out.error if out else 'its thread is gone'}")
+            done |= {out.request_id: out} if out else {}
+    finally:
+        engine.stop(keep_for_next_session=True, hard_stop=True)  # its thread would outlive an error
+    engine.batch_processor.cache.reset()  # or a later rollout would find its prompts' pages of these weights
+    config._attn_implementation = own
+    for group, own_names in zip(groups, names):
+        group["completions"] = [
+            {"ids": array("i", out.generated_tokens), "sampler_logprobs": torch.tensor(out.logprobs),
+             "stopped": out.generated_tokens[-1] in run.stops, "scored": None} for out in map(done.get, own_names)
+        ]  # fmt: skip
+
+
 def sample(groups, copies, place, run):
     """Fill every group["completions"]: `copies` samples, or greedy ones where place is None."""
+    if run.engine and place:  # which can draw, or be greedy, but not both
+        return sample_continuous(groups, copies, place, run)
     args, size = run.args, max(1, 256 // copies)  # 256 sequences at a time
     for batch in [groups[i : i + size] for i in range(0, len(groups), size)]:
         noise = None
@@ -699,6 +798,7 @@ def main(args):
     run.ref = load_weights(shard(Policy(starting, args.temperature), run), run) if args.beta else None
     policy = load_weights(shard(Policy(lm, args.temperature), run), run)
     check_model(policy, run)
+    run.engine = start_engine(run.sampler, run)
     fit_memory(policy, longest(train, args.num_generations * args.max_completion_length), run)
     # ---- optimizer -------------------------------------------------------------------------------
     kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
@@ -816,9 +916,10 @@ def load_model(args, run):
             from huggingface_hub import snapshot_download
 
             path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **HEAD)
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            lm = AutoModelWithHead.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        lm.generation_config = GenerationConfig.from_model_config(config)
         if (Path(path) / "generation_config.json").is_file():
             lm.generation_config = GenerationConfig.from_pretrained(path)
         transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
@@ -907,7 +1008,8 @@ def own_tensors(policy):
 
 def load_weights(policy, run):
     """Every rank reads its own slices of the safetensors files. Where their names are not the model's (a layout that
-    transformers converts, as for some experts), rank 0 reads the model and broadcasts it, tensor by tensor."""
+    transformers converts, as for some experts), or a new head is not in them, rank 0 reads the model, which makes the
+    head, and broadcasts it, tensor by tensor."""
     lm = materialize(policy.lm, "cpu" if run.args.cpu_offload else run.device, run)
     tensors, error = own_tensors(lm), None
     reader = HuggingFaceStorageReader(run.model_path)
@@ -920,11 +1022,12 @@ def load_weights(policy, run):
             named = read_json(Path(run.model_path, "model.safetensors.index.json")).get("weight_map", {}).values()
             if outside := [name for name in named if Path(name).name != name]:
                 raise ValueError(f"its index names {outside[0]}, which is not in the folder")
-            model, info = AutoModelForCausalLM.from_pretrained(
+            torch.manual_seed(run.args.seed)  # of a new head
+            model, info = AutoModelWithHead.from_pretrained(
                 run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True,
+                output_loading_info=True, **HEAD,
             )
-            whole, missing = model.state_dict(), sorted(info["missing_keys"])
+            whole, missing = model.state_dict(), sorted(set(info["missing_keys"]) - policy.new)
             error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
     except (Exception, CheckpointException) as e:  # readers may raise anything; the last is a BaseException
         error = first_line(e)
@@ -936,10 +1039,10 @@ def load_weights(policy, run):
 @torch.no_grad()
 def check_model(policy, run):
     """MODEL001: what training will compute against the model in its own attention and head, one sequence at a time."""
-    gap = (policy(flat_batch(run.probe, run.device))["logprobs"] - policy(run.probe, own=True)).abs()
+    gap = (policy(flat_batch(run.probe, run.device))[policy.output] - policy(run.probe, own=True)).abs()
     value, limit = (gap.mean(), 5e-2) if run.device.type == "cuda" else (gap.max(), 1e-3)  # bf16, fp32
-    text = f"log-probs on the {policy.road} road differ from the model's own forward: this model is not supported"
-    check(run, 0, "MODEL001", "logprob difference", value.item(), NEVER, limit, text)
+    text = f"{policy.output} on the {policy.road} road differ from the model's own forward: this model is not supported"
+    check(run, 0, "MODEL001", f"{policy.output} difference", value.item(), NEVER, limit, text)
 
 
 def longest(groups, completion=0):
@@ -952,11 +1055,17 @@ def fit_memory(policy, tokens, run):
     where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam. tokens: of the
     largest group. All ranks decide alike: layers under tensor parallelism are collective whenever they are computed."""
     args, layers = run.args, [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
-    again = args.activation_checkpointing == "on"
+    again, run.memory = args.activation_checkpointing == "on", "not looked at"
     if args.activation_checkpointing == "auto":
         kept, batch = [], flat_batch(run.probe, run.device)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.untyped_storage()) or x, lambda x: x):
-            loss = policy(batch)["logprobs"].sum()
+
+        def keep(x):
+            local = x._local_tensor if isinstance(x, DTensor) else x
+            kept.append(getattr(local, "elem", local).untyped_storage())  # elem: of a collective on its way
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = policy(batch)[policy.output].sum()
         own = [p.to_local() for p in policy.parameters()]
         kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
         loss.backward()  # FSDP2 counts on it
@@ -965,9 +1074,10 @@ def fit_memory(policy, tokens, run):
         activations = sum(kept.values()) / len(batch["input_ids"]) * most
         need = activations + 12 * sum(p.numel() for p in own)  # gradients, two moments
         again = all_most(run, need > 0.8 * free_bytes()) == 1  # the rest: logits of a chunk, a layer's gradients
-        say(run, f"memory    up to {activations / 1e9:.2f} GB of activations, {most} tokens{' do not fit' * again}")
+        run.memory = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens{': too many' * again}"
     for layer in layers if args.compile else ():
         layer.forward = torch.compile(layer.forward, dynamic=True)  # every micro-batch has a size of its own
+    run.memory += ", layers are computed again in backward" * again
     for layer in layers if again else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -1039,7 +1149,8 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     """Clip by the global gradient norm and step; returns the norm before clipping. A loss or norm that is not finite
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
-    limit, before = run.args.max_grad_norm or math.inf, parameters[0].detach().clone() if step == 4 else None
+    watched = parameters[len(parameters) // 2]  # not the embedding: a token that did not occur has no gradient there
+    limit, before = run.args.max_grad_norm or math.inf, watched.to_local().clone() if step == 4 else None
     for p in (p for module in policy.partial for p in module.parameters()):
         dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
     grad_norm = gradient_norm(parameters, run)
@@ -1070,7 +1181,8 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
     if step == 4 and finite and lr > 0 and grad_norm > 0:
-        still = 1 - full((parameters[0] != before).float().mean()).item()
+        moved, count = all_sum(run, (watched.to_local() != before).sum(), before.numel())
+        still = 1 - moved / count
     text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
     check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
     return grad_norm
@@ -1224,13 +1336,13 @@ def resume(policy, optimizer, tokenizer, run):
 
 @torch.no_grad()
 def check_export(policy, folder, run):
-    """CKPT001: a saved folder loads with AutoModelForCausalLM, no tensor missing, ties tied, every weight as we hold it
+    """CKPT001: a saved folder loads with AutoModelWithHead, no tensor missing, ties tied, every weight as we hold it
     (in save_dtype), and says what the policy says. Returns the reloaded model on rank 0; up to 1 GB in fp32 only."""
-    reloaded, same, trained = None, True, policy(flat_batch(run.probe, run.device))["logprobs"].cpu()
+    reloaded, same, trained = None, True, policy(flat_batch(run.probe, run.device))[policy.output].cpu()
     if sum(p.numel() for p in policy.parameters()) > 250e6:
         return None
     if run.rank == 0:
-        reloaded, info = AutoModelForCausalLM.from_pretrained(
+        reloaded, info = AutoModelWithHead.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     theirs = dict(reloaded.named_parameters()) if reloaded else {}
@@ -1238,14 +1350,12 @@ def check_export(policy, folder, run):
         ours = full(p).detach().to("cpu", run.save_dtype).float()
         same = (name in theirs and torch.equal(theirs.pop(name), ours)) and same
     if run.rank == 0:
-        tied = [lm.get_output_embeddings().weight is lm.get_input_embeddings().weight for lm in (reloaded, policy.lm)]
-        broken = bool(info["missing_keys"] or info["unexpected_keys"] or tied[0] != tied[1] or theirs or not same)
+        broken = bool(info["missing_keys"] or info["unexpected_keys"] or theirs or not same)  # theirs: untied, for one
         text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
         check(run, run.step, "CKPT001", "keys, ties or weights differ", broken, NEVER, 0, text)
         if run.save_dtype == torch.float32:  # bf16 rounds
-            says = reference_logprobs(reloaded.eval(), run.probe, getattr(run.args, "temperature", 1.0))
-            gap = (says - trained).abs().max().item()
-            check(run, run.step, "CKPT001", "logprob difference", gap, NEVER, 1e-3, text)
+            gap = (policy.reference(reloaded.eval(), run.probe) - trained).abs().max().item()
+            check(run, run.step, "CKPT001", f"{policy.output} difference", gap, NEVER, 1e-3, text)
     return reloaded
 
 
@@ -1271,7 +1381,7 @@ def finish(policy, tokenizer, heldout, run):
         say(run, picture("sample", {"prompt": prompt, "completions": [completion]}, tokenizer))
     for key, value in run.state.get("last", {}).items():
         say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
-    say(run, f'\n  lm = AutoModelForCausalLM.from_pretrained("{final}")')
+    say(run, f'\n  lm = {AutoModelWithHead.__name__}.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
     summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
     times = {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
@@ -1602,6 +1712,7 @@ def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
         f"{16 * weights * run.args.replicate_size / run.world / 1e9:.2f} GB a rank")
+    say(run, f"memory    {run.memory}")
     say(run, f"command   {run.command}")
 
 
