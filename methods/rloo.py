@@ -618,6 +618,9 @@ def generate(lm, prompts, copies, noise, stops, args):
     return [(array("i", ids[:n].tolist()), logprobs[:n].clone(), stop) for ids, logprobs, n, stop in pieces]
 
 
+PAGE = 256  # tokens of the engine's cache that are kept, shared and dropped together
+
+
 def start_engine(lm, run):
     """transformers' continuous batching over lm as --engine says, or None: the loop. Pages and CUDA graphs last for the
     run, its thread for one call."""

@@ -26,8 +26,8 @@ RELATIVE, PER_LR = 1e-5, 0.02
 FLOOR = {"grad_norm": 0.0, "loss": 1e-7, "eval/loss": 1e-7}
 DEFAULT_FLOOR = 1e-6
 # kto, at --beta 1: differences of log-probs that sum to as much as -150 (kl is about completions that do not answer
-# their prompts), each known to 1e-5. A ratio of rloo's is e to the sum of some 30 differences of log-probs, each known
-# to 6e-7: 2e-5, over the root of 20 sequences in a step 4e-6. Gradient norm and weights are held to what the others are.
+# their prompts), each known to 1e-5. rloo: a ratio is e to the sum of some 30 differences of log-probs, each known to
+# 6e-7: 2e-5, over the root of 20 sequences in a step 4e-6. Gradient norm and weights are held to what the others are.
 COARSE = ["kl", "reward_chosen", "reward_rejected", "reward_margin"]
 FLOORS = {"kto": FLOOR | {stage + key: 1e-5 for stage in ("", "eval/") for key in COARSE},
           "rloo": FLOOR | {"loss": 4e-6}}  # fmt: skip
