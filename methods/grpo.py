@@ -596,8 +596,10 @@ def main(args):
         # ---- step --------------------------------------------------------------------------------
         groups = [g for g in mine if g["at"] // args.batch_size == inner % args.steps_per_generation]
         completions = [c for group in groups for c in group["completions"]]
-        # Advantages that are all 0 give no gradient: without a KL, such groups only count in the denominators.
+        # Advantages that are all 0 give no gradient: without a KL, such groups only count in the denominators. Where all
+        # groups are such, all are computed: a sampler that writes nonsense, and earns nothing, must not go unnoticed.
         live = [g for g in groups if args.beta or any(c["advantage"] for c in g["completions"])]
+        live = live if all_sum(run, len(live))[0] else groups
         batches = rank_batches(live, mine[0], args, run)
         counts = sum(len(c["ids"]) for c in completions), sum(w * len(b["labels"]) for b, _, w in batches)
         num_tokens, num_live, num_seqs = all_sum(run, *counts, len(completions))
@@ -616,7 +618,7 @@ def main(args):
             metrics["sampler_gap"] = (now - tokens["sampler_logprobs"]).abs().sum()
             metrics["unequal"] = ((now - tokens.get("old_logprobs", now)).abs() > 1e-3).sum()
             totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-        means = {name: value / max(1, num_live) for name, value in zip(totals, all_sum(run, *totals.values()))}
+        means = {name: value / num_live for name, value in zip(totals, all_sum(run, *totals.values()))}
         rewards = [[c["reward"] for c in g["completions"] if not math.isnan(c["reward"])] for g in groups]
         equal, cut = sum(len({*r}) < 2 for r in rewards), sum(not c["stopped"] for c in completions)
         sums = sum(map(sum, rewards)), sum(map(len, rewards)), equal, cut, len(groups)
