@@ -76,8 +76,6 @@ from common.flags import read_flags
 # ---- args ----------------------------------------------------------------------------------------
 LossType = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
                    "apo_zero", "apo_down", "discopop", "sft"]  # fmt: skip
-
-
 @dataclass
 class Args:
     # ---- run -------------------------------------------------------------------------------------
@@ -632,9 +630,9 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
+    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = int(all_most(run, max(1, len(batches))))
+    most = int(all_most(run, len(batches)))
     padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (most - len(batches))
     return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
 
