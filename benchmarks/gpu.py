@@ -242,9 +242,9 @@ def sft_step(module, run, policy, optimizer, groups):
 def dpo_step(module, run, policy, optimizer, groups):
     batches, total = module.rank_batches(groups, groups[0], run.args, run), 0.0
     for batch, members, weight in batches:
-        sums = module.seq_sums(policy(batch)["logprobs"], batch)
-        reference = sums.new_tensor([c["ref_logprob"] for g in members for c in g["completions"]])
-        loss = weight * module.dpo_loss(sums, reference, run.args)[0] / len(groups)
+        sums, lengths, weights = module.per_completion(policy(batch), batch, run.args)
+        reference = module.reference(members, run.args, run)
+        loss = weight * module.dpo_loss(sums, reference, lengths, weights, run.args)[0] / len(groups)
         loss.backward()
         total += loss.detach()
     return finish(module, run, policy, optimizer, groups, total, sum(len(b["labels"]) for b, _, _ in batches))

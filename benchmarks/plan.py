@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 
 from common import logprobs
@@ -178,28 +178,18 @@ def storage(t):
 
 @contextmanager
 def road(batches, gpu):
-    """The attention, head chunks and dtypes of a GPU on fake CPU tensors; or the CPU's own, whose segments have lengths
-    that fake tensors could not tell."""
-    def attend(module, query, key, value, mask, scaling=None, sliding_window=None, kv_index=None, cu_seqlens_q=None,
-               cu_seqlens_k=None, **_):
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        if kv_index is not None:
-            key, value = logprobs._take(key, kv_index), logprobs._take(value, kv_index)
-        layout = lengths[id(cu_seqlens_q)]
-        return logprobs._segment_attention(query, key, value, layout, scaling, sliding_window, None, None)[None], None
-
-    lengths = {id(b["cu_seqlens_q"]): [b[f"cu_seqlens_{x}"].diff().tolist() for x in "qk"] for b in batches}
-    chunk, grouped = logprobs.CHUNK["cpu"], moe._can_use_grouped_mm
+    """The attention, head chunks and dtypes of a GPU on fake CPU tensors; or the CPU's own, with segments whose lengths
+    fake tensors could not tell."""
+    lengths = {id(b[name]): b[name].diff().tolist() for b in batches for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    chunk, grouped, own = logprobs.CHUNK["cpu"], moe._can_use_grouped_mm, logprobs._lengths
     if gpu:
         FakeTensor.is_cuda, logprobs.CHUNK["cpu"] = property(lambda t: True), logprobs.CHUNK["cuda"]
     else:  # the fake kernel takes bf16 only
-        moe._can_use_grouped_mm = lambda *_: False
-    AttentionInterface.register(logprobs.ATTENTION, logprobs.flat_attention if gpu else attend)
+        moe._can_use_grouped_mm, logprobs._lengths = lambda *_: False, lambda cu_seqlens: lengths[id(cu_seqlens)]
     try:
         yield
     finally:
-        AttentionInterface.register(logprobs.ATTENTION, logprobs.flat_attention)
-        logprobs.CHUNK["cpu"], moe._can_use_grouped_mm = chunk, grouped
+        logprobs.CHUNK["cpu"], moe._can_use_grouped_mm, logprobs._lengths = chunk, grouped, own
         if gpu:
             del FakeTensor.is_cuda
 

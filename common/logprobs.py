@@ -80,10 +80,14 @@ def _fused_attention(query, key, value, layout, scaling, window, softcap, sinks)
     return out[..., :d_v]
 
 
+def _lengths(cu_seqlens):
+    return cu_seqlens.diff().tolist()
+
+
 @torch.compiler.disable  # a loop over segments would be compiled again for every batch
 def _segment_attention(query, key, value, layout, **how):
     """Equal shapes in one call. split, because the backward of each slice x[a:b] allocates a gradient as large as x."""
-    n_q, n_k = (cu_seqlens.diff().tolist() for cu_seqlens in layout[:2])
+    n_q, n_k = map(_lengths, layout[:2])
     pieces = query.split(n_q), key.split(n_k), value.split(n_k)
     same_shape, out = defaultdict(list), [None] * len(n_q)
     for i, shape in enumerate(zip(n_q, n_k)):

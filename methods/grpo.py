@@ -836,9 +836,11 @@ def main(args):
         if args.mask_truncated_completions:  # DAPO's overlong filtering: cut ones still count as sequences, as in TRL
             groups = [g | {"completions": [c for c in g["completions"] if c["stopped"]]} for g in whole]
             groups = [g for g in groups if g["completions"]]
-        # Advantages that are all 0 give no gradient: then, without a KL, groups only count in the denominators.
+        # Advantages that are all 0 give no gradient: without a KL, such groups only count in the denominators. If there
+        # are no others, all are computed: a sampler that writes nonsense, and earns nothing, must not go unnoticed.
         always = args.beta or args.entropy_coef
         live = [g for g in groups if always or any(c["advantage"] for c in g["completions"])]
+        live = live if all_sum(run, len(live))[0] else groups
         batches = rank_batches(live, mine[0], args, run)
         counts = sum(len(c["ids"]) for g in groups for c in g["completions"]), len(completions)
         counts += sum(w * len(b["labels"]) for b, _, w in batches), sum(len(c["ids"]) for c in completions)
@@ -1096,9 +1098,9 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
+    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = int(all_most(run, max(1, len(batches))))
+    most = int(all_most(run, len(batches)))
     padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (most - len(batches))
     return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
 

@@ -25,17 +25,18 @@ def nothing_is_silent(module):
     module.compute_advantages = lambda *some: torch.where((got := compute(*some)) == 0, 1e-30, got)
 
 
-def mostly_silent(module):
-    """Every fifth row has a signal, whoever holds it; in the second rollout (steps 5 to 8) none has."""
+def mostly_silent(module, until=4):
+    """Every fifth row has a signal, whoever holds it; in the second rollout (steps 5 to 8) none has,
+    and so all are computed."""
     module.reward_groups = lambda groups, run: [
         completion.update(parts=[reward], reward=reward)
         for group in groups for k, completion in enumerate(group["completions"])
-        for reward in [float(k % 2 and group["row"] % 5 == 0 and run.step < 4)]]
+        for reward in [float(k % 2 and group["row"] % 5 == 0 and run.step < until)]]
 
 
 def count_tokens(seen):
     def patch(module):
-        mostly_silent(module)
+        mostly_silent(module, until=8)
         original = module.flat_batch
 
         def counted(groups, device="cpu"):
