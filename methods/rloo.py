@@ -834,9 +834,11 @@ def main(args):
         if args.mask_truncated_completions:  # DAPO's overlong filtering: cut ones still count as sequences, as in TRL
             groups = [g | {"completions": [c for c in g["completions"] if c["stopped"]]} for g in whole]
             groups = [g for g in groups if g["completions"]]
-        # Advantages that are all 0 give no gradient: then, without a KL, groups only count in the denominators.
+        # Advantages that are all 0 give no gradient: without a KL, such groups only count in the denominators. If there
+        # are no others, all are computed: a sampler that writes nonsense, and earns nothing, must not go unnoticed.
         always = args.beta or args.entropy_coef
         live = [g for g in groups if always or any(c["advantage"] for c in g["completions"])]
+        live = live if all_sum(run, len(live))[0] else groups
         batches = rank_batches(live, mine[0], args, run)
         counts = sum(len(c["ids"]) for g in groups for c in g["completions"]), len(completions)
         counts += sum(w * len(b["labels"]) for b, _, w in batches), sum(len(c["ids"]) for c in completions)

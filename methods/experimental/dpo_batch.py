@@ -662,9 +662,9 @@ def share(groups, run):
 
 def rank_batches(mine, spare, args, run):
     """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective: a rank with fewer runs `spare` with weight 0."""
+    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
     batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = int(all_most(run, len(batches)))
+    most = int(all_most(run, max(1, len(batches))))
     padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (most - len(batches))
     return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
 
