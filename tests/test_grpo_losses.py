@@ -83,6 +83,15 @@ def test_a_run_with_what_sees_the_whole_step(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in steps if "loss" in line)
 
 
+def test_a_step_whose_completions_are_all_cut(tmp_path):
+    """Nothing is left to learn from: a gradient of 0 on every rank, and the run goes on."""
+    train("grpo", tmp_path, "--max_steps", 2, "--batch_size", 2, "--num_generations", 2, "--max_completion_length", 2,
+          "--mask_truncated_completions", "--eval_dataset", "", "--allow", "GRPO001", "GRPO002", world=2)  # fmt: skip
+    steps = read_jsonl(tmp_path / "metrics.jsonl")
+    found = [[line[key] for key in ("truncated_frac", "num_tokens", "loss", "grad_norm")] for line in steps]
+    assert found == [[1, 0, 0, 0]] * 2
+
+
 # ---- the formulas --------------------------------------------------------------------------------
 # Each returns (loss, gradient by the log-prob of every token), from numbers alone. w: weight of each token's loss.
 
