@@ -68,8 +68,8 @@ class Problem(Exception):
 
 def launch(command, options, what):
     """Run a process, note when each line "step N" arrives. -> wall seconds, peak MB up to the last step (without steps,
-    or without /proc: of the whole process, which may save a model), {step: (wall, CPU seconds)}. Problem where it fails,
-    is killed, or takes longer than options.limit seconds. This process stays small and imports no torch: on Linux a
+    or without /proc: of the whole process, which may save a model), {step: (wall, CPU seconds)}. Problem where it is
+    killed, fails, or takes longer than options.limit seconds. This process stays small and imports no torch: on Linux a
     child's peak starts at the size of whoever started it."""
     env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
