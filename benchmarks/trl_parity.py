@@ -77,13 +77,14 @@ class Problem(Exception):
 
 
 def launch(command, options, what):
-    """Run a process, note when each line "step N" arrives. -> wall seconds, peak MB, {step: (wall, CPU seconds)}.
-    Problem where it fails, is killed, or takes longer than options.limit seconds. This process stays small and imports
-    no torch: on Linux a child's peak starts at the size of whoever started it."""
+    """Run a process, note when each line "step N" arrives. -> wall seconds, peak MB up to the last step (without steps,
+    or without /proc: of the whole process, which may save a model), {step: (wall, CPU seconds)}. Problem where it is
+    killed, fails, or takes longer than options.limit seconds. This process stays small and imports no torch: on Linux a
+    child's peak starts at the size of whoever started it."""
     env = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     env |= {"CUDA_VISIBLE_DEVICES": ""}
-    started, steps = time.perf_counter(), {}
+    started, steps, trained = time.perf_counter(), {}, None
     with tempfile.TemporaryFile("w+") as errors:
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True,
@@ -96,6 +97,7 @@ def launch(command, options, what):
         for line in process.stdout:
             if (found := re.match(r"step +(\d+)", line)) and int(found[1]) not in steps:
                 steps[int(found[1])] = time.perf_counter(), cpu_seconds(process.pid)
+                trained = peak_mb(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -108,7 +110,15 @@ def launch(command, options, what):
             last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
             raise Problem(f"{what} ended with exit code {process.returncode}: {last[:300]}")
     peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB here
-    return {"wall": time.perf_counter() - started, "peak_mb": peak, "at": steps}
+    return {"wall": time.perf_counter() - started, "peak_mb": trained or peak, "process_mb": peak, "at": steps}
+
+
+def peak_mb(pid):
+    """Peak resident MB of a running process so far, or None where there is no /proc."""
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 2**10
+    except OSError:
+        return None
 
 
 def cpu_seconds(pid):

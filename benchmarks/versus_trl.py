@@ -18,8 +18,8 @@ Useful tokens   what a user trains on: of every sequence the prompt and the comp
 Time            per optimizer step after the warm-up, from the arrival of the lines "step N". The ratio of CPU seconds
                 per useful token is the one to trust on a machine that others use, too. A pass over all rows before
                 the first step (dpo's reference) is charged to the steps: one epoch, the dearest case for it.
-Memory          peak resident size; "above": less 16 bytes a parameter (weights, gradients, Adam's two moments), less
-                what importing torch and transformers takes.
+Memory          peak resident size up to the last step (then we save, which TRL is told not to); "above": less 16 bytes
+                a parameter (weights, gradients, Adam's two moments), less what importing torch and transformers takes.
 Limit           time of the useful floating-point operations at the measured rate, over the measured time: 2 a weight
                 and token forwards, twice that backwards, 4 a head width and pair of positions in attention; a prompt
                 once per group, the head for completion tokens only. Sampling: the weights read once per token of a
@@ -72,7 +72,7 @@ METHODS = {
 }  # fmt: skip
 # batch: rows, pairs or prompts per step; of the steps the first `warm` are not timed. rows: of ROWS, or tiny: the lab
 # that comes with the scripts. More flags of our script go both ways.
-LAB, TINY_LAB = {"steps": 4, "warm": 1, "micro": 2048}, {"rows": "tiny", "micro": 4096}
+LAB, TINY_LAB = {"steps": 4, "warm": 1, "micro": 1024}, {"rows": "tiny", "micro": 4096}
 CASES = {
     "sft-short": LAB | {"method": "sft", "rows": "short", "batch": 8},
     "sft-mixed": LAB | {"method": "sft", "rows": "mixed", "batch": 8},
@@ -559,7 +559,8 @@ def training(name, case, options):
             runs[side] |= {"setting": setting, "first_losses_differ_by": gap}
         for side, run in runs.items():
             row = {"side": side, "round": number} | measure(run, case, *work)
-            row |= {"peak_mb": run["peak_mb"], "above_mb": run["peak_mb"] - own, "process_seconds": run["wall"]}
+            row |= {key: run[key] for key in ("peak_mb", "process_mb")} | {"above_mb": run["peak_mb"] - own}
+            row["process_seconds"] = run["wall"]
             row |= {key: run[key] for key in ("setting", "first_losses_differ_by") if key in run}
             found.append(row)
             print(f"{name:<14} {side:<24} round {number}  {row['cpu_seconds_per_step']:.3f} CPU s/step  "

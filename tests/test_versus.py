@@ -131,7 +131,7 @@ def fake(monkeypatch, tmp_path):
     def launch(command, options, what):
         command = [str(word) for word in command]
         at = {step: (float(step), 0.5 * step) for step in range(1, 5)}
-        run = {"wall": 9.0, "peak_mb": 900.0, "at": at}
+        run = {"wall": 9.0, "peak_mb": 900.0, "process_mb": 950.0, "at": at}
         if "--worker" in command:
             mode, path = command[-2:]
             spec = json.loads(open(path).read())
@@ -244,7 +244,7 @@ def test_a_search_goes_on_after_the_candidate_that_ended_its_process(fake, monke
         if len(spec["search"]) > 1:  # two are done, the third takes the process with it
             result.write_text(json.dumps({"search": json.loads(result.read_text())["search"][:2]}))
             raise parity.Problem("TRL's sft was killed: out of memory?")
-        return {"wall": 1.0, "peak_mb": 1.0, "at": {}}
+        return {"wall": 1.0, "peak_mb": 1.0, "process_mb": 1.0, "at": {}}
 
     monkeypatch.setattr(parity, "launch", launch)
     options = SimpleNamespace(scratch=fake.file.parent, trl_python="x", threads=1, limit=60)
