@@ -637,10 +637,10 @@ def start_engine(lm, run):
     pages = 2 * args.num_generations * (1 + args.max_length // PAGE)
     size = {"max_memory_percent": 0.3} if cuda else {"num_blocks": pages, "max_batch_tokens": 1024}
     size |= {"page_size": PAGE, "max_requests_per_batch": 256}
-    draw = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "eos_token_id": run.stops}
+    rules = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0, "eos_token_id": run.stops}
     own, lm.config._attn_implementation = lm.config._attn_implementation, PAGED
     engine = lm.init_continuous_batching(
-        GenerationConfig(**draw, max_new_tokens=args.max_completion_length),
+        GenerationConfig(**rules, max_new_tokens=args.max_completion_length),
         ContinuousBatchingConfig(return_logprobs=True, auto_switch_to_flash=False, **size),  # True: may download
     )
     engine.warmup()  # memory is taken, and graphs are recorded, now
