@@ -1,6 +1,8 @@
 """Reward files, FILE.py:FUNCTION, in processes of their own: RewardFile is training's end of one, `serve` the other.
 The two exchange lines of JSON. Run as a script this file imports the standard library only."""
+import asyncio
 import importlib.util
+import inspect
 import json
 import os
 import resource
@@ -14,8 +16,9 @@ from numbers import Real
 
 class RewardFile:
     """reward(prompts, completions, **columns) -> list of numbers and None, one per completion; None where the function
-    returned something else. ChildProcessError where it raised, crashed or hung, which costs this call: after a crash or
-    a hang the next one gets a new process. timeout: seconds to load, and per call; memory: GB. 0: no limit."""
+    returned something else. What an `async def` returns is awaited. ChildProcessError where it raised, crashed or hung,
+    which costs this call: after a crash or a hang the next one gets a new process. timeout: seconds to load, and per
+    call; memory: GB. 0: no limit."""
 
     def __init__(self, name, timeout, memory):
         self.path, _, self.function = name.rpartition(":")
@@ -77,6 +80,7 @@ def serve(memory):
             question, answer = json.loads(line), None
             if reward:
                 count, values = len(question["completions"]), reward(**question)
+                values = asyncio.run(values) if inspect.iscoroutine(values) else values
                 fits = isinstance(values, list) and len(values) == count
                 if fits and all(isinstance(v, Real | None) for v in values):
                     answer = [None if v is None else float(v) for v in values]

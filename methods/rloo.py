@@ -6,14 +6,13 @@ Paper   Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3; a com
 Loss    l = - min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A),   ratio = pi(y) / pi_old(y) of the whole y
         A_i = R_i - mean of R_j over the others j of the group,   R = r - beta sum over tokens of log(pi_old / ref)
 Tokens  every sampled token, the stop token included
-Norm    the mean over the sequences of the optimizer step, all micro-batches and ranks (--loss_type rloo)
+Norm    the mean over the sequences of the optimizer step, all micro-batches and ranks (--loss_type grpo)
 Models  the policy (trained), sharded with FSDP2; an unsharded copy that samples; with beta > 0 a frozen reference
 Data    {prompt, any columns}: the columns go to the reward functions
 State   alerts, streaks, before, last, best (evaluations); rollout/...: the rollout in use, if it spans several steps
 Parent: methods/grpo.py
 Delta:
   Args.method: whole sequences, the KL in the reward, reward_clip_range, normalize_advantages
-  loss: the mean over sequences is called rloo
   compute_advantages, penalized: the baseline is the mean of the others; a reward, clipped and minus the KL
   importance_ratio, rloo_loss, check_flags: the ratio of a whole sequence; no KL in the loss
   rollout: what the advantages are taken of
@@ -46,6 +45,7 @@ import time
 import traceback
 import zlib
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -125,37 +125,26 @@ class Args:
     temperature: float = 1.0  # divides logits: of the sampler, the policy and the reference
     steps_per_generation: int = 1  # a rollout covers the prompts of so many optimizer steps
     num_iterations: int = 1  # passes over a rollout (mu in the paper)
-    loss_type: Literal["dapo", "rloo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo", "gmpo"] = "rloo"  # norm
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "cispo"] = "grpo"  # a key of NORMS
     epsilon: float = 0.2  # lower clip, and upper where epsilon_high is not given (TRL: 0.2)
     epsilon_high: float | None = None  # upper clip (DAPO: 0.28)
-    delta: float | None = None  # largest ratio where A < 0 (two-sided clipping, INTELLECT-2: 4)
-    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = "sequence"  # of ratios
-    sapo_temperature_pos: float = 1.0  # of sapo's gate where A > 0
-    sapo_temperature_neg: float = 1.05  # elsewhere: a little narrower
-    vespo_k_pos: float = 2.0  # vespo where A >= 0: W^k exp(lambda - lambda W)
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0  # elsewhere
-    vespo_lambda_neg: float = 2.0
+    importance_sampling_level: Literal["token", "sequence"] = "sequence"  # of ratios
     importance_sampling_mode: Annotated[
         Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
         arg(aliases=["--vllm-importance-sampling-mode"]),
     ] = "none"  # weight old / sampler: truncated (TIS) or 0 outside (MIS, IcePop), of a token or a sequence
     importance_sampling_clip_min: Annotated[float, arg(aliases=["--vllm-importance-sampling-clip-min"])] = 0.0
     importance_sampling_clip_max: Annotated[float, arg(aliases=["--vllm-importance-sampling-clip-max"])] = 3.0
-    off_policy_mask_threshold: float | None = None  # mean log(sampler / policy) above which A < 0 is left out (0.5)
     old_logprobs: Literal["policy", "sampler"] = "policy"  # of a rollout's later steps: one more pass, or the sampler's
     ratio_cap: float = 2.0  # of ratios to the sampler's log-probs, which also hold its rounding (truncated IS)
     beta: float = 0.05  # weight of the KL to the starting policy, in the reward (TRL: 0.05)
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # a key of KL (TRL: k1)
-    entropy_coef: float = 0.0  # weight of the mean entropy, which is raised
     mask_truncated_completions: bool = False  # completions without a stop token are in no loss (DAPO: yes)
     scale_rewards: Literal["group", "batch", "none"] = "none"  # whose standard deviation divides
     normalize_advantages: bool = False  # over all ranks' batch (REINFORCE++)
     reward_clip_range: tuple[float, float] | None = None  # of the weighted sum, before the KL
     reward: tuple[str, ...] = ("accuracy",)  # of BUILT_IN, FILE.py:FUNCTION or a reward model; several are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"  # 2nd: GDPO
-    soft_punish_cache: int = 128  # the last tokens of max_completion_length, where soft_overlong falls to -1
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
     eval_samples: int = 4  # completions per held-out prompt for pass@k; 0: greedy only
@@ -245,29 +234,7 @@ def format(prompts, completions, **_):
     return [float(bool(re.search(rf"####\s*{NUMBER}\s*$", text))) for text in texts]
 
 
-def soft_overlong(prompts, completions, completion_ids, limit, cache, **_):
-    """0 up to limit - cache tokens, then falling to -1 at the limit: a penalty, to be added to what is earned.
-    Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476."""
-    return [min(0.0, max(-1.0, (limit - cache - len(ids)) / cache)) for ids in completion_ids]
-
-
-def cosine(prompts, completions, completion_ids, limit, **columns):
-    """Right answers earn 1 down to 0.5, wrong ones -1 up to -0.5, along half a cosine from 0 tokens to the limit.
-    Yeo et al. 2025, https://arxiv.org/abs/2502.03373 (the bounds are TRL's)."""
-    right = accuracy(prompts, completions, **columns)
-    fall = [(1 + math.cos(math.pi * min(1.0, len(ids) / limit))) / 2 for ids in completion_ids]
-    return [None if r is None else (2 * r - 1) * (0.5 + 0.5 * x) for r, x in zip(right, fall)]
-
-
-def repetition(prompts, completions, completion_ids, size=3, **_):
-    """Minus the share of n-grams of `size` tokens that occurred before in the completion: 0 without any repetition.
-    Yeo et al. 2025, https://arxiv.org/abs/2502.03373."""
-    grams = [[*zip(*(ids[i:] for i in range(size)))] for ids in completion_ids]
-    return [len({*g}) / len(g) - 1 if g else 0.0 for g in grams]
-
-
-BUILT_IN = {"accuracy": accuracy, "format": format, "soft_overlong": soft_overlong, "cosine": cosine,
-            "repetition": repetition}  # fmt: skip
+BUILT_IN = {"accuracy": accuracy, "format": format}
 
 
 class RewardModel:
@@ -302,8 +269,7 @@ class RewardModel:
 
 
 def load_rewards(args):
-    """--reward -> functions reward(prompts, completions, **columns) -> list of numbers or None: TRL's signature. Those
-    of this file also get completion_ids, the limit of their length and soft_overlong's cache."""
+    """--reward -> functions reward(prompts, completions, **columns) -> list of numbers or None: TRL's signature."""
     functions = []
     for name in args.reward:
         try:
@@ -323,8 +289,9 @@ def load_rewards(args):
 
 def reward_groups(groups, run):
     """Set completion["parts"], one number per reward function, and completion["reward"], their weighted sum. NaN where
-    there is none: a function that raises, hangs or says None gave no reward, which is not a reward of 0. What is no
-    list of numbers ends the run, on all ranks."""
+    there is none: a function that raises, hangs or says None gave no reward, which is not a reward of 0. Beside the
+    columns of the data a function gets completion_ids (a list each) and max_completion_length. Returns what is wrong
+    with its answer, a text, or None."""
     pairs = [(group, completion) for group in groups for completion in group["completions"]]
     columns = {k: [g["columns"].get(k) for g, _ in pairs] for group in groups for k in group["columns"]}
     prompts, own = columns.get("prompt", []), ("prompt", "prompts", "completion", "completions")
@@ -332,13 +299,12 @@ def reward_groups(groups, run):
     chats = [[{"role": "assistant", "content": text}] for text in texts]
     answers = [chat if isinstance(prompt, list) else text for prompt, chat, text in zip(prompts, chats, texts)]
     others = {name: values for name, values in columns.items() if name not in own}
-    tokens = {"completion_ids": [c["ids"] for _, c in pairs], "limit": run.args.max_completion_length}
-    tokens["cache"] = run.args.soft_punish_cache
+    others |= {"completion_ids": [[*c["ids"]] for _, c in pairs]}
+    others |= {"max_completion_length": run.args.max_completion_length}
     parts, wrong = [], None
     for name, function in zip(run.args.reward, run.rewards) if pairs else ():
         try:
-            more = {} if isinstance(function, RewardFile) else tokens
-            values = function(prompts=prompts, completions=answers, **others | more)
+            values = function(prompts=prompts, completions=answers, **others)
         except Exception as e:  # rows may hold anything, and files do anything
             print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr, flush=True)
             values = [None] * len(pairs)
@@ -346,34 +312,25 @@ def reward_groups(groups, run):
             wrong = f"--reward {name} must return a list of {len(pairs)} numbers (or None), one for each completion."
         else:
             parts.append([math.nan if v is None or not math.isfinite(v) else v for v in values])
-    agree(run, wrong)
     weights = torch.tensor(run.args.reward_weights or [1.0] * len(parts), dtype=torch.float64)
     for (_, completion), values in zip(pairs, torch.tensor(parts, dtype=torch.float64).T):
         completion["parts"] = values.tolist()
         completion["reward"] = math.nan if values.isnan().all() else (weights * values).nansum().item()
+    return wrong
 
 
 # ---- loss ----------------------------------------------------------------------------------------
 NORMS = {  # weight of a token in the loss, by the length of its sequence (M,), global counts and the length limit
     "dapo": lambda lengths, num_tokens, num_seqs, limit: 1 / num_tokens,
-    "bnpo": lambda lengths, num_tokens, num_seqs, limit: 1 / num_tokens,
-    "rloo": lambda lengths, num_tokens, num_seqs, limit: 1 / (lengths * num_seqs),
+    "cispo": lambda lengths, num_tokens, num_seqs, limit: 1 / num_tokens,
+    "grpo": lambda lengths, num_tokens, num_seqs, limit: 1 / (lengths * num_seqs),
     "dr_grpo": lambda lengths, num_tokens, num_seqs, limit: 1 / (limit * num_seqs),
-    "luspo": lambda lengths, num_tokens, num_seqs, limit: 1 / num_seqs,
 }
 KL = {  # estimators from one token of the policy's, by log_ratio = log(ref / pi): http://joschu.net/blog/kl-approx.html
     "k1": lambda log_ratio: -log_ratio,  # unbiased, but its gradient is 0 on average: for a KL in the reward
     "k2": lambda log_ratio: log_ratio.square() / 2,  # biased, but its gradient on-policy is the KL's
     "k3": lambda log_ratio: log_ratio.exp() - log_ratio - 1,  # unbiased, never negative
 }
-
-
-def standardize(values, run):
-    """values, any shape, NaN where there is none: minus the mean of all ranks' values, over their standard deviation
-    (n - 1) + 1e-4."""
-    total, count = all_sum(run, values.nansum(), (~values.isnan()).sum())
-    centered = values - total / max(1, count)
-    return centered / (math.sqrt(all_sum(run, centered.square().nansum())[0] / max(1, count - 1)) + 1e-4)
 
 
 def compute_advantages(rewards, args, run):
@@ -386,7 +343,9 @@ def compute_advantages(rewards, args, run):
     if args.scale_rewards == "batch":
         total, n = all_sum(run, rewards.nansum(), count.sum())
         std = math.sqrt(all_sum(run, (rewards - total / max(1, n)).square().nansum())[0] / max(1, n - 1))
-    centered = standardize(centered, run) if args.normalize_advantages else centered
+    if args.normalize_advantages:  # their mean is 0
+        squares, n = all_sum(run, centered.square().nansum(), (~centered.isnan()).sum())
+        centered = centered / (math.sqrt(squares / max(1, n - 1)) + 1e-4)
     return (centered if args.scale_rewards == "none" else centered / (std + 1e-4)).nan_to_num(0.0)
 
 
@@ -397,57 +356,15 @@ def penalized(completion, args):
     return max(min(completion["reward"], high), low) - args.beta * KL[args.kl_estimator](ref - old).sum().item()
 
 
-def normalize_then_sum(parts, args, run):
-    """parts (groups, num_generations, rewards), NaN where there is none. Each reward's advantages in its group, then
-    their weighted sum over the batch's deviation: a reward with a small spread is heard as well as the others. GDPO,
-    https://arxiv.org/abs/2601.05242."""
-    args, weights = replace(args, scale_rewards="group"), args.reward_weights or [1.0] * parts.shape[-1]
-    total = sum(w * compute_advantages(part, args, run) for w, part in zip(weights, parts.unbind(-1)))
-    return standardize(total.masked_fill(parts.isnan().all(-1), math.nan), run).nan_to_num(0.0)
-
-
-def clip(ratio, log_ratio, logprobs, advantage, seq, args):
-    """- min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A). delta bounds the first ratio, and so the loss where
-    A < 0: INTELLECT-2, https://arxiv.org/abs/2505.07291."""
-    clipped = ratio.clamp(1 - args.epsilon, 1 + (args.epsilon if args.epsilon_high is None else args.epsilon_high))
-    bounded = ratio if args.delta is None else ratio.clamp(max=args.delta)
-    return -torch.min(bounded * advantage, clipped * advantage), clipped * advantage < ratio * advantage
-
-
-def cispo(ratio, log_ratio, logprobs, advantage, seq, args):
-    """- sg[min(ratio, epsilon_high)] A log pi: a token beyond the cap still learns. MiniMax-M1,
-    https://arxiv.org/abs/2506.13585."""
-    return -ratio.detach().clamp(max=args.epsilon_high) * advantage * logprobs, ratio > args.epsilon_high
-
-
-def sapo(ratio, log_ratio, logprobs, advantage, seq, args):
-    """- 4 / tau sigmoid(tau (ratio - 1)) A: a gate that closes gradually. Gao et al. 2025,
-    https://arxiv.org/abs/2511.20347."""
-    taus = args.sapo_temperature_pos, args.sapo_temperature_neg
-    up, down = ((tau * (ratio - 1)).sigmoid() * 4 / tau for tau in taus)
-    return -torch.where(advantage > 0, up, down) * advantage, torch.zeros_like(ratio)
-
-
-def vespo(ratio, log_ratio, logprobs, advantage, seq, args):
-    """- sg[W^k exp(lambda - lambda W)] A log pi, W the product of the sequence's ratios, from 1e-8 to e^20.
-    https://arxiv.org/abs/2602.10693."""
-    log_w = sequence_sum(log_ratio.detach(), seq).clamp(math.log(1e-8), 20)
-    pairs = (args.vespo_k_pos, args.vespo_lambda_pos), (args.vespo_k_neg, args.vespo_lambda_neg)
-    up, down = ((rate + k * log_w - rate * log_w.exp()).exp() for k, rate in pairs)
-    return -torch.where(advantage >= 0, up, down) * advantage * logprobs, torch.zeros_like(ratio)
-
-
-def gmpo(ratio, log_ratio, logprobs, advantage, seq, args):
-    """- A times the geometric mean of the sequence's ratios, each clipped in log space where A pushes it out: epsilon
-    and epsilon_high are distances of log ratios. Zhao et al. 2025, https://arxiv.org/abs/2507.20673."""
-    clipped = log_ratio.clamp(-args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high)
-    kept = torch.where(advantage >= 0, torch.min(log_ratio, clipped), torch.max(log_ratio, clipped))
-    return -(sequence_sum(kept, seq) / torch.bincount(seq)[seq]).exp() * advantage, kept != log_ratio
-
-
-SURROGATES = {  # loss_type -> what a token earns, a key of NORMS; every other one clips and has a norm of its own
-    "cispo": (cispo, "dapo"), "sapo": (sapo, "rloo"), "vespo": (vespo, "dapo"), "gmpo": (gmpo, "rloo"),
-}  # fmt: skip
+def surrogate(ratio, logprobs, advantage, args):
+    """What a token (M,) earns, negated: - min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A). cispo:
+    - sg[min(ratio, epsilon_high)] A log pi, so that a token beyond the cap still learns. Returns too where a bound
+    holds."""
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo":
+        return -ratio.detach().clamp(max=high) * advantage * logprobs, ratio > high
+    clipped = ratio.clamp(1 - args.epsilon, 1 + high) * advantage
+    return -torch.min(ratio * advantage, clipped), clipped < ratio * advantage
 
 
 def sequence_sum(values, seq):
@@ -456,14 +373,11 @@ def sequence_sum(values, seq):
 
 
 def importance_ratio(logprobs, old_logprobs, seq, args):
-    """-> log ratio of pi / pi_old (M,) of a token or, at sequence level, of its sequence, all its tokens.
-    sequence_token: that value, with each token's own gradient. Zheng et al. 2025 (GSPO),
-    https://arxiv.org/abs/2507.18071."""
+    """-> log(pi / pi_old) (M,) of a token or, at sequence level, of its whole sequence: the product of its ratios."""
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if args.importance_sampling_level == "token":
         return log_ratio
-    whole = sequence_sum(log_ratio, seq).clamp(-20, 20)  # the product of ratios, in logs
-    return whole if args.importance_sampling_level == "sequence" else whole.detach() + logprobs - logprobs.detach()
+    return sequence_sum(log_ratio, seq).clamp(-20, 20)
 
 
 def sampler_weight(old_logprobs, sampler_logprobs, seq, args):
@@ -476,62 +390,38 @@ def sampler_weight(old_logprobs, sampler_logprobs, seq, args):
     return inside if args.importance_sampling_mode.endswith("truncate") else weight * (inside == weight)
 
 
-def on_policy(logprobs, sampler_logprobs, advantage, seq, args):
-    """-> 1 for the tokens (M,) of sequences with A >= 0, or near the sampler: mean log(sampler / pi) up to the
-    threshold. DeepSeek-V3.2, https://arxiv.org/abs/2512.02556."""
-    mean = sequence_sum(sampler_logprobs - logprobs.detach(), seq) / torch.bincount(seq)[seq]
-    return (advantage >= 0) | (mean <= args.off_policy_mask_threshold)
-
-
-def rloo_loss(logprobs, old_logprobs, ref_logprobs, advantages, seq, num_tokens, num_seqs, args,
-              sampler_logprobs=None, entropy=None):
-    """logprobs, old_logprobs, ref_logprobs (or None), seq (M,) per token; advantages (S,); num_tokens, num_seqs global.
-    sampler_logprobs, entropy (M,): only for flags that ask for them. Masks and weights apply to what a token earns, not
-    to the KL nor to the denominators. Returns this micro-batch's part of the normalised loss, and metrics as sums over
-    its tokens."""
+def rloo_loss(logprobs, old_logprobs, ref_logprobs, sampler_logprobs, advantages, seq, num_tokens, num_seqs, args):
+    """logprobs, old_logprobs, ref_logprobs (or None), sampler_logprobs, seq (M,) per token; advantages (S,);
+    num_tokens, num_seqs global. The sampler's weights apply to what a token earns, not to the KL nor to denominators.
+    Returns this micro-batch's part of the normalised loss, and metrics as sums over its tokens."""
     log_ratio, advantage = importance_ratio(logprobs, old_logprobs, seq, args), advantages[seq]
-    free = log_ratio.exp()
-    ratio = free.clamp(max=args.ratio_cap) if args.old_logprobs == "sampler" else free
-    surrogate, norm = SURROGATES.get(args.loss_type, (clip, args.loss_type))
-    loss, clipped = surrogate(ratio, log_ratio, logprobs, advantage, seq, args)
-    metrics = {"ratio_mean": ratio, "clip_frac": clipped.float()}
-    if args.off_policy_mask_threshold is not None:
-        loss = loss * on_policy(logprobs, sampler_logprobs, advantage, seq, args)
+    ratio = log_ratio.exp()
+    capped = ratio.clamp(max=args.ratio_cap) if args.old_logprobs == "sampler" else ratio
+    loss, held = surrogate(capped, logprobs, advantage, args)
+    metrics = {"ratio_mean": capped, "clip_frac": held.float()}
     if args.importance_sampling_mode != "none":
         metrics["sampler_weight"] = sampler_weight(old_logprobs, sampler_logprobs, seq, args)
         loss = loss * metrics["sampler_weight"]
     if ref_logprobs is not None:
         metrics["kl"] = KL[args.kl_estimator]((ref_logprobs - logprobs).clamp(-20, 20))
     lengths = torch.bincount(seq, minlength=len(advantages))[seq]
-    loss = (loss * NORMS[norm](lengths, num_tokens, num_seqs, args.max_completion_length)).sum()
-    if args.entropy_coef:  # of the mean over all tokens, whatever the norm
-        loss = loss - args.entropy_coef * entropy.sum() / num_tokens
+    loss = (loss * NORMS[args.loss_type](lengths, num_tokens, num_seqs, args.max_completion_length)).sum()
     return loss, {name: value.detach().sum() for name, value in metrics.items()}
 
 
 def check_flags(args):
     """What has no meaning together stops the run before step 1."""
-    kind, level, mode = args.loss_type, args.importance_sampling_level, args.importance_sampling_mode
-    high, clips = args.epsilon if args.epsilon_high is None else args.epsilon_high, kind not in SURROGATES
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     for wrong, text in (
-        (kind == "cispo" and high < 1, f"--epsilon_high {high:g}: cispo caps ratios at it. Give 1 or more (5)."),
-        (level != "token" and kind in ("dapo", "bnpo", "dr_grpo", "cispo"),
-         f"--loss_type {kind} weighs a sequence by its length, which does not fit one ratio: use another."),
-        (level != "token" and kind in ("vespo", "gmpo"), f"--importance_sampling_level {level}: {kind} needs token."),
-        (level == "token" and kind == "luspo", "--loss_type luspo needs --importance_sampling_level sequence."),
-        (args.delta is not None and not (clips and args.delta > 1 + high),
-         f"--delta {args.delta}: must be above 1 + epsilon_high, and --loss_type one that clips."),
-        (mode != "none" and (args.old_logprobs == "sampler" or kind in ("vespo", "gmpo")),
-         f"--importance_sampling_mode {mode} needs --old_logprobs policy and a --loss_type but vespo, gmpo."),
+        (args.loss_type == "cispo" and high < 1, f"--epsilon_high {high:g}: cispo caps ratios at it, 1 or more (5)."),
+        (args.importance_sampling_level == "sequence" and args.loss_type != "grpo",
+         f"--loss_type {args.loss_type}: weighs a sequence by its length, which does not fit one ratio. Use grpo."),
+        (args.importance_sampling_mode != "none" and args.old_logprobs == "sampler",
+         f"--importance_sampling_mode {args.importance_sampling_mode} needs --old_logprobs policy."),
         (args.importance_sampling_clip_min > args.importance_sampling_clip_max,
          "--importance_sampling_clip_min must not be above --importance_sampling_clip_max."),
         (args.reward_clip_range and not args.reward_clip_range[0] < args.reward_clip_range[1],
          "--reward_clip_range: the first number must be below the second."),
-        (args.multi_objective_aggregation == "normalize_then_sum" and (args.beta or args.reward_clip_range),
-         "--multi_objective_aggregation normalize_then_sum needs --beta 0 and no --reward_clip_range."),
-        (min(args.sapo_temperature_pos, args.sapo_temperature_neg) <= 0, "--sapo_temperature_pos, _neg: above 0."),
-        ("soft_overlong" in args.reward and args.soft_punish_cache > args.max_completion_length,
-         f"--soft_punish_cache {args.soft_punish_cache}: at most --max_completion_length."),
     ):  # fmt: skip
         if wrong:
             raise InputError(text)
@@ -545,8 +435,7 @@ def evaluate(policy, heldout, args, run):
     result = {}
     for name, copies in {"eval/accuracy": 1, f"eval/pass@{args.eval_samples}": args.eval_samples}.items():
         if copies:
-            sample(mine, copies, ("eval",) if "pass" in name else None, run)
-            reward_groups(mine, run)
+            collect(mine, copies, ("eval",) if "pass" in name else None, run)
             right = sum(g["weight"] * any(c["parts"][0] >= 1 for c in g["completions"]) for g in mine)
             length = sum(g["weight"] * len(c["ids"]) / copies for g in mine for c in g["completions"])
             right, length = all_sum(run, right, length)
@@ -685,17 +574,25 @@ def sample(groups, copies, place, run):
     """Fill every group["completions"]: `copies` samples, or greedy ones where place is None."""
     if run.engine and place:  # which can draw, or be greedy, but not both
         return sample_continuous(groups, copies, place, run)
-    args, size = run.args, max(1, 256 // copies)  # 256 sequences at a time
-    for batch in [groups[i : i + size] for i in range(0, len(groups), size)]:
-        noise = None
-        if place:
-            places = [(*place, group["row"], k) for group in batch for k in range(copies)]
-            noise = torch.stack([uniforms(p, args.seed, args.max_completion_length) for p in places]).to(run.device)
-        drawn = generate(run.sampler, [group["prompt"] for group in batch], copies, noise, run.stops, args)
-        keys = "ids", "sampler_logprobs", "stopped"
-        for i, group in enumerate(batch):
-            mine = drawn[i * copies : (i + 1) * copies]
-            group["completions"] = [dict(zip(keys, values)) | {"scored": None} for values in mine]
+    noise, length = None, run.args.max_completion_length
+    if place:
+        places = [(*place, group["row"], k) for group in groups for k in range(copies)]
+        noise = torch.stack([uniforms(p, run.args.seed, length) for p in places]).to(run.device)
+    drawn = generate(run.sampler, [group["prompt"] for group in groups], copies, noise, run.stops, run.args)
+    for i, group in enumerate(groups):
+        keys, mine = ("ids", "sampler_logprobs", "stopped"), drawn[i * copies : (i + 1) * copies]
+        group["completions"] = [dict(zip(keys, values)) | {"scored": None} for values in mine]
+
+
+def collect(groups, copies, place, run):
+    """Completions and their rewards, 256 sequences at a time: while the next ones are sampled, those before are judged
+    (in a thread, which waits for a process, or for a reward model)."""
+    size, answers = max(1, 256 // copies), []
+    with ThreadPoolExecutor(1) as judge:
+        for i in range(0, len(groups), size):
+            sample(groups[i : i + size], copies, place, run)
+            answers.append(judge.submit(reward_groups, groups[i : i + size], run))
+        agree(run, next(filter(None, [answer.result() for answer in answers]), None))
 
 
 @torch.no_grad()
@@ -731,19 +628,14 @@ def rollout(policy, prompts, index, step, run):
     groups = mine[run.rank % args.tp_size :: args.tp_size]  # ranks that share layers and rows share the sampling, too
     lasting = args.steps_per_generation * args.num_iterations > 1
     refresh(run.sampler, policy)
-    sample(groups, args.num_generations, ("train", index), run)
-    reward_groups(groups, run)
+    collect(groups, args.num_generations, ("train", index), run)
     groups = gather(groups, run.mesh["tp"].get_group())
     again = (lasting or args.beta) and args.old_logprobs == "policy"
     for name, model in ("old_logprobs", policy if again else None), ("ref_logprobs", run.ref):
         if model:
             attach_logprobs(model, groups, name, args, run)
-    if args.multi_objective_aggregation == "normalize_then_sum":
-        parts = torch.tensor([[c["parts"] for c in g["completions"]] for g in groups], dtype=torch.float64)
-        table = normalize_then_sum(parts, args, run)
-    else:
-        rewards = torch.tensor([[penalized(c, args) for c in g["completions"]] for g in groups], dtype=torch.float64)
-        table = compute_advantages(rewards, args, run)
+    rewards = torch.tensor([[penalized(c, args) for c in g["completions"]] for g in groups], dtype=torch.float64)
+    table = compute_advantages(rewards, args, run)
     for group, advantages in zip(groups, table.tolist()):
         for completion, advantage in zip(group["completions"], advantages):
             completion["advantage"] = advantage
@@ -836,8 +728,7 @@ def main(args):
             groups = [g for g in groups if g["completions"]]
         # Advantages that are all 0 give no gradient: without a KL, such groups only count in the denominators. If there
         # are no others, all are computed: a sampler that writes nonsense, and earns nothing, must not go unnoticed.
-        always = args.beta or args.entropy_coef
-        live = [g for g in groups if always or any(c["advantage"] for c in g["completions"])]
+        live = [g for g in groups if args.beta or any(c["advantage"] for c in g["completions"])]
         live = live if all_sum(run, len(live))[0] else groups
         batches = rank_batches(live, mine[0], args, run)
         counts = sum(len(c["ids"]) for g in groups for c in g["completions"]), len(completions)
@@ -851,10 +742,9 @@ def main(args):
             out = policy(batch, want=("entropy",))
             now = out["logprobs"].detach()
             old = now if inner == 0 else tokens.get("old_logprobs", tokens["sampler_logprobs"])
-            ref = tokens.get("ref_logprobs")
+            others = tokens.get("ref_logprobs"), tokens["sampler_logprobs"]
             counts = max(1, num_tokens), num_seqs
-            loss, metrics = rloo_loss(out["logprobs"], old, ref, advantages, batch["seq"], *counts, args,
-                                      tokens["sampler_logprobs"], out["entropy"])
+            loss, metrics = rloo_loss(out["logprobs"], old, *others, advantages, batch["seq"], *counts, args)
             (loss * weight * run.dp_size).backward()  # a part of a global mean; FSDP2 averages over ranks
             metrics |= {"loss": loss.detach() * num_live, "entropy": out["entropy"].detach().sum()}
             metrics["sampler_gap"] = (now - tokens["sampler_logprobs"]).abs().sum()

@@ -28,10 +28,13 @@ def nothing_is_silent(module):
 def mostly_silent(module, until=4):
     """Every fifth row has a signal, whoever holds it; in the second rollout (steps 5 to 8) none has,
     and so all are computed."""
-    module.reward_groups = lambda groups, run: [
-        completion.update(parts=[reward], reward=reward)
-        for group in groups for k, completion in enumerate(group["completions"])
-        for reward in [float(k % 2 and group["row"] % 5 == 0 and run.step < until)]]
+    def judged(groups, run):
+        for group in groups:
+            for k, completion in enumerate(group["completions"]):
+                reward = float(k % 2 and group["row"] % 5 == 0 and run.step < until)
+                completion.update(parts=[reward], reward=reward)
+
+    module.reward_groups = judged
 
 
 def count_tokens(seen):

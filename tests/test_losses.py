@@ -158,8 +158,6 @@ NORMS = {  # weight of each token: 10 tokens and 4 sequences in the whole step, 
     "dapo": [1 / 10] * 6,
     "grpo": [1 / 4, 1 / 12, 1 / 12, 1 / 12, 1 / 8, 1 / 8],  # 1 / (own length x 4)
     "dr_grpo": [1 / 32] * 6,  # 1 / (8 x 4)
-    "bnpo": [1 / 10] * 6,  # TRL divides by a micro-batch's tokens: here by the step's
-    "luspo": [1 / 4] * 6,  # sums of sequences, over 4
 }
 
 
@@ -175,7 +173,8 @@ def surrogate(ratios=RATIOS, seq=SEQ, advantages=ADVANTAGES, ref=None, num_token
     logprobs = (old + f64(*ratios).log()).requires_grad_()
     ref = None if ref is None else logprobs.detach() + f64(*ref)  # given as log(ref / pi)
     seq = torch.tensor(seq)
-    loss, metrics = grpo.grpo_loss(logprobs, old, ref, f64(*advantages), seq, num_tokens, num_seqs, grpo_args(**args))
+    counts = num_tokens, num_seqs
+    loss, metrics = grpo.grpo_loss(logprobs, old, ref, old, f64(*advantages), seq, *counts, grpo_args(**args))
     loss.backward()
     assert not any(value.requires_grad for value in metrics.values())
     return loss.item(), metrics, logprobs.grad
@@ -199,7 +198,7 @@ def test_grpo_normalisers_as_decimals():
 
 
 def test_every_normaliser_of_the_table_is_covered():
-    assert set(grpo.NORMS) == set(NORMS)
+    assert set(grpo.NORMS) == {*NORMS, "cispo"}  # dapo's, under another loss: test_grpo_losses.py
 
 
 def test_grpo_normalisers_count_the_whole_step():
@@ -291,7 +290,7 @@ def test_far_log_ratios_stay_finite(loss_type, distance, dtype):
     old, ref = (torch.full((4,), value, dtype=dtype) for value in (-60.0, -60.0))
     advantages, seq = torch.tensor([1.0, -1.0], dtype=dtype), torch.tensor([0, 0, 1, 1])
     args = grpo_args(loss_type=loss_type, beta=0.1)
-    loss, metrics = grpo.grpo_loss(logprobs, old, ref, advantages, seq, 4, 2, args)
+    loss, metrics = grpo.grpo_loss(logprobs, old, ref, old, advantages, seq, 4, 2, args)
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite().all()
     assert all(value.isfinite() for value in metrics.values())

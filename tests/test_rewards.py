@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, ended, read_jsonl, tiny_rows, train
+from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
 
 from common.rewards import RewardFile
 
@@ -374,6 +375,62 @@ def test_a_crash_on_one_rank_costs_one_call(tmp_path, monkeypatch):
     train("grpo", tmp_path / "out", *small(tmp_path, f"{tmp_path}/hostile.py:one_rank_dies"), world=2)
     shares = [row["no_reward_frac"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
     assert shares == [0.5, 0.0]
+
+
+def test_an_async_function_is_awaited(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text("""import asyncio
+async def judge(completion):
+    await asyncio.sleep(0.3)
+    return len(completion)
+async def reward(prompts, completions, **columns):
+    return list(await asyncio.gather(*map(judge, completions)))
+""")
+    begun = time.monotonic()
+    assert RewardFile(f"{path}:reward", 20, 0)(prompts=["p"] * 20, completions=["ab", "c"] * 10) == [2, 1] * 10
+    assert time.monotonic() - begun < 5  # one after the other they would take 6 seconds
+
+
+def test_rewards_are_computed_while_the_next_are_sampled(monkeypatch):
+    """The first part's rewards wait for the second part's sampling: without an overlap they would wait for ever."""
+    module, begun, order = script("grpo"), threading.Event(), []
+
+    def sample(groups, copies, place, run):
+        order.append(("sampled", groups))
+        if len(order) > 1:
+            begun.set()
+
+    def reward_groups(groups, run):
+        assert begun.wait(20)
+        judged.append(groups)
+        return "wrong" if groups == [3, 4] else None
+
+    judged, said = [], []
+    monkeypatch.setattr(module, "sample", sample)
+    monkeypatch.setattr(module, "reward_groups", reward_groups)
+    monkeypatch.setattr(module, "agree", lambda run, error: said.append(error))
+    module.collect([1, 2, 3, 4, 5], 128, ("train", 0), None)  # two groups of 128 are 256 sequences
+    assert judged == [[1, 2], [3, 4], [5]] and said == ["wrong"]
+
+
+LENGTHS = {"completions": ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"], "max_completion_length": 20}
+
+
+def test_length_rewards():
+    """Limit 20, the last 4 tokens punished: free up to 16, then a quarter per token. Along half a cosine: 1 at length 0,
+    0.75 at half, 0.5 at the limit; wrong: the other sign. Trigrams: 2 of 2 are new; 1 of 3; 3 of 4; none."""
+    spec = importlib.util.spec_from_file_location("length_rewards", ROOT / "benchmarks" / "length_rewards.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ids = [[7] * n for n in (1, 16, 17, 18, 19, 20, 25, 0)]
+    assert module.soft_overlong(**LENGTHS, completion_ids=ids) == [0, 0, -0.25, -0.5, -0.75, -1, -1, 0]
+    ids = [[7] * n for n in (0, 10, 20, 0, 10, 20, 30, 5)]
+    got = module.cosine(**LENGTHS, completion_ids=ids, answer=["So: 1"] * 7 + ["?"])
+    assert got[:7] == pytest.approx([1, 0.75, 0.5, -1, -0.75, -0.5, -0.5]) and got[7] is None
+    chat = [[{"role": "assistant", "content": "1,000.5"}]]
+    assert module.cosine(chat, [[7]], 10**9, answer=["1000.50"]) == pytest.approx([1])
+    ids = [[1, 2, 3, 4], [1, 1, 1, 1, 1], [1, 2, 3, 1, 2, 3], [1, 2], []]
+    assert module.repetition(None, completion_ids=ids) == pytest.approx([0, -2 / 3, -1 / 4, 0, 0])
 
 
 def test_a_file_gives_what_a_function_gives(tmp_path):

@@ -98,7 +98,7 @@ def loss_of(advantages, step=STEP, seq=SEQ, ref=None, **more):
     logprobs = (old + torch.tensor(step, dtype=torch.float64)).requires_grad_()
     args = replace(rloo.Args(), **more)
     table = torch.tensor(advantages, dtype=torch.float64)
-    loss, metrics = rloo.rloo_loss(logprobs, old, ref, table, torch.tensor(seq), len(step), len(advantages), args)
+    loss, metrics = rloo.rloo_loss(logprobs, old, ref, old, table, torch.tensor(seq), len(step), len(advantages), args)
     loss.backward()
     return loss.item(), logprobs.grad.tolist(), metrics
 
@@ -133,7 +133,6 @@ def test_far_ratios_stay_finite(far):
 
 @pytest.mark.parametrize("more, flag", (
     ({"reward_clip_range": (2.0, 1.0)}, "--reward_clip_range"),
-    ({"multi_objective_aggregation": "normalize_then_sum"}, "--multi_objective_aggregation"),
     ({"loss_type": "dapo"}, "--loss_type dapo"),
 ), ids=str)  # fmt: skip
 def test_flags_without_a_meaning(more, flag):

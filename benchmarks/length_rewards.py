@@ -1,0 +1,42 @@
+"""Rewards that look at the length of completions, or at what they repeat. Examples of reward files, not measurements:
+
+    python methods/grpo.py --reward accuracy benchmarks/length_rewards.py:soft_overlong
+
+Each takes what every reward function is given (TRL's signature): lists of prompts and completions, the columns of the
+data, and of this project `completion_ids`, lists of tokens, and `max_completion_length`, the limit of their number.
+"""
+
+import math
+import re
+
+
+def soft_overlong(completions, completion_ids, max_completion_length, **_):
+    """0 up to four fifths of the limit, from there falling to -1 at the limit: a penalty, to be added to what is earned.
+    Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 13 (limit 20480, the last 4096 of them punished)."""
+    cache = max_completion_length // 5
+    return [min(0.0, max(-1.0, (max_completion_length - cache - len(ids)) / cache)) for ids in completion_ids]
+
+
+def cosine(completions, completion_ids, max_completion_length, answer, **_):
+    """Right answers earn 1 down to 0.5, wrong ones -1 up to -0.5, along half a cosine from 0 tokens to the limit. Right:
+    the last number of the completion is the last one of the column `answer`; no reward where that holds none.
+    Yeo et al. 2025, https://arxiv.org/abs/2502.03373 (the bounds are TRL's)."""
+
+    def number(text):
+        text = text[-1]["content"] if isinstance(text, list) else str(text)
+        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        return float(found[-1].replace(",", "")) if found else None
+
+    rewards = []
+    for completion, gold, ids in zip(completions, map(number, answer), completion_ids):
+        sign = 1 if number(completion) == gold else -1
+        fall = (1 + math.cos(math.pi * min(1.0, len(ids) / max_completion_length))) / 2
+        rewards.append(None if gold is None else sign * (0.5 + 0.5 * fall))
+    return rewards
+
+
+def repetition(completions, completion_ids, size=3, **_):
+    """Minus the share of n-grams of `size` tokens that occurred before in the completion: 0 without any repetition.
+    Yeo et al. 2025, https://arxiv.org/abs/2502.03373."""
+    grams = [[*zip(*(ids[i:] for i in range(size)))] for ids in completion_ids]
+    return [len({*g}) / len(g) - 1 if g else 0.0 for g in grams]
