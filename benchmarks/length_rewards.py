@@ -11,15 +11,15 @@ import re
 
 
 def soft_overlong(completions, completion_ids, max_completion_length, **_):
-    """0 up to four fifths of the limit, from there falling to -1 at the limit: a penalty, to be added to what is earned.
-    Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 13 (limit 20480, the last 4096 of them punished)."""
+    """0 up to four fifths of the limit, from there falling to -1 at it: a penalty, to be added to what is earned.
+    Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 13 (limit 20480, of them the last 4096 cost)."""
     cache = max_completion_length // 5
     return [min(0.0, max(-1.0, (max_completion_length - cache - len(ids)) / cache)) for ids in completion_ids]
 
 
 def cosine(completions, completion_ids, max_completion_length, answer, **_):
-    """Right answers earn 1 down to 0.5, wrong ones -1 up to -0.5, along half a cosine from 0 tokens to the limit. Right:
-    the last number of the completion is the last one of the column `answer`; no reward where that holds none.
+    """Right answers earn 1 down to 0.5, wrong ones -1 up to -0.5, along half a cosine from 0 tokens to the limit.
+    Right: the last number of the completion is the last one of the column `answer`; no reward where that holds none.
     Yeo et al. 2025, https://arxiv.org/abs/2502.03373 (the bounds are TRL's)."""
 
     def number(text):

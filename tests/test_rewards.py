@@ -417,7 +417,7 @@ LENGTHS = {"completions": ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"], "max_com
 
 
 def test_length_rewards():
-    """Limit 20, the last 4 tokens punished: free up to 16, then a quarter per token. Along half a cosine: 1 at length 0,
+    """Limit 20, the last 4 tokens punished: free up to 16, then a quarter per token. Half a cosine: 1 at length 0,
     0.75 at half, 0.5 at the limit; wrong: the other sign. Trigrams: 2 of 2 are new; 1 of 3; 3 of 4; none."""
     spec = importlib.util.spec_from_file_location("length_rewards", ROOT / "benchmarks" / "length_rewards.py")
     module = importlib.util.module_from_spec(spec)
@@ -441,7 +441,7 @@ def test_a_file_gives_what_a_function_gives(tmp_path):
     def patch(module):
         space = {}
         exec(HOSTILE, space)
-        module.accuracy = space["accuracy_again"]
+        module.BUILT_IN["accuracy"] = space["accuracy_again"]
 
     train("grpo", tmp_path / "function", *small(tmp_path, "accuracy"), "--max_completion_length", 40, patch=patch)
     a, b = (read_jsonl(tmp_path / out / "samples.jsonl") for out in ("file", "function"))
