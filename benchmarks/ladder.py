@@ -45,10 +45,12 @@ def one(script, seed, work):
         command = [sys.executable, f"methods/{script}.py", "--seed", str(seed), "--output_dir", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         started = time.monotonic()
-        with open(work / f"{script}-s{seed}.log", "a") as log:
-            done = subprocess.run([*command, "--resume", "auto"], env=environment, stdout=log, stderr=log)
-        known["seconds"] += time.monotonic() - started  # of all its attempts
-        mark.write_text(json.dumps(known))
+        try:
+            with open(work / f"{script}-s{seed}.log", "a") as log:
+                done = subprocess.run([*command, "--resume", "auto"], env=environment, stdout=log, stderr=log)
+        finally:  # also of an attempt that Ctrl-C ended
+            known["seconds"] += time.monotonic() - started
+            mark.write_text(json.dumps(known))
         if done.returncode:
             print(f"{script:<6} seed {seed}  FAIL: exit code {done.returncode}, see {log.name}", flush=True)
             return False

@@ -14,9 +14,9 @@ lab's demonstrations: groups then hold right and wrong answers.
 
 dpo_interval and reward_interval bootstrap over held-out questions what the trained model makes of them. dpo_interval:
 the mean margin. reward_interval: pair accuracy, and beside it that of a ranker that sees nothing but which words and
-numbers a solution has and how often, trained on the same pairs. reward and kto split the 731 questions that have a
-right and a wrong solution: of 200, all pairs are held out; of each other, one pair drawn at random is trained on (kto:
-its two solutions are rows with a label, no pair).
+numbers a solution has and how often, trained on the same pairs. reward and kto take the 560 shortest of the 731 questions that
+have a right and a wrong solution, since the CPU pays by the token: of 200 of them, all pairs are held out; of each other
+one pair, drawn at random, is trained on (kto: its two solutions are rows with a label, no pair).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k", "reward", "reward_interval", "kto")
 HELD_OUT = 120  # questions with a right and a wrong solution that DPO never trains on
-RANKED = 200  # the same for reward and kto
+RANKED, TRAINED = 200, 360  # the same for reward and kto, and the questions that they train on
 DRAWS = 10_000  # of a bootstrap
 
 
@@ -62,11 +62,12 @@ def pairs(solutions):
 
 
 def ranking(solutions):
-    """-> training pairs, one of each question drawn at random, so that neither a model's style nor its place in the
-    file says which is right; and all pairs of RANKED other questions."""
+    """-> training pairs, one of each of TRAINED questions, drawn at random so that no rule of which model wrote which
+    solution can be learned from the choice; and all pairs of RANKED other questions."""
     draw = random.Random(0)
     questions = [(row["question"], *both_kinds(row)) for row in solutions]
-    questions = [q for q in questions if q[1] and q[2]]
+    questions = sorted((q for q in questions if q[1] and q[2]), key=lambda q: len("".join([q[0], *q[1], *q[2]])))
+    questions = questions[: RANKED + TRAINED]
     draw.shuffle(questions)
     train = [preference(q, draw.choice(right), draw.choice(wrong)) for q, right, wrong in questions[RANKED:]]
     heldout = [preference(q, r, w) for q, right, wrong in questions[:RANKED] for r in right for w in wrong]
@@ -230,7 +231,7 @@ def reward_model_scores(folder, rows):
 
     tokenizer, scores = load_tokenizer(str(folder)), {}
     lm = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    scorer, stops = Scorer(lm), stop_ids(tokenizer, lm.generation_config)
+    scorer, stops = Scorer(lm), stop_ids(tokenizer)
     for question, solutions in by_question(rows)[0].items():
         completions = []
         for text in solutions:
