@@ -12,11 +12,11 @@ benchmarks/results/smollm2-<part>/. A part that was stopped goes on where it was
 SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT on the tiny
 lab's demonstrations: groups then hold right and wrong answers.
 
-dpo_interval and reward_interval bootstrap over held-out questions what the trained model makes of them. dpo_interval:
-the mean margin. reward_interval: pair accuracy, and beside it that of a ranker that sees nothing but which words and
-numbers a solution has and how often, trained on the same pairs. reward and kto take the 560 shortest of the 731 questions that
-have a right and a wrong solution, since the CPU pays by the token: of 200 of them, all pairs are held out; of each other
-one pair, drawn at random, is trained on (kto: its two solutions are rows with a label, no pair).
+dpo_interval and reward_interval bootstrap over held-out questions what the trained model makes of them: the mean margin;
+pair accuracy, and beside it that of a ranker, trained on the same pairs, that sees only which words, numbers and signs a
+solution has and how often. reward and kto take the 560 shortest of the 731 questions that have a right and a wrong
+solution, since the CPU pays by the token. Of 200 of them all pairs are held out; of each other one pair, drawn at random,
+is trained on (kto: its two solutions are rows with a label, no pair).
 """
 
 import argparse
@@ -62,8 +62,8 @@ def pairs(solutions):
 
 
 def ranking(solutions):
-    """-> training pairs, one of each of TRAINED questions, drawn at random so that no rule of which model wrote which
-    solution can be learned from the choice; and all pairs of RANKED other questions."""
+    """-> training pairs, one of each of TRAINED questions, drawn at random among its right and its wrong solutions; and
+    all pairs of RANKED other questions."""
     draw = random.Random(0)
     questions = [(row["question"], *both_kinds(row)) for row in solutions]
     questions = sorted((q for q in questions if q[1] and q[2]), key=lambda q: len("".join([q[0], *q[1], *q[2]])))
