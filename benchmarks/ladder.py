@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
-FLOORS = {"sft": 0.9, "dpo": 0.85, "kto": 0.85, "reward": 0.9, "grpo": 0.9, "rloo": 0.9}  # set before the runs
+FLOORS = {"sft": 0.9, "dpo": 0.85, "reward": 0.9, "kto": 0.85, "grpo": 0.9, "rloo": 0.9}  # set before the runs
 SECONDS = 180  # on two cores with nothing else on them
 
 

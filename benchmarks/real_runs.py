@@ -12,11 +12,11 @@ benchmarks/results/smollm2-<part>/. A part that was stopped goes on where it was
 SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT on the tiny
 lab's demonstrations: groups then hold right and wrong answers.
 
-dpo_interval and reward_interval bootstrap over held-out questions what the trained model makes of them: the mean margin;
-pair accuracy, and beside it that of a ranker, trained on the same pairs, that sees only which words, numbers and signs a
-solution has and how often. reward and kto take the 560 shortest of the 731 questions that have a right and a wrong
-solution, since the CPU pays by the token. Of 200 of them all pairs are held out; of each other one pair, drawn at random,
-is trained on (kto: its two solutions are rows with a label, no pair).
+dpo_interval and reward_interval bootstrap over held-out questions what the trained model makes of them: the mean
+margin; pair accuracy, and beside it that of a ranker, trained on the same pairs, that sees only which words, numbers
+and signs a solution has and how often. reward and kto take the 560 shortest of the 731 questions that have a right and
+a wrong solution, since the CPU pays by the token. Of 200 of them all pairs are held out; of each other one pair, drawn
+at random, is trained on (kto: its two solutions are rows with a label, no pair).
 """
 
 import argparse
@@ -126,7 +126,7 @@ def commands(model, work):
                   f"--eval_dataset {work}/ranked_test.jsonl --eval_rows 64 --eval_every 0 --num_train_epochs 1 "
                   f"--batch_size 8 --warmup_steps 6 --learning_rate 5e-5 {few}",
         "kto": f"kto.py --model {model} --dataset {work}/labelled_train.jsonl "
-               f"--eval_dataset {work}/labelled_test.jsonl --eval_rows 48 --eval_every 0 --max_steps 20 --batch_size 8 "
+               f"--eval_dataset {work}/labelled_test.jsonl --eval_rows 32 --eval_every 0 --max_steps 12 --batch_size 8 "
                f"--learning_rate 1e-5 {few}",
     }
 
