@@ -23,13 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
-ORDER = ["sft", "dpo", "grpo", "rloo"]  # scripts in reading order; others come after these
+ORDER = ["sft", "dpo", "reward", "kto", "grpo", "rloo"]  # scripts in reading order; others come after these
 SHOWN = {  # what each script optimises: metric, axis label
     "sft": ("eval/loss", "held-out loss (nats a token)"),
     "dpo": ("reward_margin", "reward margin of the step"),
+    "reward": ("eval/loss", "held-out loss (nats a pair)"),
+    "kto": ("reward_margin", "reward margin of the step"),
     "grpo": ("reward", "mean reward of the step"),
+    "rloo": ("reward", "mean reward of the step"),
 }
-COLORS = {"sft": "#2f6f9f", "dpo": "#b5532a", "grpo": "#3c7d4f"}
+COLORS = {"sft": "#2f6f9f", "dpo": "#b5532a", "reward": "#7b4f9d", "kto": "#8a6d1f", "grpo": "#3c7d4f",
+          "rloo": "#2b8c8c"}
 
 
 def module(path):
@@ -128,18 +132,24 @@ def part_tiny_runs():
             shown = [m[key] for m in metrics if key in m]
             rest = [f"{k.removeprefix('eval/')} {before[k]:.3f} -> {after[k]:.3f}" for k in after
                     if k.startswith("eval/pass") or k in ("eval/token_accuracy", "eval/reward_acc")]
-            rows.append([script, seed, f"{before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f}",
+            path = RESULTS / f"tiny-{script}-s{seed}" / "ladder.json"
+            judged = ["-", "-", "-"]
+            if path.is_file():
+                said = json.loads(path.read_text())
+                judged = [f"{said['floor']:g}", f"{said['wall_seconds']:.0f}", "yes" if said["passed"] else "NO"]
+            rows.append([script, seed, f"{before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f}", *judged,
                          f"{key} {shown[0]:.4f} -> {shown[-1]:.4f}", "; ".join(rest), len(steps),
                          f"{seconds(metrics):.0f}", f"{run['save_seconds'] / run['seconds']:.1%}",
                          f"{max(m['perf/peak_gb'] for m in steps):.2f}", alerts([run])])
-    head = "script", "seed:", "held-out accuracy", "what it optimises", "besides", "steps:", "s:", "saving:", "GB:"
-    head = *head, "alerts"
+    head = "script", "seed:", "held-out accuracy", "floor:", "wall s:", "passes", "what it optimises", "besides"
+    head = *head, "steps:", "s:", "saving:", "GB:", "alerts"
     made = {versions(run) for runs in tiny().values() for _, run, _ in runs}
     return table(head, rows) + f"\nMade with {'; '.join(sorted(made))}.\n" if rows else ""
 
 
 REAL = {  # part of real_runs.py: what it is
     "sft": "GSM8K demonstrations", "dpo": "pairs of right and wrong GSM8K solutions",
+    "reward": "a right and a wrong GSM8K solution of each question", "kto": "the same solutions, each with a label",
     "cold": "tiny lab's demonstrations: a cold start", "grpo": "tiny lab's prompts, from the cold start",
     "grpo_gsm8k": "GSM8K prompts, from the SFT model",
 }
@@ -163,6 +173,7 @@ def part_real():
         known = ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/reward_margin", "eval/reward_acc")
         last = run.get("last") or {}
         held = [f"{k.removeprefix('eval/')} {run['before'][k]:.3f} -> {last[k]:.3f}" for k in known if k in last]
+        held = [h.replace("accuracy", "pair accuracy") for h in held] if script == "reward.py" else held
         rows.append([REAL.get(part, part), f"`methods/{script}`", "; ".join(held) or "-", shown[0], len(steps),
                      flags["batch_size"], f"{seconds(metrics) / 60:.0f}", alerts([run])])
     head = "run", "script", "held out, before -> after", "training", "steps:", "batch:", "minutes:", "alerts"
@@ -173,6 +184,15 @@ def part_real():
         text += (f"\nDPO's held-out margin: mean {i['mean_margin']:.4f}, 95 % interval {i['interval_95'][0]:.4f} to "
                  f"{i['interval_95'][1]:.4f} over {i['questions']} questions ({i['bootstrap_draws']} bootstrap draws); "
                  f"{i['pairs_right']:.0%} of pairs the right way round.\n")
+    path = RESULTS / "smollm2-reward" / "interval.json"
+    if rows and path.is_file():
+        i = json.loads(path.read_text())
+        text += (f"\nThe reward model on all {i['pairs']} pairs of {i['questions']} held-out questions, beside a bag "
+                 f"of words trained on the same {i['training_pairs']} pairs.\nPair accuracy of a question, averaged "
+                 f"over questions; {i['bootstrap_draws']} bootstrap draws over questions; chance is 0.5:\n\n")
+        named = ("reward model", "reward_model"), ("bag of words", "bag_of_words"), ("difference", "difference")
+        text += table(("ranker", "pair accuracy:", "95 % interval"), [
+            [name, f"{i[key]['mean']:.3f}", "{:.3f} to {:.3f}".format(*i[key]["interval_95"])] for name, key in named])
     return text and f"## A real model: SmolLM2-135M-Instruct\n\n{REAL_HEAD}\n{text}\n"
 
 
@@ -596,10 +616,16 @@ def pyplot():
 
 
 def draw_curves(shown):
-    """A column per script: held-out accuracy, and what the script optimises."""
-    plt = pyplot()
-    figure, axes = plt.subplots(2, len(shown), figsize=(3.3 * len(shown), 4.9), sharex="col", squeeze=False)
-    for column, (script, metrics) in zip(axes.T, shown.items()):
+    """A column per script, three beside each other: held-out accuracy, and what the script optimises."""
+    wide = min(3, len(shown))
+    high = -(-len(shown) // wide)
+    figure = pyplot().figure(figsize=(3.3 * wide, 4.9 * high), layout="constrained")
+    parts = figure.subfigures(high, squeeze=False).flat
+    blocks = [part.subplots(2, wide, sharex="col", squeeze=False) for part in parts]
+    columns = [column for block in blocks for column in block.T]
+    for axis in blocks[-1][:, (len(shown) - 1) % wide + 1 :].flat:
+        axis.set_visible(False)
+    for column, (script, metrics) in zip(columns, shown.items()):
         for axis, seeds in zip(column, metrics.values()):
             color = COLORS[script]
             for points in seeds.values():
@@ -614,16 +640,17 @@ def draw_curves(shown):
                               xytext=(5 if side == "left" else 0, 6 if above else -13), ha=side, color=color,
                               fontweight="bold")
             axis.margins(x=0.03, y=0.16)
-        column[0].set_title(f"{script}.py", color=COLORS[script], fontweight="bold", loc="left", fontsize=11)
+        title = f"{script}.py{' (of pairs)' if script == 'reward' else ''}"
+        column[0].set_title(title, color=COLORS[script], fontweight="bold", loc="left", fontsize=11)
         column[0].set_ylim(0, 1.12)
         column[0].set_yticks([0, 0.25, 0.5, 0.75, 1])
         column[1].set_ylabel(SHOWN[script][1])
         column[1].set_xlabel("optimizer step")
-    axes[0][0].set_ylabel("held-out accuracy")
-    for axis in axes[0][1:]:
-        axis.tick_params(left=False, labelleft=False)
-    figure.align_ylabels(axes)
-    figure.tight_layout(h_pad=1.4, w_pad=1.8)
+    for block in blocks:
+        block[0][0].set_ylabel("held-out accuracy")
+        for axis in block[0][1:]:
+            axis.tick_params(left=False, labelleft=False)
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     return figure
 
 

@@ -1,16 +1,22 @@
 """
-The three scripts on a real model and real data, on the CPU: SmolLM2-135M-Instruct and GSM8K.
+The scripts on a real model and real data, on the CPU: SmolLM2-135M-Instruct and GSM8K.
 
-    python benchmarks/real_runs.py --model DIR --data DIR [--work DIR] [sft dpo dpo_interval cold grpo grpo_gsm8k]
+    python benchmarks/real_runs.py --model DIR --data DIR [--work DIR] [part ...]
 
 --model  a Hugging Face folder of SmolLM2-135M-Instruct
 --data   a folder with gsm8k_train.jsonl, gsm8k_test.jsonl (question, answer) and gsm8k_example_model_solutions.jsonl
          (per question four model solutions with is_correct), all from openai/grade-school-math (MIT)
 
-Every part runs one script (or, dpo_interval, bootstraps the held-out margins over questions) and leaves run.json and
-metrics.jsonl in benchmarks/results/smollm2-<part>/. A part that was stopped goes on where it was; one that is finished
-is skipped. SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT
-on the tiny lab's demonstrations: groups then hold right and wrong answers.
+Parts: sft, dpo, cold, grpo, grpo_gsm8k, reward and kto run one script each and leave run.json and metrics.jsonl in
+benchmarks/results/smollm2-<part>/. A part that was stopped goes on where it was; one that is finished is skipped.
+SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT on the tiny
+lab's demonstrations: groups then hold right and wrong answers.
+
+dpo_interval and reward_interval bootstrap over held-out questions what the trained model makes of them: the mean
+margin; pair accuracy, and beside it that of a ranker, trained on the same pairs, that sees only which words, numbers
+and signs a solution has and how often. reward and kto take the 560 shortest of the 731 questions that have a right and
+a wrong solution, since the CPU pays by the token. Of 200 of them all pairs are held out; of each other one pair, drawn
+at random, is trained on (kto: its two solutions are rows with a label, no pair).
 """
 
 import argparse
@@ -20,11 +26,27 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k")
+PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k", "reward", "reward_interval", "kto")
 HELD_OUT = 120  # questions with a right and a wrong solution that DPO never trains on
+RANKED, TRAINED = 200, 360  # the same for reward and kto, and the questions that they train on
+DRAWS = 10_000  # of a bootstrap
+
+
+def both_kinds(row):
+    """-> the right and the wrong solutions of a question, of the worst model first, calculator marks removed."""
+    answers = [v for v in row.values() if isinstance(v, dict)]
+    return [[re.sub(r"<<.*?>>", "", a["solution"]).strip() for a in answers if a["is_correct"] is kind]
+            for kind in (True, False)]
+
+
+def preference(question, chosen, rejected):
+    return {"prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}]}
 
 
 def pairs(solutions):
@@ -32,16 +54,33 @@ def pairs(solutions):
     marks removed; the shorter half of the pairs, since the CPU pays by the token."""
     found = []
     for row in solutions:
-        answers = [v for v in row.values() if isinstance(v, dict)]
-        right = [a["solution"] for a in answers if a["is_correct"]]
-        wrong = [a["solution"] for a in answers if not a["is_correct"]]
+        right, wrong = both_kinds(row)
         if right and wrong:
-            chosen, rejected = (re.sub(r"<<.*?>>", "", text).strip() for text in (right[-1], wrong[0]))  # worst first
-            found.append({"prompt": [{"role": "user", "content": row["question"]}],
-                          "chosen": [{"role": "assistant", "content": chosen}],
-                          "rejected": [{"role": "assistant", "content": rejected}]})
+            found.append(preference(row["question"], right[-1], wrong[0]))
     found.sort(key=lambda pair: sum(len(messages[0]["content"]) for messages in pair.values()))
     return found[: len(found) // 2]
+
+
+def ranking(solutions):
+    """-> training pairs, one of each of TRAINED questions, drawn at random among its right and its wrong solutions; and
+    all pairs of RANKED other questions."""
+    draw = random.Random(0)
+    questions = [(row["question"], *both_kinds(row)) for row in solutions]
+    questions = sorted((q for q in questions if q[1] and q[2]), key=lambda q: len("".join([q[0], *q[1], *q[2]])))
+    questions = questions[: RANKED + TRAINED]
+    draw.shuffle(questions)
+    train = [preference(q, draw.choice(right), draw.choice(wrong)) for q, right, wrong in questions[RANKED:]]
+    heldout = [preference(q, r, w) for q, right, wrong in questions[:RANKED] for r in right for w in wrong]
+    draw.shuffle(heldout)  # the script itself looks at the first of them only
+    return train, heldout
+
+
+def unpaired(rows):
+    """Pairs -> labelled rows in random order."""
+    rows = [{"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+            for pair in rows for name in ("chosen", "rejected")]
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 def prepare(data, work):
@@ -56,10 +95,14 @@ def prepare(data, work):
         write(f"sft_{split}.jsonl", [{"prompt": [{"role": "user", "content": q}],
                                       "completion": [{"role": "assistant", "content": a}]} for q, a in chats])
         write(f"prompts_{split}.jsonl", [{"prompt": [{"role": "user", "content": q}], "answer": a} for q, a in chats])
-    both = pairs(rows("gsm8k_example_model_solutions.jsonl"))
+    solutions = rows("gsm8k_example_model_solutions.jsonl")
+    both = pairs(solutions)
     random.Random(0).shuffle(both)
     write("pairs_test.jsonl", both[:HELD_OUT])
     write("pairs_train.jsonl", both[HELD_OUT:])
+    for split, ranked in zip(("train", "test"), ranking(solutions)):
+        write(f"ranked_{split}.jsonl", ranked)
+        write(f"labelled_{split}.jsonl", unpaired(ranked))
 
 
 def commands(model, work):
@@ -79,10 +122,25 @@ def commands(model, work):
         "grpo_gsm8k": f"grpo.py --model {work}/sft/final --max_length 400 --dataset {work}/prompts_train.jsonl "
                       "--max_completion_length 160 --max_steps 3 --batch_size 2 --num_generations 4 "
                       f"--reward accuracy format --reward_weights 1.0 0.1 --learning_rate 1e-6 {few}",
+        "reward": f"reward.py --model {model} --dataset {work}/ranked_train.jsonl "
+                  f"--eval_dataset {work}/ranked_test.jsonl --eval_rows 64 --eval_every 0 --num_train_epochs 1 "
+                  f"--batch_size 8 --warmup_steps 6 --learning_rate 5e-5 {few}",
+        "kto": f"kto.py --model {model} --dataset {work}/labelled_train.jsonl "
+               f"--eval_dataset {work}/labelled_test.jsonl --eval_rows 32 --eval_every 0 --max_steps 12 --batch_size 8 "
+               f"--learning_rate 1e-5 {few}",
     }
 
 
-def interval(work):
+def bootstrap(values):
+    """95 % interval of the mean of values, one for each question, drawn again with replacement."""
+    import torch
+
+    draws = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
+    means = torch.tensor(values)[draws].mean(1).sort().values
+    return [means[DRAWS // 40 - 1].item(), means[DRAWS - DRAWS // 40 - 1].item()]
+
+
+def dpo_interval(work):
     """The mean of the trained policy's held-out margins and its 95 % interval, bootstrapped over questions."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -105,13 +163,106 @@ def interval(work):
             batch = flat_batch([group])
             sums = torch.zeros(2).index_add_(0, batch["seq"], policy(batch)["logprobs"]) - reference
             margins.append(run["flags"]["beta"] * (sums[0] - sums[1]).item())
-    draws = torch.randint(len(margins), (10_000, len(margins)), generator=torch.Generator().manual_seed(0))
-    means = torch.tensor(margins)[draws].mean(1).sort().values
-    result = {"questions": len(margins), "mean_margin": sum(margins) / len(margins), "bootstrap_draws": 10_000,
-              "interval_95": [means[249].item(), means[9749].item()],
+    result = {"questions": len(margins), "mean_margin": sum(margins) / len(margins), "bootstrap_draws": DRAWS,
+              "interval_95": bootstrap(margins),
               "pairs_right": sum(m > 0 for m in margins) / len(margins), "margins": margins}
     (ROOT / "benchmarks/results/smollm2-dpo/interval.json").write_text(json.dumps(result, indent=1) + "\n")
     print({k: v for k, v in result.items() if k != "margins"})
+
+
+def by_question(rows):
+    """Pairs -> {question: its solutions, each once}, and the pairs as [(question, right, wrong)]."""
+    texts = [tuple(row[name][0]["content"] for name in ("prompt", "chosen", "rejected")) for row in rows]
+    questions = {}
+    for question, *solutions in texts:
+        questions.setdefault(question, {}).update(dict.fromkeys(solutions))
+    return {question: list(solutions) for question, solutions in questions.items()}, texts
+
+
+def pair_accuracy(scores, texts):
+    """scores {(question, solution): a number} -> for each question the share of its pairs in which the right solution
+    has the larger one; a tie counts half."""
+    found = {}
+    for question, right, wrong in texts:
+        better = scores[question, right] - scores[question, wrong]
+        found.setdefault(question, []).append((better > 0) + (better == 0) / 2)
+    return [sum(values) / len(values) for values in found.values()]
+
+
+def bag_of_words(train, heldout):
+    """-> {(question, solution): score}: logistic regression on the difference of log(1 + count) of a pair's words,
+    numbers and signs, those of two training solutions or more, in lower case; |w|^2 / 2 beside the sum over pairs."""
+    import torch
+
+    split = re.compile(r"[a-z]+|\d+(?:\.\d+)?|[^\w\s]").findall
+    _, texts = by_question(train)
+    seen = Counter(word for _, *pair in texts for text in pair for word in set(split(text.lower())))
+    column = {word: i for i, word in enumerate(sorted(word for word, n in seen.items() if n > 1))}
+
+    def features(text):
+        counts = torch.zeros(len(column), dtype=torch.float64)
+        for word in split(text.lower()):
+            if word in column:
+                counts[column[word]] += 1
+        return counts.log1p()
+
+    x = torch.stack([features(right) - features(wrong) for _, right, wrong in texts])
+    w = torch.zeros(len(column), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = -torch.nn.functional.logsigmoid(x @ w).sum() + w.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    questions, _ = by_question(heldout)
+    return {(q, text): (features(text) @ w).item() for q, solutions in questions.items() for text in solutions}
+
+
+def reward_model_scores(folder, rows):
+    """-> {(question, solution): score} of a trained reward model; a question's solutions share its tokens."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from common.logprobs import Scorer
+    from common.tokenization import encode_preference, flat_batch, load_tokenizer, stop_ids
+
+    tokenizer, scores = load_tokenizer(str(folder)), {}
+    lm = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    scorer, stops = Scorer(lm), stop_ids(tokenizer)
+    for question, solutions in by_question(rows)[0].items():
+        completions = []
+        for text in solutions:
+            group = encode_preference(preference(question, text, text), tokenizer, stops)
+            completions.append(group["completions"][0])
+        with torch.no_grad():
+            rewards = scorer(flat_batch([group | {"completions": completions}]))["rewards"]
+        scores |= {(question, text): reward for text, reward in zip(solutions, rewards.tolist())}
+    return scores
+
+
+def reward_interval(work):
+    """Pair accuracy on all pairs of the held-out questions, of the reward model and of the bag of words: per question,
+    averaged over questions, with 95 % intervals, also of the difference question by question."""
+    sys.path.insert(0, str(ROOT))
+    train, heldout = ([json.loads(line) for line in (work / f"ranked_{split}.jsonl").read_text().splitlines()]
+                      for split in ("train", "test"))
+    texts = by_question(heldout)[1]
+    accuracy = {"reward_model": pair_accuracy(reward_model_scores(work / "reward" / "final", heldout), texts),
+                "bag_of_words": pair_accuracy(bag_of_words(train, heldout), texts)}
+    accuracy["difference"] = [a - b for a, b in zip(*accuracy.values())]
+    result = {"questions": len(accuracy["difference"]), "pairs": len(heldout), "training_pairs": len(train),
+              "bootstrap_draws": DRAWS}
+    result |= {name: {"mean": sum(values) / len(values), "interval_95": bootstrap(values)}
+               for name, values in accuracy.items()}
+    print(result)
+    result["by_question"] = {name: accuracy[name] for name in ("reward_model", "bag_of_words")}
+    (ROOT / "benchmarks/results/smollm2-reward/interval.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+INTERVALS = {"dpo_interval": dpo_interval, "reward_interval": reward_interval}
 
 
 def main():
@@ -125,8 +276,8 @@ def main():
     prepare(args.data, args.work)
     for part in args.parts:
         out, results = args.work / part, ROOT / "benchmarks" / "results" / f"smollm2-{part}"
-        if part == "dpo_interval":
-            interval(args.work)
+        if part in INTERVALS:
+            INTERVALS[part](args.work)
             continue
         if not (out / "final").is_dir():
             script, *flags = commands(args.model, args.work)[part].split()
