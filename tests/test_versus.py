@@ -265,6 +265,7 @@ def test_sampling_methods_are_compared_on_our_completions(method, fake, capsys):
     """TRL replays three updates of ours, by its defaults and by its best; a candidate with other losses is not it."""
     case = {"method": method, "rows": "tiny", "micro": 64, "batch": 2, "steps": 4, "warm": 1}
     versus.CASES["first"] = case | {"flags": {"num_generations": 4, "max_completion_length": 8}}
+    fake.trl = lambda config: fake.losses if config["max_steps"] == 3 else [9.0] * 4  # of completions of its own
     assert versus.main(["--only", "first", "--rounds", "1"]) == 0
     replays = [spec for spec in fake.specs if "replay" in spec]
     assert len(replays) == 2 and all(spec["config"]["max_steps"] == 3 for spec in replays)
