@@ -1,7 +1,7 @@
 """Break training runs in every way we can think of, resume them, and compare the end with an undisturbed run.
 
-    python benchmarks/fault_campaign.py [--parts points random mesh] [--scripts sft dpo grpo] [--worlds 1 2 4]
-                                        [--faults 24] [--seed 0] [--out FILE.jsonl]
+    python benchmarks/fault_campaign.py [--parts points random mesh] [--scripts sft reward dpo kto grpo rloo]
+                                        [--worlds 1 2 4] [--faults 24] [--seed 0] [--out FILE.jsonl]
 
 points  SIGKILL at every file-system event of a whole run of sft.py (a practice save, two saves, a rotation, final/) and
         of one that resumes past a damaged checkpoint, on one and on two ranks, each rank in turn. Sides of an event:
@@ -71,9 +71,10 @@ GRACE = 5  # seconds that ranks get when one is lost
 DISK = 192 << 20  # bytes of the tmpfs that fills up: more than a few checkpoints
 
 # 12 rows of this file of common/tiny
-ROWS = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "labelled", "grpo": "prompts"}
+ROWS = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "labelled"}
+ROWS |= dict.fromkeys(("grpo", "rloo"), "prompts")
 COMMON = "--batch_size 4 --max_steps 6 --save_every 1 --eval_every 3 --save_minutes 999 --lr_scheduler_type constant"
-FLAGS = {  # grpo: two optimizer steps from each half of a rollout, so that most faults fall inside a rollout
+FLAGS = {  # grpo, rloo: two optimizer steps from each half of a rollout, so that most faults fall inside a rollout
     "sft": f"{COMMON} --learning_rate 1e-4",
     "reward": f"{COMMON} --learning_rate 1e-4",
     "dpo": f"{COMMON} --learning_rate 8e-5",
@@ -81,6 +82,7 @@ FLAGS = {  # grpo: two optimizer steps from each half of a rollout, so that most
     "grpo": f"{COMMON} --learning_rate 5e-5 --num_generations 4 --num_iterations 2 --steps_per_generation 2 "
     "--max_completion_length 40 --eval_samples 2 --beta 0.01 --reward accuracy format --reward_weights 0.7 0.1",
 }
+FLAGS["rloo"] = f"{FLAGS['grpo']} --normalize_advantages"
 KEEP = 2  # --keep_last of a run that is disturbed
 
 
@@ -512,7 +514,8 @@ def damage(kind, path, rng):
 # ---- random ----------------------------------------------------------------------------------------------------------
 
 FAULTS = "one all full one flip all read-only one all cut one full gone all one".split()  # in turn
-AIMS = {"grpo": ["rollout", "step", "save", "rename", "any"], "": ["step", "save", "rename", "any"]}
+AIMS = {"": ["step", "save", "rename", "any"]}
+AIMS |= dict.fromkeys(("grpo", "rloo"), ["rollout", *AIMS[""]])
 NO_ROOT = [0x20080522, 0], [0] * 6  # capset(2): version 3, this thread; no capabilities at all
 
 
@@ -807,7 +810,7 @@ def rows_of(args, rows, folder, disk):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["points", "random", "mesh"])
-    parser.add_argument("--scripts", nargs="+", default=["sft", "dpo", "grpo"])
+    parser.add_argument("--scripts", nargs="+", default=list(FLAGS))
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--faults", type=int, default=24, help="random ones, per script and number of ranks")
     parser.add_argument("--kinds", nargs="+", default=FAULTS, help="of random faults, in turn")

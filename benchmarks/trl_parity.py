@@ -9,9 +9,11 @@ the same work: versus_trl.py.
 
 sft, reward,     20 optimizer steps of the tiny lab; the ids and the scored tokens of every row; loss, gradient norm
 dpo, kto         and rewards of every step, without and (not kto) with gradient accumulation.
-grpo, one batch  loss, every parameter's gradient and the advantages from the same completions, rewards and old and
-                 reference log-probs, over normalisers, KL, clipping and reward scaling; a None reward included.
-grpo, a run      TRL is given the completions and rewards of our run and must follow it, 20 updates long.
+grpo, rloo,      loss, every parameter's gradient and the advantages from the same completions, rewards and old and
+one batch        reference log-probs, over normalisers, KL, clipping, scaling and clipping of rewards; a None reward
+                 included.
+grpo, rloo,      TRL is given the completions and rewards of our run and must follow it, 20 updates long.
+a run
 
 Exit code 2, one line each, where a case cannot run or disagrees; the other cases still run. The result file is replaced
 only by a run in which nothing failed.
@@ -41,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "common" / "tiny"
 OURS = ("model", "dataset", "batch_size", "max_length", "tokens_per_microbatch", "allow")  # flags that TRL lacks
 FILES = {"sft": "demonstrations.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl", "kto": "labelled.jsonl",
-         "grpo": "prompts.jsonl"}  # fmt: skip
+         "grpo": "prompts.jsonl", "rloo": "prompts.jsonl"}  # fmt: skip
 TRL, SEED, STEPS, BATCH = "1.16.0", 42, 20, 8
 WHOLE = 2**20  # --tokens_per_microbatch: a step in one micro-batch
 
@@ -67,6 +69,7 @@ COMPARED = {
         ("kl", "kl", 1e-5, "absolute"), ("clip_frac", "clip_ratio/region_mean", 1e-6, "absolute"),
     ],
 }  # fmt: skip
+COMPARED["rloo"] = COMPARED["grpo"]
 
 
 class Problem(Exception):
@@ -226,8 +229,8 @@ def load_script(method):
     return module
 
 
-def grpo_batch(spec):
-    """Our loss and gradients of one batch, per case, cut into several micro-batches. Writes the batch for TRL."""
+def online_batch(spec):
+    """grpo, rloo: our loss and gradients of one batch, per case, cut into micro-batches. Writes the batch for TRL."""
     import random
     from array import array
 
@@ -239,7 +242,8 @@ def grpo_batch(spec):
     from common.logprobs import Policy
     from common.tokenization import flat_batch, load_tokenizer, micro_batches
 
-    script, tokenizer, draw = load_script("grpo"), load_tokenizer(spec["model"]), random.Random(0)
+    script, tokenizer, draw = load_script(spec["method"]), load_tokenizer(spec["model"]), random.Random(0)
+    loss_of = getattr(script, f"{spec['method']}_loss")
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     run = types.SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, args=types.SimpleNamespace(tp_size=1))
     lines, size, groups = read(spec["samples"])[: spec["count"]], spec["size"], []
@@ -252,19 +256,24 @@ def grpo_batch(spec):
     # varied rewards, one group without differences, one completion that no reward function could score
     rewards = [[draw.choice((0.0, 0.25, 0.5, 1.0)) for _ in group["completions"]] for group in groups]
     rewards[1], rewards[2][3] = [0.5] * size, None
-    table = torch.tensor([[float("nan") if r is None else r for r in row] for row in rewards])
     policy = Policy(AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).eval())
     completions = [c for group in groups for c in group["completions"]]
     lengths, noise = [len(c["ids"]) for c in completions], torch.Generator().manual_seed(0)
     with torch.no_grad():  # so far off that a good part of the ratios is clipped on either side, and KL is not small
         own = policy(flat_batch(groups))["logprobs"]
-        old, ref = (own + 0.3 * torch.randn(own.shape, generator=noise) for _ in range(2))
-    for c, *values in zip(completions, old.split(lengths), ref.split(lengths)):
-        c["old"], c["ref"] = values
+        old, ref = (own + spec["noise"] * torch.randn(own.shape, generator=noise) for _ in range(2))
+        ref = ref - spec["noise"]  # or rloo's estimate of the KL would be 0 on average
+    flat = [math.nan if r is None else r for row in rewards for r in row]
+    for c, reward, *values in zip(completions, flat, *(x.split(lengths) for x in (own, old, ref)), strict=True):
+        c["reward"], (c["own"], c["old"], c["ref"]) = reward, values
     results = []
     for number, case in enumerate(spec["cases"]):
         args = script.parse_args(["--model", spec["model"], *case["ours"]])
-        advantages = script.compute_advantages(table, args, run)
+        for c in completions:
+            c["sampler_logprobs"], c["ref_logprobs"] = c["old"] if case["old"] else c["own"], c["ref"]
+        value = script.penalized if spec["method"] == "rloo" else lambda c, _: c["reward"]
+        table = [[value(c, args) for c in group["completions"]] for group in groups]
+        advantages = script.compute_advantages(torch.tensor(table, dtype=torch.float64), args, run)
         for c, a in zip(completions, advantages.flatten().tolist()):
             c["advantage"] = a
         policy.zero_grad()
@@ -276,7 +285,7 @@ def grpo_batch(spec):
             after = torch.cat([c["ref"] for c in part]) if case["ref"] else None
             advantage = torch.tensor([c["advantage"] for c in part])
             counts = sum(lengths), len(completions)
-            piece, metrics = script.grpo_loss(logprobs, before, after, advantage, batch["seq"], *counts, args)
+            piece, metrics = loss_of(logprobs, before, after, advantage, batch["seq"], *counts, args)
             piece.backward()
             loss += piece.item()
             sums = {name: value + float(metrics.get(name, 0)) / counts[0] for name, value in sums.items()}
@@ -339,15 +348,16 @@ def compare(method, mine, theirs, skip=()):
 
 
 def replay_config(flags):
-    """TRL's arguments for our grpo flags, all completions of an update in one micro-batch."""
+    """TRL's arguments for our flags of a method that samples, all completions of an update in one micro-batch."""
     config = {name: value for name, value in flags.items() if name not in OURS}
-    config |= {"epsilon": 0.2, "temperature": 1.0, "shuffle_dataset": False, "use_bias_correction_kl": False}
+    config |= {"epsilon": 0.2, "temperature": 1.0, "shuffle_dataset": False}
+    config |= {"use_bias_correction_kl": False} if "loss_type" in flags else {}  # grpo's KL is in the loss
     size = flags["batch_size"] * flags["num_generations"]
     return config | {"per_device_train_batch_size": size, "gradient_checkpointing": False}
 
 
 def rollouts(flags):
-    """(start, count) of the prompts of each rollout of a grpo run, for `order`."""
+    """(start, count) of the prompts of each rollout of a run, for `order`."""
     size, count = flags["batch_size"], -(-flags["max_steps"] // flags["num_iterations"])
     return [(i * size, size) for i in range(count)]
 
@@ -355,6 +365,8 @@ def rollouts(flags):
 GRPO = {"batch_size": 4, "num_generations": 8, "max_completion_length": 48, "max_length": 256, "max_steps": STEPS,
         "learning_rate": 1e-4, "beta": 0.0, "loss_type": "dapo", "epsilon_high": 0.28, "scale_rewards": "group",
         "num_iterations": 1}  # fmt: skip
+RLOO = {name: value for name, value in GRPO.items() if name not in ("loss_type", "scale_rewards", "epsilon_high")}
+RLOO |= {"beta": 0.05}  # the default of both sides
 
 
 def parity_offline(method, accumulate, options):
@@ -396,32 +408,35 @@ def parity_offline(method, accumulate, options):
     return result | {"loss_ours": [s["loss"] for s in mine["steps"]], "loss_trl": [s["loss"] for s in theirs["steps"]]}
 
 
-def sampled(flags, data, options):
-    """grpo: our run, which samples. -> the run with what TRL needs to follow it."""
-    mine, rows = ours("grpo", flags | reward_flags(), options), options.scratch / "grpo.jsonl"
+def sampled(method, flags, data, options):
+    """Our run of a method that samples. -> the run with what TRL needs to follow it."""
+    mine, rows = ours(method, flags | reward_flags(), options), options.scratch / f"{method}.jsonl"
     here("prepare", {"data": str(data), "slices": rollouts(flags), "to": str(rows)}, options)
-    return mine | {"samples": mine["folder"] / "samples.jsonl", "rows": rows, "flags": flags}
+    return mine | {"method": method, "samples": mine["folder"] / "samples.jsonl", "rows": rows, "flags": flags}
 
 
 def replay(mine, config, options):
-    """grpo: TRL is handed the completions and rewards of `sampled` in order and has to take the same updates. -> what
-    its worker wrote, and the worst differences."""
+    """TRL is handed the completions and rewards of `sampled` in order and has to take the same updates. -> what its
+    worker wrote, and the worst differences."""
+    method = mine["method"]
     spec = {"model": str(mine["flags"]["model"]), "data": str(mine["rows"]), "replay": str(mine["samples"])}
-    theirs = trl("grpo", spec | {"config": replay_config(mine["flags"]) | config}, options)
+    theirs = trl(method, spec | {"config": replay_config(mine["flags"]) | config}, options)
     # one rollout serves num_iterations updates, and TRL logs what belongs to it only once
     for i, row in enumerate(theirs["steps"]):
         for key in ("reward", "completions/mean_length"):
             row.setdefault(key, theirs["steps"][i - 1].get(key))
     if not all(any(s[name] for s in mine["steps"]) for name in ("loss", "grad_norm")):
-        raise Problem("grpo: no group had different rewards, agreement would say nothing")
+        raise Problem(f"{method}: no group had different rewards, agreement would say nothing")
     # TRL averages these over micro-batches whatever their number of tokens: other numbers, for the log only
     skip = ("entropy", "kl", "clip_frac") if config.get("gradient_accumulation_steps", 1) > 1 else ()
-    return theirs | {"worst": compare("grpo", mine["steps"], theirs["steps"], skip)}
+    if method == "rloo" and mine["flags"]["num_iterations"] > 1:
+        skip = ("kl", "clip_frac")  # TRL's is the rollout's, ours the step's; it counts sequences, we their tokens
+    return theirs | {"worst": compare(method, mine["steps"], theirs["steps"], skip)}
 
 
-def parity_replay(change, config, options):
-    flags = GRPO | change | {"model": TINY / "model", "dataset": TINY / FILES["grpo"]}
-    mine = sampled(flags, flags["dataset"], options)
+def parity_replay(method, change, config, options):
+    flags = {"grpo": GRPO, "rloo": RLOO}[method] | change | {"model": TINY / "model", "dataset": TINY / FILES[method]}
+    mine = sampled(method, flags, flags["dataset"], options)
     theirs = replay(mine, config, options)
     result = {"steps": flags["max_steps"], "worst": theirs["worst"]}
     result |= {"clip_frac": max(s["clip_frac"] for s in mine["steps"])}
@@ -433,23 +448,40 @@ def reward_flags():
     return {"reward": f"{ROOT / 'benchmarks' / 'trl_worker.py'}:even_digits"}
 
 
-def parity_batch(options, samples, rows):
-    """grpo: loss, gradients, advantages of one batch over the cases that a formula can get wrong."""
+BATCHES = {  # method -> what a case is called, flags of both sides: what a formula can get wrong
+    "grpo": {f"{loss_type}, scaled by {scale}": {"loss_type": loss_type, "scale_rewards": scale}
+             for loss_type, scale in (("dapo", "group"), ("grpo", "batch"), ("dr_grpo", "none"))},
+    "rloo": {"plain": {}, "normalized": {"normalize_advantages": True},
+             "clipped rewards": {"reward_clip_range": [0.3, 0.8]}},
+}  # fmt: skip
+
+
+def words_of(flags):
+    """Flags as a command line has them."""
+    return [word for name, value in flags.items() for word in
+            (f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value])))]
+
+
+def parity_batch(method, options, samples, rows):
+    """grpo, rloo: loss, gradients, advantages of one batch."""
     size, groups, cases = 8, 8, []
-    for loss_type, scale in ("dapo", "group"), ("grpo", "batch"), ("dr_grpo", "none"):
+    for name, flags in BATCHES[method].items():
         for beta in (0.0, 0.04):
             for old in (False, True):
-                same = {"loss_type": loss_type, "beta": beta, "epsilon_high": 0.28, "scale_rewards": scale}
-                words = [w for k, v in (same | {"max_completion_length": 48}).items() for w in (f"--{k}", str(v))]
-                name = f"{loss_type}, scaled by {scale}, beta {beta:g}, {'clipped' if old else 'ratio 1'}"
-                cases.append({"name": name, "ours": words, "trl": same, "old": old, "ref": beta > 0})
+                same = flags | {"beta": beta, "epsilon_high": 0.28}
+                title = f"{name}, beta {beta:g}, {'clipped' if old else 'ratio 1'}"
+                words = words_of(same | {"max_completion_length": 48})
+                cases.append({"name": title, "ours": words, "trl": same, "old": old, "ref": beta > 0})
     batch, data = options.scratch / "batch.json", options.scratch / "batch.jsonl"
     write(data, read(rows)[:groups])
-    spec = {"model": str(TINY / "model"), "samples": str(samples), "count": size * groups}
-    mine = here("grpo_batch", spec | {"size": size, "budget": 1500, "cases": cases, "batch": str(batch)}, options)
+    spec = {"method": method, "model": str(TINY / "model"), "samples": str(samples), "count": size * groups}
+    # of a token's log-probs: a good part of the ratios, which rloo has of whole sequences, is clipped
+    spec |= {"noise": {"grpo": 0.3, "rloo": 0.06}[method]}
+    mine = here("online_batch", spec | {"size": size, "budget": 1500, "cases": cases, "batch": str(batch)}, options)
     config = {"per_device_train_batch_size": size * groups, "num_generations": size, "max_completion_length": 48,
-              "use_bias_correction_kl": False, "gradient_checkpointing": False, "max_steps": 1}  # fmt: skip
-    theirs = trl("grpo", {"model": spec["model"], "data": str(data), "batch": str(batch), "config": config}, options)
+              "gradient_checkpointing": False, "max_steps": 1}  # fmt: skip
+    config |= {"use_bias_correction_kl": False} if method == "grpo" else {}
+    theirs = trl(method, {"model": spec["model"], "data": str(data), "batch": str(batch), "config": config}, options)
     worst = here("gradients", {"ours": mine["path"], "trl": theirs["path"], "count": len(cases)}, options)
     results, wrong = [], []
     for case, a, b, gradient in zip(cases, mine["cases"], theirs["cases"], worst, strict=True):
@@ -464,14 +496,14 @@ def parity_batch(options, samples, rows):
         if idle or not (loss <= 1e-5 and gradient <= 1e-4 and advantage <= 1e-6):
             wrong.append(f"{case['name']}: loss {loss:.1e}, gradient {gradient:.1e}, advantage {advantage:.1e}")
     if wrong:
-        raise Problem(f"grpo batch: {'; '.join(wrong)} (limits 1e-5, 1e-4, 1e-6)")
+        raise Problem(f"{method} batch: {'; '.join(wrong)} (limits 1e-5, 1e-4, 1e-6)")
     limits = {"loss": 1e-5, "gradient": 1e-4, "advantage": 1e-6}
     return {"cases": results, "limits": limits, "versions": theirs["versions"]}
 
 
 def parity(options):
     """All cases -> results, number of failures."""
-    results, failed, first = {}, 0, {}
+    results, failed = {}, 0
 
     def case(name, function, *args):
         nonlocal failed
@@ -495,17 +527,22 @@ def parity(options):
         case(f"{method} batch 8", parity_offline, method, False, options)
         case(f"{method} accumulated 4 x 2", parity_offline, method, True, options)
     case("kto batch 8", parity_offline, "kto", False, options)
-    first = case("grpo run, dapo, beta 0.04", parity_replay, {"beta": 0.04}, {}, options)
-    if first:
-        kept = options.scratch / "kept.jsonl"
-        shutil.copy(first["rows"], kept)  # the next run writes its own
-    case("grpo run, dapo, accumulated 2 x 16", parity_replay, {},
-         {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}, options)  # fmt: skip
     # beta > 0, or entropy and clip_frac would be means over the groups that have a signal, TRL's over all of them
-    two = {"num_iterations": 2, "loss_type": "grpo", "scale_rewards": "batch", "learning_rate": 3e-4, "beta": 1e-9}
-    case("grpo run, grpo, 2 iterations", parity_replay, two, {}, options)
-    if first:
-        case("grpo batch", parity_batch, options, first["samples"], kept)
+    two = {"num_iterations": 2, "learning_rate": 3e-4}
+    sliced = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+    for method, what, changes in (
+        ("grpo", "dapo, ", ({"beta": 0.04}, {}, two | {"loss_type": "grpo", "scale_rewards": "batch", "beta": 1e-9})),
+        ("rloo", "", ({}, {}, two)),
+    ):
+        name = f"{method} run, {what}beta {(RLOO | changes[0])['beta']}"
+        first = case(name, parity_replay, method, changes[0], {}, options)
+        if first:
+            kept = options.scratch / "kept.jsonl"
+            shutil.copy(first["rows"], kept)  # the next run writes its own
+        case(f"{method} run, {what}accumulated 2 x 16", parity_replay, method, changes[1], sliced, options)
+        case(f"{method} run, 2 iterations", parity_replay, method, changes[2], {}, options)
+        if first:
+            case(f"{method} batch", parity_batch, method, options, first["samples"], kept)
     return results, failed
 
 
@@ -578,7 +615,7 @@ def main():
     parser.add_argument("--only", nargs="*", choices=list(FILES), help="these methods; the result file is not replaced")
     options = read_options(parser)
     if options.worker:
-        return answer(options.worker, (prepare, classifier, tokens, grpo_batch, gradients))
+        return answer(options.worker, (prepare, classifier, tokens, online_batch, gradients))
     try:
         check_trl(options)
     except Problem as e:

@@ -3,11 +3,11 @@ environment:
 
     PYTHON benchmarks/trl_worker.py SPEC.json
 
-SPEC: method (sft, reward, dpo, kto, grpo), model (folder), data (.jsonl whose rows are used in that order), config
-(arguments of TRL's config class), result (file to write) and for grpo perhaps replay (a samples.jsonl: completions and
-rewards are taken from it instead of being sampled) or batch (a .json file with completions, rewards and old log-probs:
-loss and gradients instead of a training run). search: a list of arguments to try one after the other, each on top of
-config. Prints a line "step N" after every optimizer step: what versus_trl.py times.
+SPEC: method (sft, reward, dpo, kto, grpo, rloo), model (folder), data (.jsonl whose rows are used in that order),
+config (arguments of TRL's config class), result (file to write) and for grpo and rloo perhaps replay (a samples.jsonl:
+completions and rewards are taken from it instead of being sampled) or batch (a .json file with completions, rewards,
+old and reference log-probs: loss and gradients instead of a training run). search: a list of arguments to try one after
+the other, each on top of config. Prints a line "step N" after every optimizer step: what versus_trl.py times.
 
 Nothing but `even_digits` and `timed` may be needed by the other environment, so everything heavy is imported where it
 is used.
@@ -18,6 +18,8 @@ import os
 import sys
 import time
 from pathlib import Path
+
+ONLINE = ("grpo", "rloo")  # methods that sample
 
 # what is timed inside a step, by the name that versus_trl.py gives it
 PARTS = {"_generate_single_turn": "rollout", "_calculate_rewards": "reward", "_precompute_ref_logps": "precompute",
@@ -69,7 +71,7 @@ def make_trainer(spec, **kwargs):
 
     class InOrder(base):
         def _get_train_sampler(self, dataset=None):
-            if spec["method"] == "grpo":  # it has to repeat prompts; shuffle_dataset=False turns the shuffling off
+            if spec["method"] in ONLINE:  # it has to repeat prompts; shuffle_dataset=False turns the shuffling off
                 return super()._get_train_sampler(dataset)
             return SequentialSampler(self.train_dataset if dataset is None else dataset)
 
@@ -84,7 +86,7 @@ def make_trainer(spec, **kwargs):
             encoded = [self._tokenizer(line["completion"], add_special_tokens=False)["input_ids"] for line in lines]
             for ids, line in zip(encoded, lines):
                 assert self._tokenizer.decode(ids) == line["completion"], "text does not survive tokenisation"
-            return encoded, None
+            return encoded if spec["method"] == "rloo" else (encoded, None)
 
     record = Record()
     for function, part in PARTS.items():
@@ -95,7 +97,7 @@ def make_trainer(spec, **kwargs):
         lines = [json.loads(line) for line in Path(spec["replay"]).read_text().splitlines()]
         InOrder.replay, InOrder.used = lines, 0
         kwargs["reward_funcs"] = lambda prompts, completions, **_: trainer.rewards
-    elif spec["method"] == "grpo":
+    elif spec["method"] in ONLINE:
         kwargs.setdefault("reward_funcs", even_digits)
     rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
     common = {  # both sides: fp32, linear decay from the first step, no warmup, no weight decay, clipping at 1
@@ -108,7 +110,7 @@ def make_trainer(spec, **kwargs):
     fresh = f"candidate{spec.get('number', 0)}"  # or a candidate would find what the one before it precomputed
     dataset = dataset.map(lambda row: row, new_fingerprint=fresh)
     trainer = InOrder(model=spec["model"], args=config, train_dataset=dataset, callbacks=[record], **kwargs)
-    if reference := getattr(trainer, "ref_model", None) if spec["method"] == "dpo" else None:
+    if reference := getattr(trainer, "ref_model", None) if spec["method"] in ("dpo", "kto") else None:
         reference.forward = timed(reference.forward, "logprobs", record.events)
     return trainer, record
 
@@ -154,32 +156,48 @@ def scored_ids(trainer, spec, limit):
     return sequences
 
 
-def grpo_batch(spec):
+def instead_of(own, policy, given):
+    """TRL's function `own` of a model's log-probs, which answers from `given`, old or ref, what is there."""
+    def wrapper(model, *args, **kwargs):
+        name = "old" if model is policy else "ref"
+        return (given[name], None, None) if name in given else own(model, *args, **kwargs)
+    return wrapper
+
+
+def online_batch(spec):
     """Loss and gradients of one batch per case, through TRL's own path: its generation step is given the completions
-    and rewards, and computes masks, counts and advantages; then old and reference log-probs are put in its place."""
+    and rewards, and computes masks, counts and advantages. Old and reference log-probs are ours: RLOO's generation step
+    is given them, as it needs them for the KL in the reward; GRPO's result gets them, as its loss does."""
     import torch
     from safetensors.torch import save_file
     from trl.trainer.utils import pad
 
     batch, results = json.loads(Path(spec["batch"]).read_text()), []
     completions = [ids for group in batch["groups"] for ids in group["completions"]]
+    outcome = completions if spec["method"] == "rloo" else (completions, None)
     rewards = [reward for group in batch["groups"] for reward in group["rewards"]]
     rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
     for number, case in enumerate(batch["cases"]):
         local = spec | {"config": spec["config"] | case["trl"]}
         trainer, _ = make_trainer(local, reward_funcs=lambda prompts, completions, **_: rewards)
-        trainer._generate_single_turn = lambda prompt_ids, *_, **__: (completions, None)
+        trainer._generate_single_turn = lambda prompt_ids, *_, **__: outcome
         trainer.model.train()
+        given = {name: pad([torch.tensor(x) for x in batch[name]], padding_value=0.0, padding_side="right")
+                 for name in ("old", "ref") if case[name]}  # fmt: skip
+        own = trainer._get_per_token_logps_and_entropies
+        if spec["method"] == "rloo":
+            trainer._get_per_token_logps_and_entropies = instead_of(own, trainer.model, given)
         trainer.current_gradient_accumulation_steps = 1  # set by the training loop, which does not run here
         size = trainer.num_generations
         inputs = trainer._generate_and_score_completions([row for row in rows for _ in range(size)])
         wanted = [ids for group in batch["groups"] for ids in [group["prompt"]] * size]
-        given = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"])]
-        assert given == wanted, "the two sides tokenise a prompt differently"
-        for name, key in ("old", "old_per_token_logps"), ("ref", "ref_per_token_logps"):
-            inputs.pop(key, None)
-            if case[name]:
-                inputs[key] = pad([torch.tensor(x) for x in batch[name]], padding_value=0.0, padding_side="right")
+        found = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"])]
+        assert found == wanted, "the two sides tokenise a prompt differently"
+        trainer._get_per_token_logps_and_entropies = own
+        if spec["method"] == "grpo":
+            for name in "old", "ref":
+                inputs.pop(f"{name}_per_token_logps", None)
+                inputs |= {f"{name}_per_token_logps": given[name]} if name in given else {}
         loss = trainer._compute_loss(trainer.model, inputs)
         loss.backward()
         save_file({n: p.grad.contiguous() for n, p in trainer.model.named_parameters()}, f"{spec['result']}.{number}")
@@ -196,7 +214,7 @@ def main(spec):
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     result = {"versions": versions | {"threads": torch.get_num_threads()}}
     if "batch" in spec:
-        result["cases"] = grpo_batch(spec)
+        result["cases"] = online_batch(spec)
     elif "search" in spec:
         search(spec, result)
     else:

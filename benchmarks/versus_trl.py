@@ -10,26 +10,28 @@ A case (CASES) is some work: a model, rows, their order, the optimizer, fp32 wei
    is TRL's best. One that fails, or whose losses are not ours, cannot be. All are kept in the results, side "search".
    We have one setting, --tokens_per_microbatch as CASES says. head: TRL's kernel, and plain cross-entropy;
 3  rounds of ours, TRL's defaults, TRL's best, ours, ...: every run a process of its own. The losses of the first three
-   steps must agree in every round; grpo samples anew on each side, so there TRL first takes three updates on the
-   completions of our run. Where they differ there is one line, and no ratio.
+   steps must agree in every round; grpo and rloo sample anew on each side, so there TRL first takes three updates on
+   the completions of our run. Where they differ there is one line, and no ratio.
 
 Useful tokens   what a user trains on: of every sequence the prompt and the completion, without padding, whatever is
-                shared, recomputed or scored twice. The same number for both sides (grpo: each its own completions).
+                shared, recomputed or scored twice, and without kto's mismatched pairs. The same number for both sides
+                (grpo, rloo: each its own completions).
 Time            per optimizer step after the warm-up, from the arrival of the lines "step N". The ratio of CPU seconds
                 per useful token is the one to trust on a machine that others use, too. A pass over all rows before
-                the first step (dpo's reference) is charged to the steps: one epoch, the dearest case for it.
+                the first step (of a reference) is charged to the steps: one epoch, the dearest case for it.
 Memory          peak resident size up to the last step (then we save, which TRL is told not to); "above": less 16 bytes
                 a parameter (weights, gradients, Adam's two moments), less what importing torch and transformers takes.
 Limit           time of the useful floating-point operations at the measured rate, over the measured time: 2 a weight
                 and token forwards, twice that backwards, 4 a head width and pair of positions in attention; a prompt
-                once per group, the head for completion tokens only. Sampling: the weights read once per token of a
-                completion of mean length, if that takes longer.
-Parts           grpo: the seconds inside sampling and inside passes without gradients, of the same runs.
+                once per group, the head for completion tokens only (reward: no head). Sampling: the weights read once
+                per token of a completion of mean length, if that takes longer.
+Parts           grpo, rloo: the seconds inside sampling and inside passes without gradients, of the same runs.
 
 TRL's best is looked for among: no activation checkpointing; all rows of a step at once, or 1/2, 1/4, 1/8 of them at a
 time (less padding); sft: padding_free (rows of a step in one, with the mask that transformers makes for sdpa); eager
-attention; dpo: precomputed reference log-probs; grpo: continuous batching, its cache as large as the work;
---compile: torch_compile, which works but compiles for minutes, the first time in the warm-up.
+attention; dpo, kto: precomputed reference log-probs; grpo, rloo: continuous batching, its cache as large as the work;
+--compile: torch_compile, which works but compiles for minutes, the first time in the warm-up. kto has a kl for each
+micro-batch there, so only all rows at once are our work; and rows go to it backwards, step by step (trl_parity.py).
 Left out: bf16 (other numbers); packing (another choice of rows per step; padding_free is the same without it); dpo's
 padding_free (switched off in 1.16); flash attention and Liger (no CPU kernels), flex attention (no CPU backward);
 workers of the data loader (the cores are busy). On a CPU TRL's head scores every position, on a GPU only labelled ones:
@@ -50,7 +52,7 @@ from pathlib import Path
 
 import trl_parity as parity
 from trl_parity import FILES, OURS, RESULTS, ROOT, TINY, Problem, read, write
-from trl_worker import timed
+from trl_worker import ONLINE, timed
 
 FILE = RESULTS / "versus_trl.jsonl"
 
@@ -61,14 +63,19 @@ ROWS = {
     "short": (32, 32, 0.4, 96, 96), "mixed": (48, 96, 1.0, 192, 448), "long": (128, 320, 0.3, 256, 512),
     "prompts": (160, 48, 0.4, 320, 128),
 }  # fmt: skip
-# passes: forwards that a step needs besides sampling (a backward is two; dpo has a reference). parts: functions of our
-# script that are timed, and under which name
+# passes: forwards that a step needs besides sampling: a backward is two, dpo has a reference, kto the policy's kl
+# (`measure` adds kto's reference, and grpo's and rloo's where there is one). parts: functions of our script that are
+# timed, and under which name
+SAMPLING = {"sample": "rollout", "refresh": "rollout", "reward_groups": "reward", "attach_logprobs": "logprobs"}
 METHODS = {
     "sft": {"passes": 3, "flags": {"learning_rate": 1e-5}, "parts": {}},
+    "reward": {"passes": 3, "flags": {"learning_rate": 1e-5}, "parts": {}},
     "dpo": {"passes": 4, "flags": {"learning_rate": 1e-5, "beta": 0.1}, "parts": {"attach_reference": "precompute"}},
+    "kto": {"passes": 4, "flags": {"learning_rate": 1e-5, "beta": 0.1}, "parts": {"attach_reference": "precompute"}},
     "grpo": {"passes": 3, "flags": parity.GRPO | {"learning_rate": 1e-6, "max_completion_length": 96},
-             "parts": {"sample": "rollout", "refresh": "rollout", "reward_groups": "reward",
-                       "attach_logprobs": "logprobs"}},
+             "parts": SAMPLING},
+    "rloo": {"passes": 3, "flags": parity.RLOO | {"learning_rate": 1e-6, "max_completion_length": 96},
+             "parts": SAMPLING},
 }  # fmt: skip
 # batch: rows, pairs or prompts per step; of the steps the first `warm` are not timed. rows: of ROWS, or tiny: the lab
 # that comes with the scripts. More flags of our script go both ways.
@@ -77,13 +84,16 @@ CASES = {
     "sft-short": LAB | {"method": "sft", "rows": "short", "batch": 8},
     "sft-mixed": LAB | {"method": "sft", "rows": "mixed", "batch": 8},
     "sft-long": LAB | {"method": "sft", "rows": "long", "batch": 2},
+    "reward": LAB | {"method": "reward", "rows": "short", "batch": 8},
     "dpo-short": LAB | {"method": "dpo", "rows": "short", "batch": 4},
     "dpo-prompts": LAB | {"method": "dpo", "rows": "prompts", "batch": 2},
+    "kto": LAB | {"method": "kto", "rows": "short", "batch": 8},
     "grpo-4": LAB | {"method": "grpo", "rows": "short", "batch": 4, "flags": {"num_generations": 4}},
     "grpo-8": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 8}},
     "grpo-16": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 16}},
     "grpo-prompts": LAB | {"method": "grpo", "rows": "prompts", "batch": 2, "flags": {"num_generations": 8}},
     "grpo-kl": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 8, "beta": 0.04}},
+    "rloo": LAB | {"method": "rloo", "rows": "short", "batch": 2, "flags": {"num_generations": 8}},
     "head": {"method": "head", "tokens": 1024, "hidden": 576, "vocabulary": 49152, "repeats": 4},
     "tiny-sft": TINY_LAB | {"method": "sft", "batch": 32, "steps": 24, "warm": 8},
     "tiny-dpo": TINY_LAB | {"method": "dpo", "batch": 32, "steps": 12, "warm": 4},
@@ -101,7 +111,7 @@ def flags_of(case):
 
 def size_of(case):
     """What TRL's batch sizes count: rows, pairs, or completions."""
-    return case["batch"] * (flags_of(case)["num_generations"] if case["method"] == "grpo" else 1)
+    return case["batch"] * (flags_of(case)["num_generations"] if case["method"] in ONLINE else 1)
 
 
 def cut(case, rows):
@@ -112,7 +122,7 @@ def cut(case, rows):
 def config_of(case):
     """TRL's arguments for the same work, its defaults otherwise: it takes 8 rows at a time, and checkpoints."""
     flags, size = flags_of(case), size_of(case)
-    if case["method"] == "grpo":
+    if case["method"] in ONLINE:
         config = parity.replay_config(flags)
         del config["gradient_checkpointing"]
     else:
@@ -125,13 +135,14 @@ def candidates(case, compiled=False):
     """-> {side: settings to try}: where two sides are to be measured, the best of each is."""
     size, off = size_of(case), {"gradient_checkpointing": False}
     pieces = [off | cut(case, size // k) for k in (1, 2, 4, 8) if size % k == 0 and size // k]
+    pieces = pieces[:1] if case["method"] == "kto" else pieces
     eager = pieces[0] | {"model_init_kwargs": {"attn_implementation": "eager"}}
     sides = {"TRL best": [*pieces, eager]}
     if case["method"] == "sft":
         sides["TRL best"] += [piece | {"padding_free": True, "max_length": None} for piece in pieces[:2]]
-    if case["method"] == "dpo":
+    if case["method"] in ("dpo", "kto"):
         sides["TRL best, precomputed"] = [piece | {"precompute_ref_log_probs": True} for piece in pieces]
-    if case["method"] == "grpo":
+    if case["method"] in ONLINE:
         cache = {"page_size": 32, "num_blocks": 512, "max_batch_tokens": 1024}  # its default takes half of the memory
         engine = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": cache}
         sides["TRL best"].append(pieces[0] | engine)
@@ -172,7 +183,7 @@ def limits(groups, passes, sampled, shape, machine):
 def measure(run, case, lengths, shape, machine):
     """Numbers of one run, per step after the warm-up. run: at {step: (wall, CPU seconds)}, steps (as logged), events
     [part, start, wall, CPU seconds]; lengths: (prompt, [completion, ...]) tokens of every row, in order."""
-    steps, warm, batch, sampled = case["steps"], case["warm"], case["batch"], case["method"] == "grpo"
+    steps, warm, batch, sampled = case["steps"], case["warm"], case["batch"], case["method"] in ONLINE
     (begin, busy), (end, busy_end), count, parts = run["at"][warm], run["at"][steps], steps - warm, {}
     for part, start, wall, cpu in run["events"]:
         if part == "precompute" or begin <= start < end:
@@ -188,6 +199,9 @@ def measure(run, case, lengths, shape, machine):
         scored += sum(sum(completions) for _, completions in groups)
         reference = sampled and flags_of(case)["beta"] > 0
         bounds.append(limits(groups, passes + reference, sampled, shape, machine))
+        if case["method"] == "kto":  # a prompt with its own completion and a neighbour's
+            pairs = [(prompt, own + groups[i - 1][1]) for i, (prompt, own) in enumerate(groups)]
+            bounds.append([a + b for a, b in zip(bounds.pop(), limits(pairs, 1, False, shape, machine))])
     once = parts.get("precompute", (0, 0))
     row = {"seconds_per_step": (end - begin) / count + once[0]}
     row |= {"cpu_seconds_per_step": (busy_end - busy) / count + once[1], "tokens_per_step": tokens / count}
@@ -322,13 +336,15 @@ def lab(spec):
         for _ in range(128):
             chats = [[{"role": "assistant", "content": text(completions, spread, most)}] for _ in range(2)]
             prompt = [{"role": "user", "content": text(prompts, spread, longest)}]
-            rows.append({"prompt": prompt, "completion": chats[0], "chosen": chats[0], "rejected": chats[1]})
+            rows.append({"prompt": prompt, "completion": chats[0], "chosen": chats[0], "rejected": chats[1],
+                         "label": len(rows) % 2 == 0})  # fmt: skip
         (folder / name).mkdir()
         for method, columns in COLUMNS.items():
             write(folder / name / FILES[method], [{k: row[k] for k in columns} for row in rows])
 
 
-COLUMNS = {"sft": ["prompt", "completion"], "dpo": ["prompt", "chosen", "rejected"], "grpo": ["prompt"]}
+COLUMNS = {"sft": ["prompt", "completion"], "dpo": ["prompt", "chosen", "rejected"],
+           "kto": ["prompt", "completion", "label"], "grpo": ["prompt"]}  # fmt: skip
 
 
 def lengths(spec):
@@ -352,16 +368,18 @@ def lengths(spec):
 def shape(spec):
     """What forward_flops needs of a model, and its number of parameters."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(spec["model"])
+    scores = config.architectures[0].endswith("ForSequenceClassification")  # by one token of a sequence: no head
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
-    head = lm.get_output_embeddings()
+        lm = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_config(config)
+    head = None if scores else lm.get_output_embeddings()
     layers = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     width = config.num_attention_heads * (getattr(config, "head_dim", None)
                                           or config.hidden_size // config.num_attention_heads)  # fmt: skip
-    found = {"body": sum(m.weight.numel() for m in layers), "head": head.weight.numel(), "width": width}
+    found = {"body": sum(m.weight.numel() for m in layers), "width": width}
+    found["head"] = 0 if scores else head.weight.numel()
     return found | {"layers": config.num_hidden_layers, "parameters": sum(p.numel() for p in lm.parameters())}
 
 
@@ -450,7 +468,7 @@ def script(argv):
 
 def run_ours(method, flags, options):
     events = Path(tempfile.mkdtemp(dir=options.scratch)) / "events.json"
-    flags = flags | (parity.reward_flags() if method == "grpo" else {})
+    flags = flags | (parity.reward_flags() if method in ONLINE else {})
     run = parity.ours(method, flags, options, [Path(__file__).resolve(), "--script", method, events])
     return run | {"events": json.loads(events.read_text())}
 
@@ -469,8 +487,12 @@ def prepare(case, options):
     count = case["steps"] * case["batch"]
     taken = read(source / FILES[method])[:count]
     write(work / "rows.jsonl", (taken * -(-count // len(taken)))[:count])
-    spec = {"data": str(work / "rows.jsonl"), "slices": [(0, count)], "to": str(work / "sorted.jsonl")}
-    parity.here("prepare", spec, options)
+    slices = [(step * case["batch"], case["batch"]) for step in range(case["steps"])]
+    spec = {"data": str(work / "rows.jsonl"), "slices": slices, "to": str(work / "sorted.jsonl")}
+    parity.here("prepare", spec | {"reverse": method == "kto"}, options)
+    if method == "reward":
+        parity.here("classifier", {"model": str(model), "to": str(work / "classifier")}, options)
+        model = work / "classifier"
     flags = flags_of(case) | {"model": model, "dataset": work / "rows.jsonl"}
     return flags, {"model": str(model), "data": spec["to"], "config": config_of(case)}
 
@@ -500,9 +522,9 @@ def search(case, spec, settings, options):
 
 def choose(case, flags, spec, work, options):
     """Our run and TRL's candidates. -> {side: (setting, gap of the losses)} and a row for every candidate."""
-    sampled = case["method"] == "grpo"
+    sampled = case["method"] in ONLINE
     if sampled:
-        mine = parity.sampled(flags | {"max_steps": 3}, flags["dataset"], options)
+        mine = parity.sampled(case["method"], flags | {"max_steps": 3}, flags["dataset"], options)
     else:
         mine = run_ours(case["method"], flags, options)
 
@@ -554,7 +576,7 @@ def training(name, case, options):
         runs = {"ours": run_ours(case["method"], flags, options)}
         for side, (setting, gap) in chosen.items():
             runs[side] = parity.trl(case["method"], spec | {"config": spec["config"] | setting}, options)
-            if case["method"] != "grpo":
+            if case["method"] not in ONLINE:
                 gap = loss_gap(runs["ours"], runs[side])
             runs[side] |= {"setting": setting, "first_losses_differ_by": gap}
         for side, run in runs.items():

@@ -255,14 +255,14 @@ class RewardModel:
         cuda = torch.cuda.is_available()
         self.device, self.budget = torch.device("cuda" if cuda else "cpu"), args.tokens_per_microbatch
         try:
+            assert AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels == 1, "it has not one label"
             lm, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=torch.bfloat16 if cuda else torch.float32, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
             )
+            assert not info["missing_keys"], "it is no sequence classifier"
         except Exception as e:  # the loader may raise anything, and what it reads is input
             raise InputError(f"--reward {folder}: {first_line(e)}. Give the folder of a reward model.") from e
-        if info["missing_keys"] or lm.config.num_labels != 1:
-            raise InputError(f"--reward {folder}: no sequence classifier with one label. Give a reward model.")
         self.tokenizer = load_tokenizer(folder)
         self.stops, self.model = stop_ids(self.tokenizer), Scorer(lm.eval().to(self.device))
 
@@ -774,7 +774,7 @@ def main(args):
             text = "the same weights gave other log-probs than a moment ago: dropout, or train mode?"
             check(run, at, "GRPO005", "share of tokens", unequal, NEVER, 0, text)
             if not scored:
-                raise HealthError("GRPO003: no completion of this rollout got a reward.")
+                raise HealthError("GRPO003: no completion of this rollout got a reward. Check --reward.")
         if inner + 1 == args.steps_per_generation * args.num_iterations:
             run.state = {k: v for k, v in run.state.items() if not k.startswith("rollout/")}
         # ---- update ------------------------------------------------------------------------------

@@ -172,6 +172,21 @@ def test_numbers_at_the_edge(flags, tmp_path):
         refused(result, tmp_path, flags[0])
 
 
+@pytest.mark.parametrize("name, flags, needle", (
+    ("dpo", ["--loss_type", "exo_pair", "--label_smoothing", 0], "--label_smoothing 0"),  # log 0
+    ("grpo", ["--loss_type", "cispo"], "--epsilon_high 0.2"),  # its cap on the ratio: every token would be cut
+    ("grpo", ["--loss_type", "cispo", "--epsilon_high", 0.9], "--epsilon_high 0.9"),
+    ("grpo", ["--importance_sampling_level", "sequence"], "--loss_type dapo"),  # GSPO with a mean over tokens
+    ("grpo", ["--num_generations", 1], "--num_generations"),  # the mean of one, and the mean of no others
+    ("rloo", ["--num_generations", 1], "--num_generations"),
+    ("rloo", ["--reward_clip_range", 1, 0], "--reward_clip_range"),
+), ids=lambda x: "_".join(map(str, x)).strip("-") if isinstance(x, list) else None)  # fmt: skip
+def test_flags_that_have_no_meaning_together(name, flags, needle, tmp_path):
+    """Through the whole command line: the tests of each loss show the rules, this that main asks for them."""
+    refused(attempt(name, tmp_path, *flags), tmp_path, needle)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
 def test_kwargs_that_are_not_json(tmp_path):
     for i, text in enumerate(("{thinking: no}", "", "[1]")):
         folder = tmp_path / str(i)
@@ -253,7 +268,7 @@ def test_a_template_that_fails(tmp_path):
         refused(attempt("sft", folder, "--chat_template", path), folder, "--chat_template")
 
 
-@pytest.mark.parametrize("name", ("sft", "dpo", "grpo"))
+@pytest.mark.parametrize("name", STABLE)
 def test_no_room_at_all(name, tmp_path):
     """Every row is too long: a health error, with the flag to change."""
     result = attempt(name, tmp_path, "--max_length", 45)

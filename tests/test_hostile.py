@@ -28,11 +28,11 @@ def hostile(tmp_path_factory):
 
 def number(hostile, family, turn):
     """The case of a family in a round, with another script in each."""
-    families = list(hostile.FAMILIES)
-    return 3 * len(families) * turn + 3 * families.index(family) + (turn + families.index(family)) % 3
+    families, scripts = list(hostile.FAMILIES), len(hostile.SCRIPTS)
+    return scripts * (len(families) * turn + families.index(family)) + (turn + families.index(family)) % scripts
 
 
-FAMILIES = ("rows text lines tables templates tokenizers configs weights checkpoints flags folders").split()
+FAMILIES = ("rows text lines tables templates tokenizers configs weights checkpoints flags folders own").split()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +47,8 @@ def test_a_slice_ends_as_asked(hostile, family):
 @pytest.mark.parametrize("case", [222, 725, 777, 917, 942])
 def test_cases_that_once_failed(hostile, case):
     """A forged meta.json, a file named final, an eos_token_id that is an object, a window that is not a number."""
-    row, _ = hostile.attempt(case, 0, hostile.root / "once", via="fork")
+    first = ["sft", "dpo", "grpo"]  # the numbers count these scripts, and the families before `own`
+    row, _ = hostile.attempt(case, 0, hostile.root / "once", FAMILIES[:-1], via="fork", scripts=first)
     assert row["ok"], row
 
 
@@ -95,7 +96,7 @@ def unfinished(args):
 @pytest.mark.parametrize("end", ENDS)
 def test_the_judge_sees(hostile, end, monkeypatch):
     act, needle = ENDS[end]
-    bad = next(k for k in range(999) if k % 3 == 0 and k // 3 % 11 == FAMILIES.index("lines")
+    bad = next(k for k in range(999) if k % 6 == 0 and k // 6 % len(FAMILIES) == FAMILIES.index("lines")
                and hostile.Case(k, SEED, hostile.root / "look").expected == "bad")
     monkeypatch.setattr(hostile.MODULES["sft"], "launch", lambda main, args: act(args))
     row, _ = hostile.attempt(bad, SEED, hostile.root / f"judge-{end.replace(' ', '-')}", via="fork")

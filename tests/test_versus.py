@@ -57,9 +57,30 @@ def test_measure_leaves_out_the_warm_up_and_charges_the_reference():
     assert row["limit_seconds"] == [pytest.approx(4 * (608 + second) / 100 / 2), 0]
 
 
+def test_the_reference_of_kto_sees_two_completions_of_a_prompt():
+    """Rows (2, 1) and (3, 2) tokens: 218 and 488 operations, four times; with a neighbour's completion 454, 618."""
+    case = {"method": "kto", "steps": 2, "warm": 1, "batch": 2}
+    run = {"at": {1: (0.0, 0.0), 2: (1.0, 1.0)}, "steps": [{}] * 2, "events": []}
+    row = versus.measure(run, case, [(9, [9]), (9, [9]), (2, [1]), (3, [2])], SHAPE, MACHINE)
+    assert row["limit_seconds"] == [pytest.approx((4 * (218 + 488) + 454 + 618) / 100), 0]
+    assert row["tokens_per_step"] == 2 + 1 + 3 + 2  # mismatched pairs train nothing
+
+
+def test_a_reward_model_has_no_head(tmp_path):
+    path = ROOT / "common" / "tiny" / "model" / "config.json"
+    config = json.loads(path.read_text())
+    lm = versus.shape({"model": str(path.parent)})
+    assert lm["head"] == config["vocab_size"] * config["hidden_size"]
+    scorer = config | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(scorer))
+    found = versus.shape({"model": str(tmp_path)})
+    assert found["head"] == 0 and found["body"] == lm["body"] + config["hidden_size"]  # the score of every token
+
+
 @pytest.mark.parametrize("key", ["completion_len", "completions/mean_length"])
-def test_measure_takes_sampled_lengths_from_the_log(key):
-    case = {"method": "grpo", "rows": "tiny", "steps": 2, "warm": 1, "batch": 2, "micro": 1}
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_measure_takes_sampled_lengths_from_the_log(method, key):
+    case = {"method": method, "rows": "tiny", "steps": 2, "warm": 1, "batch": 2, "micro": 1}
     case["flags"] = {"num_generations": 4}
     run = {"at": {1: (0.0, 0.0), 2: (8.0, 8.0)}, "steps": [{key: 99.0}, {key: 2.5}]}
     run["events"] = [["rollout", 1.0, 3.0, 2.0], ["reward", 4.0, 0.5, 0.5]]
@@ -126,7 +147,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(versus, "CASES", {"first": case, "second": copy.deepcopy(case)})
     monkeypatch.setattr(versus, "FILE", tmp_path / "versus_trl.jsonl")
     losses = [3.0, 2.0, 1.5, 1.2]
-    play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, specs=[], ours=[])
+    play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, specs=[], ours=[], asked=[])
 
     def launch(command, options, what):
         command = [str(word) for word in command]
@@ -135,7 +156,9 @@ def fake(monkeypatch, tmp_path):
         if "--worker" in command:
             mode, path = command[-2:]
             spec = json.loads(open(path).read())
-            known = {"prepare": None, "facts": {"shape": SHAPE, "machine": MACHINE, "lengths": [(5, [4])] * 12}}
+            play.asked.append(spec)
+            known = {"shape": SHAPE, "machine": MACHINE, "lengths": [(5, [4])] * 12}
+            known = {"prepare": None, "classifier": None, "facts": known}
             open(spec["result"], "w").write(json.dumps(known[mode]))
         elif "--output_dir" in command:
             play.ours.append(command)
@@ -216,20 +239,43 @@ def test_a_candidate_that_fails_or_disagrees_is_not_the_best(fake):
     assert "padding_free" not in best and "model_init_kwargs" not in best
 
 
-def test_grpo_is_compared_on_our_completions(fake, capsys):
+def test_kto_has_all_rows_at_once_and_backwards(fake):
+    """TRL has a kl for each micro-batch, and takes the completion of the row before where we take that of the next."""
+    versus.CASES["first"] |= {"method": "kto"}
+    assert versus.main(["--only", "first", "--rounds", "1"]) == 0
+    order = next(spec for spec in fake.asked if "slices" in spec)
+    assert order["reverse"] and order["slices"] == [[2 * step, 2] for step in range(4)]
+    assert all(spec["config"]["per_device_train_batch_size"] == 2 for spec in fake.specs)
+    sides = {row.get("side") for row in parity.read(fake.file)}
+    assert {"ours", "TRL default", "TRL best", "TRL best, precomputed"} <= sides
+
+
+def test_reward_models_begin_with_one_head(fake):
+    """Both sides are handed the same classifier; a language model's head would be made at random, twice."""
+    versus.CASES["first"] |= {"method": "reward"}
+    assert versus.main(["--only", "first", "--rounds", "1"]) == 0
+    made = next(spec for spec in fake.asked if str(spec.get("to", "")).endswith("classifier"))
+    assert made["model"] == str(parity.TINY / "model")
+    assert {spec["model"] for spec in fake.specs} == {made["to"]}
+    assert all(command[command.index("--model") + 1] == made["to"] for command in fake.ours)
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_sampling_methods_are_compared_on_our_completions(method, fake, capsys):
     """TRL replays three updates of ours, by its defaults and by its best; a candidate with other losses is not it."""
-    case = {"method": "grpo", "rows": "tiny", "micro": 64, "batch": 2, "steps": 4, "warm": 1}
+    case = {"method": method, "rows": "tiny", "micro": 64, "batch": 2, "steps": 4, "warm": 1}
     versus.CASES["first"] = case | {"flags": {"num_generations": 4, "max_completion_length": 8}}
+    fake.trl = lambda config: fake.losses if config["max_steps"] == 3 else [9.0] * 4  # of completions of its own
     assert versus.main(["--only", "first", "--rounds", "1"]) == 0
     replays = [spec for spec in fake.specs if "replay" in spec]
     assert len(replays) == 2 and all(spec["config"]["max_steps"] == 3 for spec in replays)
-    foreign = {*parity.OURS, "reward", "output_dir", "method"}
+    foreign = {*parity.OURS, "reward", "output_dir", "method", *(["loss_type"] if method == "rloo" else [])}
     assert all(not foreign & spec["config"].keys() and spec["config"]["num_generations"] == 4 for spec in fake.specs)
     assert len(fake.ours) == 2 and all(c[c.index("--reward") + 1].endswith(":even_digits") for c in fake.ours)
     kept = fake.file.read_text()
     fake.trl = lambda config: [x + 1e-3 for x in fake.losses]
     assert versus.main(["--only", "first", "--rounds", "1"]) == 2
-    assert "error: first: TRL default: grpo: loss differs at step 1" in capsys.readouterr().err
+    assert f"error: first: TRL default: {method}: loss differs at step 1" in capsys.readouterr().err
     assert fake.file.read_text() == kept
 
 
