@@ -175,7 +175,7 @@ from common.tokenization import load_tokenizer, micro_batches, order, split_grou
 
 # ---- loss ----------------------------------------------------------------------------------------
 def sft_loss(out, args):
-    """out: the policy's logprobs (M,), log pi of the scored tokens; for label smoothing also mean_logprob (M,), its mean
+    """out: logprobs (M,), log pi of the scored tokens; with label smoothing also mean_logprob (M,), the mean of log pi
     over the vocabulary. Returns the SUM of the tokens' losses; main divides by num_tokens."""
     logprobs, smoothing = out["logprobs"], args.label_smoothing_factor
     if args.loss_type == "dft":
