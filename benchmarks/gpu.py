@@ -233,7 +233,7 @@ def sft_step(module, run, policy, optimizer, groups):
     (num_tokens,) = module.all_sum(run, sum(weight * len(batch["labels"]) for batch, _, weight in batches))
     total = 0.0
     for batch, _, weight in batches:
-        loss = weight * module.sft_loss(policy(batch)["logprobs"]) / num_tokens
+        loss = weight * module.sft_loss(policy(batch), run.args) / num_tokens
         loss.backward()
         total += loss.detach()
     return finish(module, run, policy, optimizer, groups, total, num_tokens)

@@ -364,6 +364,23 @@ def fit(groups, max_length, overlong="drop"):
     return kept, counts | {"longest": longest}
 
 
+def split_group(group, max_length, bos=None):
+    """-> [group], or if it is longer its pieces of at most max_length tokens, for losses that are a sum over tokens.
+
+    A piece is a sequence of its own, without what stood before it: a long answer goes on without its prompt. It begins
+    with the row's BOS, if there is one, and the last token of the piece before, so that each scored token is scored
+    once; pieces without any are left out. All but the last are marked cut: they end in no stop token."""
+    (completion,) = group["completions"]
+    ids, context, start, pieces = group["prompt"] + completion["ids"], array("i"), 0, []
+    scored = [False] * len(group["prompt"]) + list(completion["scored"] or [True] * len(completion["ids"]))
+    while len(ids) > max_length and start < len(ids):
+        end = start + max_length - len(context)
+        piece = {"ids": ids[start:end], "scored": scored[start:end]}
+        pieces += [{**group, "prompt": context, "completions": [piece], "cut": end < len(ids)}] * any(piece["scored"])
+        context, start = ids[: ids[0] == bos] + ids[end - 1 : end], end
+    return pieces or [group]
+
+
 @lru_cache(maxsize=8)
 def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()

@@ -1517,7 +1517,7 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    completions = [c for g in groups for c in g["completions"]]
+    completions = [c for g in groups if not g.get("cut") for c in g["completions"]]  # cut: it goes on in the next group
     ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])

@@ -3,8 +3,11 @@ SFT: learn to write what the demonstrations wrote.
 
 Paper   Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5 (the supervised policy)
 Loss    L = - sum_t log pi(y_t | y_<t) / num_tokens
+        --loss_type dft: each term times its own pi(y_t | y_<t), a constant to the gradient (DFT: Wu et al. 2025,
+        https://arxiv.org/abs/2508.05629). --label_smoothing_factor e: each log pi(y_t | y_<t) becomes (1 - e) times
+        itself + e times the mean of log pi(v | y_<t) over the vocabulary (refused with dft, where TRL ignores it)
 Tokens  scored tokens only: the assistant's turns (messages), the completion (prompt + completion), all (text);
-        each up to and including its end-of-turn token
+        each up to and including its end-of-turn token. --split_overlong cuts a row beyond max_length: see split_group
 Norm    num_tokens: the scored tokens of the optimizer step, over all micro-batches and ranks
 Models  the policy (trained), sharded with FSDP2
 Data    {messages} | {conversations} | {prompt, completion} | {text}
@@ -108,7 +111,10 @@ class Args:
     # ---- method ----------------------------------------------------------------------------------
     learning_rate: Annotated[float, arg(aliases=["--lr"])] = 2e-5  # peak (TRL: 2e-5)
     batch_size: int = 8  # rows per optimizer step, all ranks together (TRL: 8)
+    loss_type: Literal["nll", "dft"] = "nll"  # dft: a token counts as much as the policy believes in it
+    label_smoothing_factor: float = 0.0  # share of each label that is spread over the vocabulary, with nll
     train_on: Literal["all", "last"] = "all"  # which assistant turns of a chat are scored
+    split_overlong: bool = False  # rows beyond max_length become several, instead of what --overlong says
 
 
 def parse_args(argv=None):
@@ -164,25 +170,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.logprobs import Policy, probe_groups, refuse_rotary
 from common.tokenization import InputError, balance, encode_demonstration, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, stop_ids, token_picture
+from common.tokenization import load_tokenizer, micro_batches, order, split_group, stop_ids, token_picture
 
 
 # ---- loss ----------------------------------------------------------------------------------------
-def sft_loss(logprobs):
-    """logprobs (M,): log pi of the scored tokens. Returns the SUM of their negatives; main divides by num_tokens."""
+def sft_loss(out, args):
+    """out: logprobs (M,), log pi of the scored tokens; with label smoothing also mean_logprob (M,), the mean of log pi
+    over the vocabulary. Returns the SUM of the tokens' losses; main divides by num_tokens."""
+    logprobs, smoothing = out["logprobs"], args.label_smoothing_factor
+    if args.loss_type == "dft":
+        return -(logprobs.detach().exp() * logprobs).sum()
+    if smoothing:
+        return -((1 - smoothing) * logprobs + smoothing * out["mean_logprob"]).sum()
     return -logprobs.sum()
 
 
 @torch.no_grad()
 def evaluate(policy, heldout, args, run):
-    """Held-out loss (mean over tokens) and accuracy: the share of rows whose every scored token is the arg-max,
-    which is what greedy decoding would have written."""
+    """Held-out -log pi (mean over tokens, whatever the loss) and accuracy: the share of rows whose every scored token
+    is the arg-max, which is what greedy decoding would have written."""
     totals = torch.zeros(5, device=run.device)
     for batch, _, weight in rank_batches(share(heldout, run), heldout[0], args, run):
         out = policy(batch, want=("correct",))
         num_seqs = len(batch["seq_segment"])
         wrong = torch.zeros(num_seqs, device=run.device).index_add_(0, batch["seq"], (~out["correct"]).float())
-        sums = sft_loss(out["logprobs"]), out["correct"].sum(), len(out["correct"]), (wrong == 0).sum(), num_seqs
+        sums = -out["logprobs"].sum(), out["correct"].sum(), len(out["correct"]), (wrong == 0).sum(), num_seqs
         totals += weight * torch.stack([torch.as_tensor(x, dtype=totals.dtype, device=run.device) for x in sums])
     loss, correct, num_tokens, right, num_seqs = all_sum(run, *totals)
     accuracies = {"eval/token_accuracy": correct / num_tokens, "eval/accuracy": right / num_seqs}
@@ -196,9 +208,15 @@ HEAD = {}  # what a head needs in the model's config
 
 def load_groups(name, tokenizer, stops, args):
     """Rows of a dataset -> (groups, counts of what was dropped, fingerprint of the rows)."""
+    if args.label_smoothing_factor and (args.loss_type != "nll" or args.label_smoothing_factor >= 1):
+        raise InputError("--label_smoothing_factor must be below 1, and 0 with any --loss_type but nll.")
+    if args.split_overlong and args.max_length < 3:
+        raise InputError(f"--max_length {args.max_length} is too short for --split_overlong: at least 3.")
     rows = load_rows(name, None if ":" in name else args.dataset_split or None, args.rename, TINY)
     kwargs = json.loads(args.chat_template_kwargs)
     groups = [g for row in rows for g in encode_demonstration(row, tokenizer, stops, args.train_on, kwargs)]
+    if args.split_overlong:
+        groups = [piece for g in groups for piece in split_group(g, args.max_length, tokenizer.bos_token_id)]
     groups, counts = fit(groups, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 
@@ -242,7 +260,8 @@ def main(args):
         (num_tokens,) = all_sum(run, sum(weight * len(batch["labels"]) for batch, _, weight in batches))
         loss_sum = torch.zeros((), device=run.device)
         for batch, _, weight in batches:
-            loss = weight * sft_loss(policy(batch)["logprobs"]) / num_tokens
+            out = policy(batch, want=("mean_logprob",) if args.label_smoothing_factor else ())
+            loss = weight * sft_loss(out, args) / num_tokens
             (loss * run.dp_size).backward()  # this rank's part of a global mean, and FSDP2 averages over ranks
             loss_sum += loss.detach()
         (loss,) = all_sum(run, loss_sum)
@@ -989,7 +1008,7 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    completions = [c for g in groups for c in g["completions"]]
+    completions = [c for g in groups if not g.get("cut") for c in g["completions"]]  # cut: it goes on in the next group
     ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])

@@ -39,6 +39,12 @@ STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same t
 # rollout, twice; a reference). `micro`: a token budget so small that every row, and half of every group, stands alone.
 FAST = {
     "sft": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "1e-4"]},
+    "experimental/neftune": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "2e-4"]},
+    # dense, so without its loss, which test_sft_losses trains with; smoothing is on a road of its own
+    "experimental/sft_moe": {"data": "demonstrations", "micro": 60, "flags": [
+        "--learning_rate", "1e-4", "--label_smoothing_factor", "0.1"]},
+    "experimental/sft_bema": {"data": "demonstrations", "micro": 60, "flags": [
+        "--learning_rate", "1e-4", "--update_freq", "1", "--update_after", "1", "--loss_type", "dft"]},
     "dpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "8e-5"]},
     "experimental/dpo_batch": {"data": "pairs", "micro": 90, "flags": [
         "--learning_rate", "8e-5", "--loss_type", "aot", "bco_pair", "sft", "--loss_weights", "1", "0.5", "0.1"]},

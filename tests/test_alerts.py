@@ -282,9 +282,9 @@ def test_train001_a_single_bad_step_is_skipped_and_survived(tmp_path):
     def patch(module):
         calls, loss = [], module.sft_loss
 
-        def bad_once(logprobs):
+        def bad_once(*args):
             calls.append(0)
-            return loss(logprobs) * (float("nan") if len(calls) == 2 else 1)
+            return loss(*args) * (float("nan") if len(calls) == 2 else 1)
 
         module.sft_loss = bad_once
 
@@ -303,7 +303,7 @@ def test_train002_a_learning_rate_below_the_precision(tmp_path):
 def test_train002_no_gradient(tmp_path):
     def patch(module):
         loss = module.sft_loss
-        module.sft_loss = lambda logprobs: 0 * loss(logprobs)
+        module.sft_loss = lambda *args: 0 * loss(*args)
 
     result = provoke("sft", tmp_path, patch=patch, steps=3)
     assert [(a["level"], a["step"]) for a in result.alerts if a["code"] == "TRAIN002"] == [("error", 3)]

@@ -45,9 +45,13 @@ def run():
 # ---- sft -----------------------------------------------------------------------------------------
 
 
+def sft_loss(logprobs):
+    return sft.sft_loss({"logprobs": logprobs}, sft.Args())  # more of it in test_sft_losses.py
+
+
 def test_sft_loss_is_the_sum_of_negative_logprobs():
     logprobs = f64(-0.5, -1.25, -2.0, 0.0, grad=True)
-    loss = sft.sft_loss(logprobs)
+    loss = sft_loss(logprobs)
     close(loss, 3.75)  # 0.5 + 1.25 + 2 + 0: a sum, the division by num_tokens is main's
     loss.backward()
     close(logprobs.grad, f64(-1, -1, -1, -1))
@@ -56,7 +60,7 @@ def test_sft_loss_is_the_sum_of_negative_logprobs():
 def test_sft_loss_adds_up_over_any_cut():
     logprobs = torch.randn(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for cut in range(12):
-        close(sft.sft_loss(logprobs[:cut]) + sft.sft_loss(logprobs[cut:]), sft.sft_loss(logprobs))
+        close(sft_loss(logprobs[:cut]) + sft_loss(logprobs[cut:]), sft_loss(logprobs))
 
 
 # ---- dpo -----------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def test_refused_before_any_weight(name):
 
 STEPS, BATCH, ROWS = 10, 5, 15
 LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "rloo": "5e-4",
-      "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4"}  # fmt: skip
+      "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4", "experimental/neftune": "1e-3",
+      "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3"}  # fmt: skip
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},

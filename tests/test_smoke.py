@@ -55,6 +55,8 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
     ),
 }  # fmt: skip
 METRICS["rloo"] = METRICS["grpo"]
+METRICS |= {f"experimental/{name}": METRICS["sft"] for name in ("neftune", "sft_bema")}
+METRICS["experimental/sft_moe"] = ["step", "loss", "aux_loss", *METRICS["sft"][0][2:]], METRICS["sft"][1]
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
