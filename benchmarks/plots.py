@@ -104,6 +104,51 @@ def part_diff():
     return "```diff\n" + "\n".join(hunks) + "```\n"
 
 
+def part_rloo_diff():
+    """How rloo.py differs from grpo.py: all of it but the docstring."""
+    grpo, rloo = ((ROOT / "methods" / name).read_text().split('"""\n', 2)[2] for name in ("grpo.py", "rloo.py"))
+    hunks = [*difflib.unified_diff(grpo.splitlines(), rloo.splitlines(), n=1, lineterm="")][2:]
+    changed = sum(line[0] in "+-" for line in hunks)
+    text = "".join(f"{re.sub('^@@.*', '@@', line).rstrip()}\n" for line in hunks)
+    return folded(f"<code>methods/rloo.py</code> against <code>methods/grpo.py</code>, whole: {changed} changed lines",
+                  f"```diff\n{text}```\n")  # fmt: skip
+
+
+FAMILIES = {
+    "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
+}  # by the first script of methods/ among a script and its parents
+
+
+def folded(summary, text):
+    """A part that is opened by a click. Markdown needs the blank lines."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n</details>\n"
+
+
+def family(path):
+    """methods/experimental/dpo_batch.py -> dpo"""
+    while Path(path).parent.name == "experimental":
+        path = re.search(r"^Parent: (\S+)", (ROOT / path).read_text(), re.M)[1]
+    return Path(path).stem
+
+
+def part_methods():
+    """README: a row per method of methods.json, folded by family."""
+    groups = {}
+    for row in json.loads((ROOT / "benchmarks" / "methods.json").read_text()):
+        name, (file, _, test) = row["name"], row["test"].partition("::")
+        name = f"[{name}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else name
+        cells = [name, f"`{row['command']}`", f"`{row['formula']}`", f"[`{test}`]({file})", ("no", "yes")[row["trl"]]]
+        groups.setdefault(family(row["command"].split()[0]), []).append((row["row"], cells))
+    head, text = ("method", "script and flags", "formula", "test", "TRL 1.16"), ""
+    for script, title in FAMILIES.items():
+        if rows := [cells for _, cells in sorted(groups.pop(script, []))]:
+            new = sum(cells[-1] == "no" for cells in rows)
+            summary = f"{title}: {len(rows)} method{'s' * (len(rows) > 1)}" + f", {new} of them not in TRL 1.16" * (new > 0)
+            text += folded(summary, table(head, rows)) + "\n"
+    assert not groups, f"no family for {sorted(groups)}"
+    return text
+
+
 def part_tiny():
     """README: a line per script."""
     rows = []
@@ -691,14 +736,17 @@ def draw(path):
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
+def stale_pages(names=tuple(PARTS)):
+    """-> the text of pages as it should be, by path, where one of the parts `names` is not current."""
+    pages = {page: page.read_text() for page in PAGES}
+    new = {page: PART.sub(lambda m: m[1] + (PARTS[m[2]]() + m[3] if m[2] in names else m[0][len(m[1]) :]), text)
+           for page, text in pages.items()}
+    return {page: text for page, text in new.items() if text != pages[page]}
+
+
 def stale():
     """-> what is not current: the pages' text as it should be, by path, and pictures."""
-    wrong = {}
-    for page in PAGES:
-        text = page.read_text()
-        new = PART.sub(lambda m: m[1] + PARTS[m[2]]() + m[3], text)
-        if new != text:
-            wrong[page] = new
+    wrong = stale_pages()
     for name, (numbers, _) in PICTURES.items():
         path, shown = RESULTS / name, numbers()
         if shown and (not path.is_file() or digest(shown).encode() not in path.read_bytes()):
