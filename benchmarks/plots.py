@@ -9,7 +9,9 @@ picture carries a digest of the numbers that it shows, so that checking it takes
 """
 
 import argparse
+import ast
 import difflib
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -88,8 +90,19 @@ def versions(run):
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
+def folded(summary, text):
+    """A part that is opened by a click. Markdown needs the blank lines."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n</details>\n"
+
+
+SCRIPTS_FOOT = """Changed lines count both sides, without the script's docstring, blank lines and the new name of the
+loss function. What is not listed under "what differs" is the parent's text.
+"""
+
+
 def part_scripts():
-    return module(ROOT / "tests" / "test_copies.py").table(ROOT) + "\n"
+    rows = module(ROOT / "tests" / "test_copies.py").table(ROOT)
+    return folded("The scripts as a tree: parent, changed lines, what differs", f"{rows}\n\n{SCRIPTS_FOOT}")
 
 
 def part_diff():
@@ -108,20 +121,14 @@ def part_rloo_diff():
     """How rloo.py differs from grpo.py: all of it but the docstring."""
     grpo, rloo = ((ROOT / "methods" / name).read_text().split('"""\n', 2)[2] for name in ("grpo.py", "rloo.py"))
     hunks = [*difflib.unified_diff(grpo.splitlines(), rloo.splitlines(), n=1, lineterm="")][2:]
-    changed = sum(line[0] in "+-" for line in hunks)
     text = "".join(f"{re.sub('^@@.*', '@@', line).rstrip()}\n" for line in hunks)
-    return folded(f"<code>methods/rloo.py</code> against <code>methods/grpo.py</code>, whole: {changed} changed lines",
-                  f"```diff\n{text}```\n")  # fmt: skip
+    summary = "RLOO against GRPO: all of <code>methods/rloo.py</code> that differs from <code>methods/grpo.py</code>"
+    return folded(summary, f"```diff\n{text}```\n")
 
 
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
 }  # by the first script of methods/ among a script and its parents
-
-
-def folded(summary, text):
-    """A part that is opened by a click. Markdown needs the blank lines."""
-    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n</details>\n"
 
 
 def family(path):
@@ -143,10 +150,84 @@ def part_methods():
     for script, title in FAMILIES.items():
         if rows := [cells for _, cells in sorted(groups.pop(script, []))]:
             new = sum(cells[-1] == "no" for cells in rows)
-            summary = f"{title}: {len(rows)} method{'s' * (len(rows) > 1)}" + f", {new} of them not in TRL 1.16" * (new > 0)
+            summary = f"{title}: {len(rows)} method{'s' * (len(rows) > 1)}" + f", {new} not in TRL 1.16" * (new > 0)
             text += folded(summary, table(head, rows)) + "\n"
     assert not groups, f"no family for {sorted(groups)}"
     return text
+
+
+def script_flags(path):
+    """{flag or alias: default} of a script's Args, read from its text."""
+    tree = ast.parse((ROOT / path).read_text())
+    fields = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    found = {}
+    for field in fields:
+        found[field.target.id] = value = ast.literal_eval(field.value)
+        words = [n.value for n in ast.walk(field.annotation) if isinstance(n, ast.Constant)]
+        found |= {w[2:].replace("-", "_"): value for w in words if isinstance(w, str) and w.startswith("--")}
+    return found
+
+
+LEFT_OUT = {  # fields of TRL's configs that have no row in README's table: not here, as long as no script has the name
+    "sft": "loss_type router_aux_loss_coef",
+    "dpo": "router_aux_loss_coef",
+    "kto": "router_aux_loss_coef",
+    "grpo": "router_aux_loss_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min entropy_coef_max "
+            "entropy_coef_delta entropy_target",
+    "rloo": "router_aux_loss_coef",
+}  # fmt: skip
+ALL = "TrainingArguments"  # fields that every trainer of TRL has
+
+
+def trl_names():
+    """-> {script or ALL: {field of TRL's configs: (where, default here, TRL's)}}. where: "table", a script with a flag
+    or alias of that name, "left out", or "" where nobody has said anything. Of ALL, what six scripts have."""
+    configs = json.loads((ROOT / "tests" / "fixtures" / "trl_configs.json").read_text())
+    section = PAGES[0].read_text().partition("\n## Coming from TRL\n")[2].partition("\n## ")[0]
+    table = re.findall(r"`([\w*]+)`", " ".join(re.findall(r"^\| ([^|]*) \|", section, re.M)))
+    scripts = {f"methods/{name}.py": script_flags(f"methods/{name}.py") for name in FAMILIES}
+    children = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "methods" / "experimental").glob("*.py"))
+    names = {ALL: {}} | {script: {} for script in FAMILIES}
+    for script, found in names.items():
+        own = scripts if script == ALL else {f"methods/{script}.py": scripts[f"methods/{script}.py"]}
+        more = {path: script_flags(path) for path in children if script == family(path)}
+        for field, theirs in configs[script].items():
+            places = [path for path, flags in (own | more).items() if field in flags]
+            if script == ALL and not set(scripts) <= set(places) or script != ALL and field in names[ALL]:
+                places = []  # not in all six, or said of all six
+            if any(fnmatch.fnmatch(field, pattern) for pattern in table):
+                found[field] = "table", None, theirs
+            elif places:
+                found[field] = places[0], (own | more)[places[0]][field], theirs
+            elif script != ALL and field not in names[ALL]:
+                found[field] = "left out" * (field in LEFT_OUT.get(script, "").split()), None, theirs
+    return names
+
+
+def part_trl_names():
+    """README: names that are TRL's, a line per script. A default is written where it is another one."""
+    names, none, text = trl_names(), (None, "", (), "{}", 0), ""
+    for script, found in names.items():
+        listed = {}
+        for field, (where, ours, theirs) in sorted(found.items()):
+            same = list(ours) == theirs if isinstance(ours, tuple) else ours == theirs
+            if script == ALL or same or theirs is None and ours in none:
+                words = f"`--{field}`"
+            else:
+                shown = " ".join(map(str, ours)) if isinstance(ours, tuple) else str(ours).lower()
+                words = f"`--{field}` {shown} ({str(theirs).lower()})"
+            if where.startswith("methods/"):
+                listed.setdefault(where, []).append(words)
+        for where, words in listed.items():
+            title = "all six" if script == ALL else f"`{where}`"
+            text += f"- {title}: {', '.join(words)}\n"
+    missing = {}
+    for script, found in names.items():
+        for field, (where, _, _) in found.items():
+            if where == "left out":
+                missing.setdefault(field, []).append(script)
+    words = (f"`{field}`" + f" ({', '.join(where)})" * (len(where) < 5) for field, where in sorted(missing.items()))
+    return text + (f"- not here: {', '.join(words)}\n" if missing else "")
 
 
 def part_tiny():

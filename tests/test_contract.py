@@ -124,7 +124,7 @@ def files(out):
         text = path.read_text() if path.suffix in (".json", ".jsonl") else ""
         objects = map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text])
         ours = name in ("run.json", "samples.jsonl") or name.endswith("meta.json")
-        found[name] = sorted({key for value in objects for key in value}) if ours else None
+        found[name] = sorted({key for value in objects for key in value}) if ours else ""
     return found
 
 
