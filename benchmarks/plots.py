@@ -23,6 +23,7 @@ from statistics import mean, median, mode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+METHODS = ROOT / "benchmarks" / "methods.json"
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ORDER = ["sft", "dpo", "grpo", "rloo"]  # scripts in reading order; others come after these
@@ -138,10 +139,20 @@ def family(path):
     return Path(path).stem
 
 
+def part_families():
+    """README: what each script of methods/ does, by its docstring, and how many methods its family has."""
+    rows, found = [], [family(row["command"].split()[0]) for row in json.loads(METHODS.read_text())]
+    for script, title in FAMILIES.items():
+        path = f"methods/{script}.py"
+        _, _, what = (ROOT / path).read_text().splitlines()[1].partition(": ")
+        rows.append([f"[`{path}`]({path})", f"{title}: {what}", found.count(script)])
+    return table(("script", "what it does", "[methods](#methods):"), rows)
+
+
 def part_methods():
     """README: a row per method of methods.json, folded by family."""
     groups = {}
-    for row in json.loads((ROOT / "benchmarks" / "methods.json").read_text()):
+    for row in json.loads(METHODS.read_text()):
         name, (file, _, test) = row["name"], row["test"].partition("::")
         name = f"[{name}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else name
         cells = [name, f"`{row['command']}`", f"`{row['formula']}`", f"[`{test}`]({file})", ("no", "yes")[row["trl"]]]
@@ -158,10 +169,8 @@ def part_methods():
 
 def script_flags(path):
     """{flag or alias: default} of a script's Args, read from its text."""
-    tree = ast.parse((ROOT / path).read_text())
-    fields = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
-    found = {}
-    for field in fields:
+    text, found = (ROOT / path).read_text().partition("\nclass Args:\n")[2].partition("\n\n\n")[0], {}
+    for field in ast.parse(f"class Args:\n{text}").body[0].body:
         found[field.target.id] = value = ast.literal_eval(field.value)
         words = [n.value for n in ast.walk(field.annotation) if isinstance(n, ast.Constant)]
         found |= {w[2:].replace("-", "_"): value for w in words if isinstance(w, str) and w.startswith("--")}
