@@ -34,6 +34,7 @@ CHAT = {"prompt": [ASKED], "completion": [RIGHT], "chosen": [ASKED, RIGHT], "rej
 CHAT |= {"messages": [ASKED, RIGHT], "conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}
 FORMATS = ["text", "messages", "conversations", "prompt", "prompt completion", "chosen rejected"]
 FORMATS += ["prompt chosen rejected", "text label", "messages label", "prompt completion label"]
+MORE = {name: ["--importance_sampling_mode", "token_truncate"] for name in ("grpo", "rloo")}  # with a metric of its own
 MEANT = """
 If that is meant, begin README's changelog with a new version and a line on it, and run python tests/test_contract.py"""
 
@@ -143,7 +144,7 @@ def contract(name):
     with tempfile.TemporaryDirectory() as folder:
         tmp, out = Path(folder), Path(folder) / "run"
         few = "--max_steps", "3", "--save_every", "2", "--eval_every", "2", "--eval_rows", "4", "--batch_size", "4"
-        train(name, out, *few)
+        train(name, out, *few, *MORE.get(name, []))
         rewards = {key: list(inspect.signature(f).parameters) for key, f in getattr(module, "BUILT_IN", {}).items()}
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         metrics = {re.sub(r"@\d+", "@k", key) for line in lines for key in line}
