@@ -9,7 +9,9 @@ picture carries a digest of the numbers that it shows, so that checking it takes
 """
 
 import argparse
+import ast
 import difflib
+import fnmatch
 import hashlib
 import importlib.util
 import json
@@ -21,6 +23,7 @@ from statistics import mean, median, mode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+METHODS = ROOT / "benchmarks" / "methods.json"
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ORDER = ["sft", "dpo", "reward", "kto", "grpo", "rloo"]  # scripts in reading order; others come after these
@@ -92,8 +95,19 @@ def versions(run):
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
+def folded(summary, text):
+    """A part that is opened by a click. Markdown needs the blank lines."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n</details>\n"
+
+
+SCRIPTS_FOOT = """Changed lines count both sides, without the script's docstring, blank lines and the new name of the
+loss function. What is not listed under "what differs" is the parent's text.
+"""
+
+
 def part_scripts():
-    return module(ROOT / "tests" / "test_copies.py").table(ROOT) + "\n"
+    rows = module(ROOT / "tests" / "test_copies.py").table(ROOT)
+    return folded("The scripts as a tree: parent, changed lines, what differs", f"{rows}\n\n{SCRIPTS_FOOT}")
 
 
 def part_diff():
@@ -106,6 +120,127 @@ def part_diff():
         sft, dpo = (re.sub(r' +""".*?"""\n', "", match[1], flags=re.S).splitlines() for match in found)
         hunks.append("".join(f"{line.rstrip()}\n" for line in [*difflib.unified_diff(sft, dpo, n=99, lineterm="")][3:]))
     return "```diff\n" + "\n".join(hunks) + "```\n"
+
+
+def part_rloo_diff():
+    """How rloo.py differs from grpo.py: all of it but the docstring."""
+    grpo, rloo = ((ROOT / "methods" / name).read_text().split('"""\n', 2)[2] for name in ("grpo.py", "rloo.py"))
+    hunks = [*difflib.unified_diff(grpo.splitlines(), rloo.splitlines(), n=1, lineterm="")][2:]
+    text = "".join(f"{re.sub('^@@.*', '@@', line).rstrip()}\n" for line in hunks)
+    summary = "RLOO against GRPO: all of <code>methods/rloo.py</code> that differs from <code>methods/grpo.py</code>"
+    return folded(summary, f"```diff\n{text}```\n")
+
+
+FAMILIES = {
+    "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
+}  # by the first script of methods/ among a script and its parents
+
+
+def family(path):
+    """methods/experimental/dpo_batch.py -> dpo"""
+    while Path(path).parent.name == "experimental":
+        path = re.search(r"^Parent: (\S+)", (ROOT / path).read_text(), re.M)[1]
+    return Path(path).stem
+
+
+def part_families():
+    """README: what each script of methods/ does, by its docstring, and how many methods its family has."""
+    rows, found = [], [family(row["command"].split()[0]) for row in json.loads(METHODS.read_text())]
+    for script, title in FAMILIES.items():
+        path = f"methods/{script}.py"
+        _, _, what = (ROOT / path).read_text().splitlines()[1].partition(": ")
+        rows.append([f"[`{path}`]({path})", f"{title}: {what}", found.count(script)])
+    return table(("script", "what it does", "[methods](#methods):"), rows)
+
+
+def part_methods():
+    """README: a row per method of methods.json, folded by family."""
+    groups = {}
+    for row in json.loads(METHODS.read_text()):
+        name, (file, _, test) = row["name"], row["test"].partition("::")
+        name = f"[{name}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else name
+        cells = [name, f"`{row['command']}`", f"`{row['formula']}`", f"[`{test}`]({file})", ("no", "yes")[row["trl"]]]
+        groups.setdefault(family(row["command"].split()[0]), []).append((row["row"], cells))
+    head, text = ("method", "script and flags", "formula", "test", "TRL 1.16"), ""
+    for script, title in FAMILIES.items():
+        if rows := [cells for _, cells in sorted(groups.pop(script, []))]:
+            new = sum(cells[-1] == "no" for cells in rows)
+            summary = f"{title}: {len(rows)} method{'s' * (len(rows) > 1)}" + f", {new} not in TRL 1.16" * (new > 0)
+            text += folded(summary, table(head, rows)) + "\n"
+    assert not groups, f"no family for {sorted(groups)}"
+    return text
+
+
+def script_flags(path):
+    """{flag or alias: default} of a script's Args, read from its text."""
+    text, found = (ROOT / path).read_text().partition("\nclass Args:\n")[2].partition("\n\n\n")[0], {}
+    for field in ast.parse(f"class Args:\n{text}").body[0].body:
+        found[field.target.id] = value = ast.literal_eval(field.value)
+        words = [n.value for n in ast.walk(field.annotation) if isinstance(n, ast.Constant)]
+        found |= {w[2:].replace("-", "_"): value for w in words if isinstance(w, str) and w.startswith("--")}
+    return found
+
+
+LEFT_OUT = {  # fields of TRL's configs that have no row in README's table: not here, as long as no script has the name
+    "sft": "loss_type router_aux_loss_coef",
+    "dpo": "router_aux_loss_coef",
+    "kto": "router_aux_loss_coef",
+    "grpo": "router_aux_loss_coef top_entropy_quantile use_adaptive_entropy entropy_coef_min entropy_coef_max "
+            "entropy_coef_delta entropy_target",
+    "rloo": "router_aux_loss_coef",
+}  # fmt: skip
+ALL = "TrainingArguments"  # fields that every trainer of TRL has
+
+
+def trl_names():
+    """-> {script or ALL: {field of TRL's configs: (where, default here, TRL's)}}. where: "table", a script with a flag
+    or alias of that name, "left out", or "" where nobody has said anything. Of ALL, what six scripts have."""
+    configs = json.loads((ROOT / "tests" / "fixtures" / "trl_configs.json").read_text())
+    section = PAGES[0].read_text().partition("\n## Coming from TRL\n")[2].partition("\n## ")[0]
+    table = re.findall(r"`([\w*]+)`", " ".join(re.findall(r"^\| ([^|]*) \|", section, re.M)))
+    scripts = {f"methods/{name}.py": script_flags(f"methods/{name}.py") for name in FAMILIES}
+    children = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "methods" / "experimental").glob("*.py"))
+    names = {ALL: {}} | {script: {} for script in FAMILIES}
+    for script, found in names.items():
+        own = scripts if script == ALL else {f"methods/{script}.py": scripts[f"methods/{script}.py"]}
+        more = {path: script_flags(path) for path in children if script == family(path)}
+        for field, theirs in configs[script].items():
+            places = [path for path, flags in (own | more).items() if field in flags]
+            if script == ALL and not set(scripts) <= set(places) or script != ALL and field in names[ALL]:
+                places = []  # not in all six, or said of all six
+            if any(fnmatch.fnmatch(field, pattern) for pattern in table):
+                found[field] = "table", None, theirs
+            elif places:
+                found[field] = places[0], (own | more)[places[0]][field], theirs
+            elif script != ALL and field not in names[ALL]:
+                found[field] = "left out" * (field in LEFT_OUT.get(script, "").split()), None, theirs
+    return names
+
+
+def part_trl_names():
+    """README: names that are TRL's, a line per script. A default is written where it is another one."""
+    names, none, text = trl_names(), (None, "", (), "{}", 0), ""
+    for script, found in names.items():
+        listed = {}
+        for field, (where, ours, theirs) in sorted(found.items()):
+            same = list(ours) == theirs if isinstance(ours, tuple) else ours == theirs
+            if script == ALL or same or theirs is None and ours in none:
+                words = f"`--{field}`"
+            else:
+                shown = " ".join(map(str, ours)) if isinstance(ours, tuple) else str(ours).lower()
+                words = f"`--{field}` {shown} ({str(theirs).lower()})"
+            if where.startswith("methods/"):
+                listed.setdefault(where, []).append(words)
+        for where, words in listed.items():
+            title = "all six" if script == ALL else f"`{where}`"
+            text += f"- {title}: {', '.join(words)}\n"
+    missing = {}
+    for script, found in names.items():
+        for field, (where, _, _) in found.items():
+            if where == "left out":
+                missing.setdefault(field, []).append(script)
+    words = (f"`{field}`" + f" ({', '.join(where)})" * (len(where) < 5) for field, where in sorted(missing.items()))
+    return text + (f"- not here: {', '.join(words)}\n" if missing else "")
 
 
 def part_tiny():
@@ -718,14 +853,17 @@ def draw(path):
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
+def stale_pages(names=tuple(PARTS)):
+    """-> the text of pages as it should be, by path, where one of the parts `names` is not current."""
+    pages = {page: page.read_text() for page in PAGES}
+    new = {page: PART.sub(lambda m: m[1] + (PARTS[m[2]]() + m[3] if m[2] in names else m[0][len(m[1]) :]), text)
+           for page, text in pages.items()}
+    return {page: text for page, text in new.items() if text != pages[page]}
+
+
 def stale():
     """-> what is not current: the pages' text as it should be, by path, and pictures."""
-    wrong = {}
-    for page in PAGES:
-        text = page.read_text()
-        new = PART.sub(lambda m: m[1] + PARTS[m[2]]() + m[3], text)
-        if new != text:
-            wrong[page] = new
+    wrong = stale_pages()
     for name, (numbers, _) in PICTURES.items():
         path, shown = RESULTS / name, numbers()
         if shown and (not path.is_file() or digest(shown).encode() not in path.read_bytes()):

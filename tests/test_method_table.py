@@ -1,8 +1,12 @@
 """benchmarks/methods.json, from which the table of methods is made: every row names a command that its script accepts
-and a test that exists. One object per line, so that rows from several hands merge."""
+and a test that exists. One object per line, so that rows from several hands merge.
+
+    python tests/test_method_table.py     write README's table
+"""
 import ast
 import json
 import re
+import runpy
 import shlex
 
 import pytest
@@ -35,3 +39,26 @@ def test_row(row):
     file, _, test = row["test"].partition("::")
     functions = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
     assert test.partition("[")[0] in functions, row["test"]
+
+
+def plots():
+    return runpy.run_path(str(ROOT / "benchmarks" / "plots.py"))
+
+
+def test_the_table_of_readme_is_current():
+    assert not plots()["stale_pages"](["methods"]), "README's method table: python tests/test_method_table.py"
+
+
+def test_every_row_is_in_a_family_and_counted():
+    text = plots()["part_methods"]()
+    assert len(re.findall(r"^\| (?!method \||---)", text, re.M)) == len(ROWS)
+    assert sum(map(int, re.findall(r"<summary>[^<]*?: (\d+) method", text))) == len(ROWS)
+    for row in ROWS:
+        assert f"`{row['command']}`" in text and f"`{row['formula']}`" in text
+    assert "</summary>\n\n|" in text and "|\n\n</details>\n" in text  # or GitHub shows no table
+
+
+if __name__ == "__main__":
+    for path, text in plots()["stale_pages"](["methods"]).items():
+        path.write_text(text)
+        print(f"{path.relative_to(ROOT)} written")
