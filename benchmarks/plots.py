@@ -194,7 +194,7 @@ ALL = "TrainingArguments"  # fields that every trainer of TRL has
 
 def trl_names():
     """-> {script or ALL: {field of TRL's configs: (where, default here, TRL's)}}. where: "table", a script with a flag
-    or alias of that name, "left out", or "" where nobody has said anything. Of ALL, what six scripts have."""
+    or alias of that name, "left out", or "" where nobody has said anything. Of ALL: what six scripts have."""
     configs = json.loads((ROOT / "tests" / "fixtures" / "trl_configs.json").read_text())
     section = PAGES[0].read_text().partition("\n## Coming from TRL\n")[2].partition("\n## ")[0]
     table = re.findall(r"`([\w*]+)`", " ".join(re.findall(r"^\| ([^|]*) \|", section, re.M)))
@@ -204,15 +204,15 @@ def trl_names():
     for script, found in names.items():
         own = scripts if script == ALL else {f"methods/{script}.py": scripts[f"methods/{script}.py"]}
         more = {path: script_flags(path) for path in children if script == family(path)}
-        for field, theirs in configs[script].items():
+        for field, theirs in (configs[ALL] | configs[script]).items():
             places = [path for path, flags in (own | more).items() if field in flags]
             if script == ALL and not set(scripts) <= set(places) or script != ALL and field in names[ALL]:
-                places = []  # not in all six, or said of all six
+                continue  # not in all six, or said of all six
             if any(fnmatch.fnmatch(field, pattern) for pattern in table):
                 found[field] = "table", None, theirs
             elif places:
                 found[field] = places[0], (own | more)[places[0]][field], theirs
-            elif script != ALL and field not in names[ALL]:
+            elif field in configs[script]:
                 found[field] = "left out" * (field in LEFT_OUT.get(script, "").split()), None, theirs
     return names
 
