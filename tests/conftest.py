@@ -37,6 +37,8 @@ STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same t
 # Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
 # visits every branch that splits, saves or resumes (grpo: two optimizer steps from each of two prompts' halves of a
 # rollout, twice; a reference). `micro`: a token budget so small that every row, and half of every group, stands alone.
+ONLINE = ["--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
+          "--max_completion_length", "40", "--eval_samples", "2", "--temperature", "1.2"]  # fmt: skip
 FAST = {
     "sft": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "1e-4"]},
     "dpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "8e-5"]},
@@ -47,12 +49,15 @@ FAST = {
     "reward": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "1e-4"]},
     # a seed with which each of their steps has rows of both labels: metrics of a label that is absent are null
     "kto": {"data": "labelled", "micro": 90, "flags": ["--learning_rate", "8e-5", "--beta", "1", "--seed", "15"]},
-    "grpo": {"data": "prompts", "micro": 90, "flags": [
-        "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
-        "--max_completion_length", "40", "--beta", "0.01", "--eval_samples", "2", "--temperature", "1.2"]},
-    "rloo": {"data": "prompts", "micro": 90, "flags": [
-        "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
-        "--max_completion_length", "40", "--eval_samples", "2", "--temperature", "1.2", "--normalize_advantages"]},
+    "grpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--beta", "0.01"]},
+    "rloo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--normalize_advantages"]},
+    "experimental/grpo_sequence": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--loss_type", "luspo", "--importance_sampling_level", "sequence",
+        "--off_policy_mask_threshold", "0.002"]},
+    "experimental/grpo_token": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--sapo_temperature_neg", "2"]},
+    "experimental/dppo": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--divergence_type", "binary_kl", "--epsilon", "1e-4"]},
+    "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": ONLINE},
 }  # fmt: skip
 
 

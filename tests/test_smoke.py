@@ -55,6 +55,8 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
     ),
 }  # fmt: skip
 METRICS["rloo"] = METRICS["grpo"]
+PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
+METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo")}
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
@@ -63,8 +65,7 @@ EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "experimental/dpo_batch": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "kto": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
-    "grpo": ["samples.jsonl"],
-    "rloo": ["samples.jsonl"],
+    **{name: ["samples.jsonl"] for name in METRICS if "perf/rollout_seconds" in METRICS[name][0]},
 }
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
 RUN |= {"seconds", "save_seconds"}
