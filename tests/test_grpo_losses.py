@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, read_jsonl, script, train
+from conftest import ROOT, read_jsonl, script, tiny_rows, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-STEMS = ("grpo", "grpo_sequence", "grpo_token", "dppo", "gdpo")
+STEMS = ("grpo", "grpo_sequence", "grpo_token", "dppo", "gdpo", "dapo", "grpo_entropy")
 MODULES = {stem: script(stem if stem == "grpo" else f"experimental/{stem}") for stem in STEMS}
-grpo, gdpo = MODULES["grpo"], MODULES["gdpo"]
+grpo, gdpo, entropic = MODULES["grpo"], MODULES["gdpo"], MODULES["grpo_entropy"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 # Ten tokens in four sequences of 3, 1, 4 and 2; advantages of both signs; ratios inside and outside of every clip.
 SEQ = (0, 0, 0, 1, 2, 2, 2, 2, 3, 3)
@@ -52,7 +52,7 @@ def flags(stem="grpo", **more):
 
 def computed(logprobs=NEW, advantages=ADVANTAGES, ref=None, seq=SEQ, old=OLD, sampler=SAMPLER, counts=None, stem="grpo",
              **more):
-    """STEM_loss -> loss, d loss / d logprobs, metrics."""
+    """STEM_loss -> loss, d loss / d logprobs, metrics. grpo_entropy's has tests of its own."""
     f64 = lambda values: None if values is None else torch.tensor(values, dtype=torch.float64)  # noqa: E731
     logprobs, counts = f64(logprobs).requires_grad_(), counts or (len(seq), len(advantages))
     others = f64(old), f64(ref), f64(sampler), f64(advantages), torch.tensor(seq)
@@ -88,6 +88,63 @@ def test_a_step_whose_completions_are_all_cut(tmp_path):
     steps = read_jsonl(tmp_path / "metrics.jsonl")
     found = [[line[key] for key in ("truncated_frac", "num_tokens", "loss", "grad_norm")] for line in steps]
     assert found == [[1, 0, 0, 0]] * 2
+
+
+def dapo_rows(used, size, rounds, count, seed):
+    """Dynamic sampling, row by row: odd rows have a signal. -> rows sampled, rows of the rollout."""
+    sampled, kept = [], []
+    for _ in range(rounds):
+        drawn = grpo.order(count, seed, used + len(sampled), size - len(kept))
+        sampled, kept = sampled + drawn, kept + [row for row in drawn if row % 2]
+        if len(kept) == size:
+            break
+    return sampled, (kept + [row for row in sampled if row % 2 == 0])[:size]
+
+
+@pytest.mark.parametrize("rounds", (2, 9))
+def test_dynamic_sampling(rounds, tmp_path):
+    """Rows 1, 3, 5, ... have a signal, row 0 has no rewards at all: what is trained on, and what is said of all that
+    was sampled, on two ranks. Two rounds do not suffice for six groups; nine do."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i}) + "\n" for i in range(10)))
+
+    def patch(module):
+        def parity(prompts, completions, answer, **_):
+            return [None if a == 0 else float(k % 2) if a % 2 else 1.0 for k, a in enumerate(answer)]
+
+        module.BUILT_IN["accuracy"] = parity
+
+    train("experimental/dapo", tmp_path / "run", "--dataset", data, "--eval_dataset", "", "--max_steps", 4,
+          "--num_iterations", 1, "--batch_size", 3, "--sampling_rounds", rounds, "--allow", "GRPO003", "GRPO002",
+          patch=patch, world=2)  # fmt: skip
+    steps, samples = read_jsonl(tmp_path / "run" / "metrics.jsonl"), read_jsonl(tmp_path / "run" / "samples.jsonl")
+    used, trained, filled = 0, [], []
+    for line in steps[::2]:
+        sampled, kept = dapo_rows(used, 6, rounds, 10, 42)
+        used += len(sampled)
+        trained += kept
+        filled += [row for row in kept if row % 2 == 0]
+        silent, lost = (sum(map(test, sampled)) for test in (lambda row: row % 2 == 0, lambda row: row == 0))
+        wanted = {"num_prompts": len(sampled), "epoch": used / 10, "silent_frac": silent / len(sampled)}
+        wanted |= {"no_reward_frac": lost / len(sampled)}
+        wanted |= {"reward": (silent - lost + (len(sampled) - silent) / 2) / (len(sampled) - lost)}
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted)
+    assert [sample["row"] for sample in samples[::4]] == trained and len(trained) == 12
+    assert bool(filled) == (rounds == 2)
+    again = [s["completion"] for s in samples]  # a row that comes twice is sampled twice
+    assert len({*again}) > 4 * len({*trained}) / 2
+
+
+def test_entropy_control_over_steps(tmp_path):
+    """Each step's coefficient follows from the entropies before it, and its bonus from its own: Skywork-OR1."""
+    train("experimental/grpo_entropy", tmp_path / "run", "--max_steps", 6, "--eval_dataset", "", "--batch_size", 5,
+          "--dataset", tiny_rows("experimental/grpo_entropy", tmp_path / "rows.jsonl", 15), world=2)  # fmt: skip
+    steps, kept = read_jsonl(tmp_path / "run" / "metrics.jsonl"), 0.01
+    low = [line["entropy"] <= 0.035 for line in steps]
+    for line, below in zip(steps, low):
+        assert line["entropy_coef"] == pytest.approx(kept if below else 0.0)
+        kept = min(max(kept + (0.005 if below else -0.005), 0.0), 1.0)
+    assert {*low} == {True, False}  # or this shows nothing
 
 
 # ---- the formulas --------------------------------------------------------------------------------
@@ -365,6 +422,61 @@ def test_unbiased_kl_has_the_gradient_of_the_kl():
         assert torch.allclose(got, wanted, **TIGHT) == unbiased
 
 
+# ---- entropy -------------------------------------------------------------------------------------
+
+
+def entropy_loss(threshold=-math.inf, coef=0.0, **more):
+    f64 = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    logprobs, entropy = f64(NEW).requires_grad_(), f64(ENTROPY).requires_grad_()
+    others = f64(OLD), f64(REF) if more.get("beta") else None, f64(SAMPLER), f64(ADVANTAGES), torch.tensor(SEQ), 10, 4
+    args = flags("grpo_entropy", **more)
+    loss, _ = entropic.grpo_entropy_loss(logprobs, *others, args, entropy, threshold, coef)
+    loss.backward()
+    return loss.item(), logprobs.grad.tolist(), entropy.grad.tolist()
+
+
+@pytest.mark.parametrize("loss_type", ("dapo", "grpo"))
+def test_entropy_bonus(loss_type):
+    """The mean over all tokens, whatever the norm of the rest."""
+    plain, got = computed(loss_type=loss_type), entropy_loss(loss_type=loss_type, coef=0.3)
+    assert got[0] == pytest.approx(plain[0] - 0.3 * sum(ENTROPY) / 10, rel=1e-9)
+    assert got[1] == plain[1] and got[2] == pytest.approx([-0.03] * 10)
+
+
+@pytest.mark.parametrize("loss_type, norm", (("dapo", token_mean()), ("grpo", sequence_mean())))
+def test_only_high_entropy_tokens_earn(loss_type, norm):
+    """The five highest of ten: the others have weight 0, in the same denominators. The KL is everybody's."""
+    threshold = entropic.entropy_threshold(torch.tensor(ENTROPY), 0.5)  # 1 + floor(4.5)
+    high = [e >= 0.7 for e in ENTROPY]
+    assert sum(high) == 5 and threshold == pytest.approx(0.6)
+    wanted = clipped_tokens([w * h for w, h in zip(norm, high)])
+    got = entropy_loss(threshold, loss_type=loss_type)
+    assert got[0] == pytest.approx(wanted[0], abs=1e-7) and got[1] == pytest.approx(wanted[1], rel=1e-6, abs=1e-9)
+    kl = computed(advantages=(0.0,) * 4, ref=REF, beta=0.3, loss_type=loss_type)
+    both = entropy_loss(threshold, loss_type=loss_type, beta=0.3)
+    assert both[1] == pytest.approx([a + b for a, b in zip(got[1], kl[1])], rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 5), min_size=2, max_size=40, unique_by=lambda x: round(x, 3)), st.integers(1, 8))
+def test_as_many_as_the_quantile_leaves(entropy, eighths):
+    entropy, share = torch.tensor(entropy, dtype=torch.float64), eighths / 8
+    kept = entropy >= entropic.entropy_threshold(entropy, share)
+    assert kept.tolist() == (entropy >= entropy.quantile(1 - share)).tolist()
+
+
+def test_entropy_of_a_step_without_tokens():
+    assert entropic.entropy_threshold(torch.zeros(0), 0.2) == -math.inf
+
+
+def test_entropy_control():
+    args = flags("grpo_entropy", entropy_coef=0.01, entropy_coef_max=0.02, entropy_coef_delta=0.008)  # target 0.2
+    cases = {(0.01, 0.1): (0.01, 0.018), (0.01, 0.2): (0.01, 0.018), (0.01, 0.3): (0, 0.002)}
+    cases |= {(0.018, 0.1): (0.018, 0.02), (0.002, 0.3): (0, 0)}  # the ends
+    for (coef, entropy), wanted in cases.items():
+        assert entropic.control_entropy(coef, entropy, args) == pytest.approx(wanted)
+
+
 # ---- TRL -----------------------------------------------------------------------------------------
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "trl_grpo.json").read_text())
@@ -386,18 +498,19 @@ def test_equals_trl(case):
     """Loss and gradients of TRL's own code (benchmarks/trl_grpo_fixtures.py) on the same log-probs. TRL's steps are the
     same in float64 but for our float32 normaliser by integer lengths."""
     stem, more = home(case["flags"])
-    if stem == "grpo_entropy":
-        pytest.skip("to come")
     module = MODULES.get(stem) or script(stem)
     f64 = lambda name: torch.tensor(FIXTURE[name], dtype=torch.float64)  # noqa: E731
     seq = torch.arange(len(FIXTURE["lengths"])).repeat_interleave(torch.tensor(FIXTURE["lengths"]))
     args = replace(module.Args(), max_completion_length=FIXTURE["max_completion_length"], **more)
-    logprobs, advantages = f64("new").requires_grad_(), f64("advantages")
+    logprobs, entropy, advantages = f64("new").requires_grad_(), f64("entropy").requires_grad_(), f64("advantages")
     given = f64("old"), f64("ref") if args.beta else None, f64("sampler"), advantages, seq, len(seq), len(advantages)
-    loss, _ = getattr(module, f"{stem}_loss")(logprobs, *given, args)
+    more = (entropy, -math.inf, args.entropy_coef) if stem == "grpo_entropy" else ()
+    loss, _ = getattr(module, f"{stem}_loss")(logprobs, *given, args, *more)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-6, abs=1e-7)
     assert logprobs.grad.tolist() == pytest.approx(case["gradient"], rel=1e-6, abs=1e-8)
+    by_entropy = torch.zeros_like(logprobs) if entropy.grad is None else entropy.grad
+    assert by_entropy.tolist() == pytest.approx(case["entropy_gradient"], rel=1e-6)
 
 
 def test_trl_has_cases_of_every_loss_type():
@@ -462,6 +575,9 @@ def test_gdpo_does_not_see_constants(run, rewards, shift):
     ("grpo_token", {"sapo_temperature_neg": 0.0}, "--sapo_temperature_pos"),
     ("dppo", {"importance_sampling_mode": "token_mask"}, "--importance_sampling_mode"),
     ("gdpo", {"reward": ("accuracy",)}, "--reward"),
+    ("grpo_entropy", {"top_entropy_quantile": 1.0}, "--entropy_coef"),
+    ("grpo_entropy", {"top_entropy_quantile": 0.0}, "--top_entropy_quantile"),
+    ("grpo_entropy", {"entropy_coef": 2.0}, "--entropy_coef_max"),
 ), ids=str)  # fmt: skip
 def test_flags_without_a_meaning(stem, more, flag):
     with pytest.raises(MODULES[stem].InputError, match=flag):

@@ -57,6 +57,16 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
 METRICS["rloo"] = METRICS["grpo"]
 PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
 METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo")}
+
+
+def more_keys(before, *keys):
+    """The metrics of grpo.py with others in front of one of them."""
+    at = PLAIN[0].index(before)
+    return [*PLAIN[0][:at], *keys, *PLAIN[0][at:]], PLAIN[1]
+
+
+METRICS["experimental/dapo"] = more_keys("completion_len", "num_prompts", "epoch")
+METRICS["experimental/grpo_entropy"] = more_keys("perf/rollout_seconds", "entropy_coef")
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
