@@ -28,7 +28,7 @@ CASES = [
     *({"loss_type": name, "epsilon": 0.05} | SEQUENCE for name in ("grpo", "luspo")),
     {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0},
     {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 1.5, "vespo_k_neg": 2.5, "vespo_lambda_neg": 0.5},
-    *({"loss_type": name, "off_policy_mask_threshold": 0.1} for name in ("dapo", "sapo", "vespo")),
+    *({"loss_type": name, "off_policy_mask_threshold": 0.1} for name in ("dapo", "vespo")),
     {"loss_type": "cispo", "epsilon_high": 3.0, "off_policy_mask_threshold": 0.1},
     *({"loss_type": name, "beta": 0.3} for name in ("grpo", "dapo", "dr_grpo", "sapo", "gmpo")),
     *({"loss_type": name, "beta": 0.3, "use_bias_correction_kl": True} for name in ("grpo", "dapo")),

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_copies import load
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 torch.set_num_threads(1)  # two cores are shared by up to four ranks, and a fork does not survive an OpenMP pool
@@ -32,11 +33,24 @@ METHODS = ROOT / "methods"
 SCRIPTS = sorted(str(p.relative_to(METHODS).with_suffix("")) for p in METHODS.rglob("*.py"))  # sft, experimental/ppo
 TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so more is a hang
 
+
+def changes_the_loop(name):
+    """Does a script's Delta name anything but its flags and what stands under the banner `loss`?"""
+    own = load(ROOT)[f"methods/{name}.py"]
+    blocks = [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
+    return own.parent == "none" or any(b != "Args.method" and own.banner_of.get(b) != "loss" for b in blocks)
+
+
+# Where only flags and loss differ, the loop is the parent's byte for byte (test_copies): one cut of a step, one chain
+# of kills and the smoke test show that the loss fits it; the other cases would only test the parent again.
+LOOPS = [name for name in SCRIPTS if changes_the_loop(name)]
 STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same text in all (test_copies), and slow
 
 # Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
 # visits every branch that splits, saves or resumes (grpo: two optimizer steps from each of two prompts' halves of a
 # rollout, twice; a reference). `micro`: a token budget so small that every row, and half of every group, stands alone.
+ONLINE = ["--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
+          "--max_completion_length", "40", "--eval_samples", "2", "--temperature", "1.2"]  # fmt: skip
 FAST = {
     "sft": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "1e-4"]},
     "experimental/neftune": {"data": "demonstrations", "micro": 60, "flags": ["--learning_rate", "2e-4"]},
@@ -53,12 +67,19 @@ FAST = {
     "reward": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "1e-4"]},
     # a seed with which each of their steps has rows of both labels: metrics of a label that is absent are null
     "kto": {"data": "labelled", "micro": 90, "flags": ["--learning_rate", "8e-5", "--beta", "1", "--seed", "15"]},
-    "grpo": {"data": "prompts", "micro": 90, "flags": [
-        "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
-        "--max_completion_length", "40", "--beta", "0.01", "--eval_samples", "2", "--temperature", "1.2"]},
-    "rloo": {"data": "prompts", "micro": 90, "flags": [
-        "--learning_rate", "5e-5", "--num_generations", "4", "--steps_per_generation", "2", "--num_iterations", "2",
-        "--max_completion_length", "40", "--eval_samples", "2", "--temperature", "1.2", "--normalize_advantages"]},
+    "grpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--beta", "0.01"]},
+    "rloo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--normalize_advantages"]},
+    "experimental/grpo_sequence": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--loss_type", "luspo", "--importance_sampling_level", "sequence",
+        "--off_policy_mask_threshold", "0.002"]},
+    "experimental/grpo_token": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--sapo_temperature_neg", "2"]},
+    "experimental/dppo": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--divergence_type", "binary_kl", "--epsilon", "1e-4"]},
+    "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": ONLINE},
+    "experimental/dapo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--sampling_rounds", "3"]},
+    "experimental/grpo_entropy": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--top_entropy_quantile", "0.2", "--entropy_coef", "0.01", "--use_adaptive_entropy",
+        "--entropy_target", "0.035"]},
 }  # fmt: skip
 
 

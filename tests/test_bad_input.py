@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows, try_train
+from conftest import LOOPS, ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows, try_train
 
 
 def leave(name, *flags, patch=None, limit=60):
@@ -105,7 +105,7 @@ def write_rows(folder, *rows):
 # ---- flags ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("flags, needles", (
     (["--learning_rat", "3"], ["--learning_rat", "--learning-rate"]),  # the nearest one is named
     (["--max_legnth", "3"], ["--max_legnth", "--max-length"]),
@@ -638,7 +638,7 @@ def process(folder, *command):
     return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", LOOPS)
 def test_processes_that_fail_on_a_flag(name, tmp_path):
     """Before the slow imports: in well under the three seconds of a core that torch alone takes."""
     before = children_seconds()

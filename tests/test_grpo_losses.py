@@ -1,4 +1,4 @@
-"""Every policy loss, ratio, mask and penalty of grpo.py against its paper's formula, written out token by token.
+"""Every policy loss, ratio, mask and penalty of grpo.py and its variants against its formula, token by token.
 
 The oracle below works on Python numbers: forward-mode derivatives (a value and its derivative by each log-prob) of the
 formulas as printed, so it shares neither code nor automatic differentiation with what it tests. TIGHT: float64, a dozen
@@ -14,17 +14,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import read_jsonl, script, train
+from conftest import ROOT, read_jsonl, script, tiny_rows, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-grpo = script("grpo")
+STEMS = ("grpo", "grpo_sequence", "grpo_token", "dppo", "gdpo", "dapo", "grpo_entropy")
+MODULES = {stem: script(stem if stem == "grpo" else f"experimental/{stem}") for stem in STEMS}
+grpo, gdpo, entropic = MODULES["grpo"], MODULES["gdpo"], MODULES["grpo_entropy"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 # Ten tokens in four sequences of 3, 1, 4 and 2; advantages of both signs; ratios inside and outside of every clip.
 SEQ = (0, 0, 0, 1, 2, 2, 2, 2, 3, 3)
 MEMBERS = ((0, 1, 2), (3,), (4, 5, 6, 7), (8, 9))
 ADVANTAGES = (1.5, -0.7, -1.1, 0.4)
-OLD = (-0.5, -1.0, -2.5, -0.1, -3.0, -0.7, -1.3, -0.9, -2.0, -0.3)
+OLD = (-0.5, -1.0, -2.5, -0.8, -3.0, -0.7, -2.3, -0.9, -2.0, -0.3)
 STEP = (0.3, -0.4, 0.05, 0.6, -0.5, 0.2, 1.8, -0.02, 0.15, -0.3)  # log pi - log pi_old
 NEW = tuple(o + s for o, s in zip(OLD, STEP))
 SAMPLER = tuple(o + s for o, s in zip(OLD, (0.1, -0.2, 0.05, -1.3, 0.3, 0.4, 0.2, 0.6, -0.1, 0.0)))
@@ -44,40 +46,36 @@ def run():
         dist.destroy_process_group()
 
 
-def flags(**more):
-    return replace(grpo.Args(), max_completion_length=LIMIT, **more)
+def flags(stem="grpo", **more):
+    return replace(MODULES[stem].Args(), max_completion_length=LIMIT, **more)
 
 
-def computed(logprobs=NEW, advantages=ADVANTAGES, ref=None, seq=SEQ, old=OLD, sampler=SAMPLER, counts=None, **more):
-    """grpo_loss -> loss, d loss / d logprobs, d loss / d entropy, metrics."""
+def computed(logprobs=NEW, advantages=ADVANTAGES, ref=None, seq=SEQ, old=OLD, sampler=SAMPLER, counts=None, stem="grpo",
+             **more):
+    """STEM_loss -> loss, d loss / d logprobs, metrics. grpo_entropy's has tests of its own."""
     f64 = lambda values: None if values is None else torch.tensor(values, dtype=torch.float64)  # noqa: E731
-    logprobs, entropy = f64(logprobs).requires_grad_(), f64(ENTROPY[: len(seq)]).requires_grad_()
-    loss, metrics = grpo.grpo_loss(
-        logprobs, f64(old), f64(ref), f64(advantages), torch.tensor(seq), *(counts or (len(seq), len(advantages))),
-        flags(**more), f64(sampler), entropy,
-    )  # fmt: skip
+    logprobs, counts = f64(logprobs).requires_grad_(), counts or (len(seq), len(advantages))
+    others = f64(old), f64(ref), f64(sampler), f64(advantages), torch.tensor(seq)
+    loss, metrics = getattr(MODULES[stem], f"{stem}_loss")(logprobs, *others, *counts, flags(stem, **more))
     loss.backward()
     assert not any(value.requires_grad for value in metrics.values())
-    by_entropy = [0.0] * len(seq) if entropy.grad is None else entropy.grad.tolist()
-    return loss.item(), logprobs.grad.tolist(), by_entropy, metrics
+    return loss.item(), logprobs.grad.tolist(), metrics
 
 
 # First, since it forks: `run` below stays to the end of the file.
 def test_a_run_with_what_sees_the_whole_step(tmp_path):
     """Truncated completions are in no denominator, but in the group's statistics and in what is said of lengths; the
-    sampler's weights are 1 up to rounding on the CPU; every group is computed, since its entropy counts."""
+    sampler's weights are 1 up to rounding on the CPU."""
     train("grpo", tmp_path, "--max_steps", 2, "--eval_rows", 4, "--max_completion_length", 34,
-          "--mask_truncated_completions",
-          "--entropy_coef", 0.01, "--importance_sampling_mode", "sequence_mask", "--off_policy_mask_threshold", 0.5,
-          "--reward", "accuracy", "format", "repetition", "cosine", "soft_overlong", "--soft_punish_cache", 8,
-          "--multi_objective_aggregation", "normalize_then_sum", "--loss_type", "grpo", "--kl_estimator", "k2",
-          "--importance_sampling_level", "sequence", "--use_bias_correction_kl")  # fmt: skip
+          "--mask_truncated_completions", "--importance_sampling_mode", "sequence_mask", "--loss_type", "grpo",
+          "--reward", "accuracy", "format", ROOT / "benchmarks" / "length_rewards.py:soft_overlong",
+          "--kl_estimator", "k2", "--importance_sampling_level", "sequence", "--use_bias_correction_kl")  # fmt: skip
     steps, samples = read_jsonl(tmp_path / "metrics.jsonl"), read_jsonl(tmp_path / "samples.jsonl")
     first = next(line for line in steps if "loss" in line)
     assert 0 < first["truncated_frac"] < 0.95 and first["sampler_weight"] == pytest.approx(1, abs=1e-4)
-    assert len(samples[0]["parts"]) == 5
+    assert len(samples[0]["parts"]) == 3
     assert first["num_tokens"] < first["completion_len"] * 16 * 4
-    penalties = [s["parts"][4] for s in samples if s["stop"] == "length"]
+    penalties = [s["parts"][2] for s in samples if s["stop"] == "length"]
     assert penalties and {*penalties} == {-1.0}
     assert abs(sum(s["advantage"] for s in samples)) < 1e-6
     assert all(math.isfinite(line["loss"]) for line in steps if "loss" in line)
@@ -90,6 +88,63 @@ def test_a_step_whose_completions_are_all_cut(tmp_path):
     steps = read_jsonl(tmp_path / "metrics.jsonl")
     found = [[line[key] for key in ("truncated_frac", "num_tokens", "loss", "grad_norm")] for line in steps]
     assert found == [[1, 0, 0, 0]] * 2
+
+
+def dapo_rows(used, size, rounds, count, seed):
+    """Dynamic sampling, row by row: odd rows have a signal. -> rows sampled, rows of the rollout."""
+    sampled, kept = [], []
+    for _ in range(rounds):
+        drawn = grpo.order(count, seed, used + len(sampled), size - len(kept))
+        sampled, kept = sampled + drawn, kept + [row for row in drawn if row % 2]
+        if len(kept) == size:
+            break
+    return sampled, (kept + [row for row in sampled if row % 2 == 0])[:size]
+
+
+@pytest.mark.parametrize("rounds", (2, 9))
+def test_dynamic_sampling(rounds, tmp_path):
+    """Rows 1, 3, 5, ... have a signal, row 0 has no rewards at all: what is trained on, and what is said of all that
+    was sampled, on two ranks. Two rounds do not suffice for six groups; nine do."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": i}) + "\n" for i in range(10)))
+
+    def patch(module):
+        def parity(prompts, completions, answer, **_):
+            return [None if a == 0 else float(k % 2) if a % 2 else 1.0 for k, a in enumerate(answer)]
+
+        module.BUILT_IN["accuracy"] = parity
+
+    train("experimental/dapo", tmp_path / "run", "--dataset", data, "--eval_dataset", "", "--max_steps", 4,
+          "--num_iterations", 1, "--batch_size", 3, "--sampling_rounds", rounds, "--allow", "GRPO003", "GRPO002",
+          patch=patch, world=2)  # fmt: skip
+    steps, samples = read_jsonl(tmp_path / "run" / "metrics.jsonl"), read_jsonl(tmp_path / "run" / "samples.jsonl")
+    used, trained, filled = 0, [], []
+    for line in steps[::2]:
+        sampled, kept = dapo_rows(used, 6, rounds, 10, 42)
+        used += len(sampled)
+        trained += kept
+        filled += [row for row in kept if row % 2 == 0]
+        silent, lost = (sum(map(test, sampled)) for test in (lambda row: row % 2 == 0, lambda row: row == 0))
+        wanted = {"num_prompts": len(sampled), "epoch": used / 10, "silent_frac": silent / len(sampled)}
+        wanted |= {"no_reward_frac": lost / len(sampled)}
+        wanted |= {"reward": (silent - lost + (len(sampled) - silent) / 2) / (len(sampled) - lost)}
+        assert {key: line[key] for key in wanted} == pytest.approx(wanted)
+    assert [sample["row"] for sample in samples[::4]] == trained and len(trained) == 12
+    assert bool(filled) == (rounds == 2)
+    again = [s["completion"] for s in samples]  # a row that comes twice is sampled twice
+    assert len({*again}) > 4 * len({*trained}) / 2
+
+
+def test_entropy_control_over_steps(tmp_path):
+    """Each step's coefficient follows from the entropies before it, and its bonus from its own: Skywork-OR1."""
+    train("experimental/grpo_entropy", tmp_path / "run", "--max_steps", 6, "--eval_dataset", "", "--batch_size", 5,
+          "--dataset", tiny_rows("experimental/grpo_entropy", tmp_path / "rows.jsonl", 15), world=2)  # fmt: skip
+    steps, kept = read_jsonl(tmp_path / "run" / "metrics.jsonl"), 0.01
+    low = [line["entropy"] <= 0.035 for line in steps]
+    for line, below in zip(steps, low):
+        assert line["entropy_coef"] == pytest.approx(kept if below else 0.0)
+        kept = min(max(kept + (0.005 if below else -0.005), 0.0), 1.0)
+    assert {*low} == {True, False}  # or this shows nothing
 
 
 # ---- the formulas --------------------------------------------------------------------------------
@@ -178,60 +233,88 @@ def gmpo_sequences(low=-0.2, high=0.4):
     return loss, gradient
 
 
+def dppo_tokens(kind, low, high, cap=20.0):
+    """Ratios to the sampler; D of two outcomes, this token or any other."""
+    loss, gradient = 0.0, []
+    for new, mu, s in zip(NEW, map(math.exp, SAMPLER), SEQ):
+        pi, advantage = math.exp(new), ADVANTAGES[s]
+        distance = {"binary_tv": abs(pi - mu),
+                    "binary_kl": mu * math.log(mu / pi) + (1 - mu) * math.log((1 - mu) / (1 - pi))}[kind]  # fmt: skip
+        outside = pi > mu and distance > high if advantage > 0 else pi < mu and distance > low
+        weight = 0.0 if outside else min(pi / mu, cap) * advantage / 10
+        loss, gradient = loss - weight * new, [*gradient, -weight]
+    return loss, gradient
+
+
 SEQUENCE = {"importance_sampling_level": "sequence"}
-LOSSES = {
-    "dapo": (lambda: clipped_tokens(token_mean()), {}),
-    "bnpo": (lambda: clipped_tokens(token_mean()), {"loss_type": "bnpo"}),
-    "grpo": (lambda: clipped_tokens(sequence_mean()), {"loss_type": "grpo"}),
-    "dr_grpo": (lambda: clipped_tokens([1 / 32] * 10), {"loss_type": "dr_grpo"}),
-    "clip higher": (lambda: clipped_tokens(token_mean(), high=1.5), {"epsilon_high": 0.5}),
-    "delta": (lambda: clipped_tokens(token_mean(), delta=1.6), {"delta": 1.6}),
-    "gspo": (lambda: gspo(lambda i: 1 / 4), {"loss_type": "grpo"} | SEQUENCE),
-    "gspo_token": (gspo_token, {"loss_type": "grpo", "importance_sampling_level": "sequence_token"}),
-    "luspo": (lambda: gspo(lambda i: len(MEMBERS[i]) / 4), {"loss_type": "luspo"} | SEQUENCE),
-    "cispo": (cispo_tokens, {"loss_type": "cispo", "epsilon_high": 5.0}),
-    "cispo, capped": (lambda: cispo_tokens(1.3), {"loss_type": "cispo", "epsilon_high": 1.3}),
-    "sapo": (sapo_tokens, {"loss_type": "sapo"}),
-    "vespo": (vespo_tokens, {"loss_type": "vespo"}),
-    "gmpo": (gmpo_sequences, {"loss_type": "gmpo", "epsilon_high": 0.4}),
+LOSSES = {  # name: script, formula, flags
+    "dapo": ("grpo", lambda: clipped_tokens(token_mean()), {}),
+    "grpo": ("grpo", lambda: clipped_tokens(sequence_mean()), {"loss_type": "grpo"}),
+    "dr_grpo": ("grpo", lambda: clipped_tokens([1 / 32] * 10), {"loss_type": "dr_grpo"}),
+    "clip higher": ("grpo", lambda: clipped_tokens(token_mean(), high=1.5), {"epsilon_high": 0.5}),
+    "delta": ("grpo_token", lambda: clipped_tokens(token_mean(), delta=1.6), {"loss_type": "dapo", "delta": 1.6}),
+    "gspo": ("grpo", lambda: gspo(lambda i: 1 / 4), {"loss_type": "grpo"} | SEQUENCE),
+    "gspo_token": ("grpo_sequence", gspo_token, {"loss_type": "grpo", "importance_sampling_level": "sequence_token"}),
+    "luspo": ("grpo_sequence", lambda: gspo(lambda i: len(MEMBERS[i]) / 4), {"loss_type": "luspo"} | SEQUENCE),
+    "cispo": ("grpo", cispo_tokens, {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "cispo, capped": ("grpo", lambda: cispo_tokens(1.3), {"loss_type": "cispo", "epsilon_high": 1.3}),
+    "sapo": ("grpo_token", sapo_tokens, {"loss_type": "sapo"}),
+    "vespo": ("grpo_sequence", vespo_tokens, {"loss_type": "vespo"}),
+    "gmpo": ("grpo_sequence", gmpo_sequences, {"loss_type": "gmpo", "epsilon_high": 0.4}),
+    "binary_tv": ("dppo", lambda: dppo_tokens("binary_tv", 0.05, 0.12), {"epsilon": 0.05, "epsilon_high": 0.12}),
+    "binary_kl": ("dppo", lambda: dppo_tokens("binary_kl", 0.01, 0.04),
+                  {"divergence_type": "binary_kl", "epsilon": 0.01, "epsilon_high": 0.04}),
+    "binary_tv, capped": ("dppo", lambda: dppo_tokens("binary_tv", 0.15, 0.15, 1.3), {"ratio_cap": 1.3}),
 }
+
+
+for child in "grpo_sequence", "grpo_token":  # what they have of grpo.py goes through a surrogate that they changed
+    LOSSES |= {f"{name} in {child}": (child, formula, {"loss_type": "dapo"} | more)
+               for name, (stem, formula, more) in LOSSES.items() if stem == "grpo"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_policy_losses(name):
-    formula, more = LOSSES[name]
+    stem, formula, more = LOSSES[name]
     loss, gradient = formula()
-    got = computed(**more)
+    got = computed(stem=stem, **more)
     assert got[0] == pytest.approx(loss, abs=1e-7)  # a normaliser by integer lengths is float32
     assert got[1] == pytest.approx(gradient, rel=1e-6, abs=1e-9)
     assert any(abs(g) > 1e-3 for g in gradient)
 
 
-def test_every_loss_type_has_a_formula():
-    covered = {more.get("loss_type", "dapo") for _, more in LOSSES.values()}
-    assert covered == set(grpo.Args.__annotations__["loss_type"].__args__) == {*grpo.NORMS, *grpo.SURROGATES}
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_loss_type_has_a_formula(stem):
+    hints = MODULES[stem].Args.__annotations__
+    covered = {more.get("loss_type", "dapo") for _, _, more in LOSSES.values()}
+    assert covered >= set(hints["loss_type"].__args__) == set(MODULES[stem].NORMS)
+    more = [more for owner, _, more in LOSSES.values() if owner == stem]
+    for flag in "importance_sampling_level", "divergence_type":
+        default = getattr(MODULES[stem].Args(), flag, None)
+        assert not more or {m.get(flag, default) for m in more} >= {*getattr(hints.get(flag), "__args__", ())}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_add_up(name):
     """Sequences 0 and 1, then 2 and 3, with the counts of the whole step."""
-    more = LOSSES[name][1] | {"beta": 0.1, "entropy_coef": 0.01, "off_policy_mask_threshold": 0.3}
+    stem, _, more = LOSSES[name]
+    more = more | {"beta": 0.1, "stem": stem} | ({"off_policy_mask_threshold": 0.0} if stem == "grpo_sequence" else {})
     whole = computed(ref=REF, counts=(10, 4), **more)
     first = computed(NEW[:4], ADVANTAGES[:2], REF[:4], SEQ[:4], OLD[:4], SAMPLER[:4], (10, 4), **more)
     later = tuple(s - 2 for s in SEQ[4:])
     second = computed(NEW[4:], ADVANTAGES[2:], REF[4:], later, OLD[4:], SAMPLER[4:], (10, 4), **more)
-    entropy = 0.01 * (sum(ENTROPY[4:]) - sum(ENTROPY[:6])) / 10  # the second call was given the first six numbers
-    assert first[0] + second[0] - entropy == pytest.approx(whole[0], rel=1e-6, abs=1e-9)
+    assert first[0] + second[0] == pytest.approx(whole[0], rel=1e-6, abs=1e-9)
     assert first[1] + second[1] == pytest.approx(whole[1], rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_ratio_of_one_gives_the_gradient_of_reinforce(name):
     """- A times the token's weight, whatever the loss: on-policy all of them are the same method."""
-    norm = dict.fromkeys(("grpo", "gspo", "gspo_token", "sapo", "gmpo"), sequence_mean())
-    norm = (norm | {"dr_grpo": [1 / 32] * 10, "luspo": [1 / 4] * 10}).get(name, token_mean())
-    got = computed(logprobs=OLD, **LOSSES[name][1])[1]
-    assert got == pytest.approx([-ADVANTAGES[s] * w for s, w in zip(SEQ, norm)], rel=1e-6)
+    stem, _, more = LOSSES[name]
+    norm = dict.fromkeys(("grpo", "sapo", "gmpo"), sequence_mean()) | {"dr_grpo": [1 / 32] * 10, "luspo": [1 / 4] * 10}
+    got = computed(logprobs=OLD, sampler=OLD, stem=stem, **more)[1]
+    weights = norm.get(more.get("loss_type", "dapo"), token_mean())
+    assert got == pytest.approx([-ADVANTAGES[s] * w for s, w in zip(SEQ, weights)], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -240,8 +323,9 @@ def test_ratio_of_one_gives_the_gradient_of_reinforce(name):
 def test_order_of_tokens_changes_nothing(name, order):
     moved = ([x[i] for i in order] for x in (NEW, REF, SEQ, OLD, SAMPLER))
     new, ref, seq, old, sampler = moved
-    plain = computed(ref=REF, beta=0.1, importance_sampling_clip_max=1.5, **LOSSES[name][1])
-    got = computed(new, ADVANTAGES, ref, seq, old, sampler, beta=0.1, **LOSSES[name][1])
+    stem, _, more = LOSSES[name]
+    plain = computed(ref=REF, beta=0.1, stem=stem, **more)
+    got = computed(new, ADVANTAGES, ref, seq, old, sampler, beta=0.1, stem=stem, **more)
     assert got[0] == pytest.approx(plain[0], rel=1e-6, abs=1e-9)
     assert got[1] == pytest.approx([plain[1][i] for i in order], rel=1e-6, abs=1e-9)
 
@@ -252,10 +336,11 @@ def test_order_of_tokens_changes_nothing(name, order):
 def test_far_log_ratios_stay_finite_in_float32(name, mode, distance):
     logprobs = torch.full((4,), -60.0 + distance, requires_grad=True)
     old, seq = torch.full((4,), -60.0), torch.tensor([0, 0, 1, 1])
-    more = {"importance_sampling_mode": mode, "beta": 0.1, "use_bias_correction_kl": True}
-    args = flags(**LOSSES[name][1] | more | {"off_policy_mask_threshold": 0.5, "entropy_coef": 0.1})
-    loss, metrics = grpo.grpo_loss(logprobs, old, old, torch.tensor([1.0, -1.0]), seq, 4, 2, args, old - distance,
-                                   torch.ones(4))  # fmt: skip
+    stem, _, more = LOSSES[name]
+    more = more | {"importance_sampling_mode": mode, "beta": 0.1, "use_bias_correction_kl": True}
+    more |= {"off_policy_mask_threshold": 0.5} if stem == "grpo_sequence" else {}
+    given = old, old, old - distance, torch.tensor([1.0, -1.0]), seq, 4, 2, flags(stem, **more)
+    loss, metrics = getattr(MODULES[stem], f"{stem}_loss")(logprobs, *given)
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite().all() and all(v.isfinite() for v in metrics.values())
 
@@ -271,7 +356,7 @@ def test_outside_the_clip_there_is_no_gradient(step, advantage, level):
     assert not inside or gradient == pytest.approx([-advantage * math.exp(step) / 3] * 3, rel=1e-6)
 
 
-# ---- weights, masks, KL, entropy -----------------------------------------------------------------
+# ---- weights, masks, KL --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))
@@ -287,7 +372,7 @@ def test_sampler_weights(mode, low, high):
     got = computed(importance_sampling_mode=mode, ref=REF, beta=0.3, **bounds)
     plain, kl = computed(), computed(advantages=(0.0,) * 4, ref=REF, beta=0.3)  # the KL has no weight
     assert got[1] == pytest.approx([w * p + k for w, p, k in zip(weights, plain[1], kl[1])], rel=1e-7, abs=1e-9)
-    assert got[3]["sampler_weight"].item() == pytest.approx(sum(weights), rel=1e-9)
+    assert got[2]["sampler_weight"].item() == pytest.approx(sum(weights), rel=1e-9)
     assert len({*map(lambda w: round(w, 6), weights)}) > 1
 
 
@@ -298,7 +383,7 @@ def test_off_policy_sequences_are_left_out():
     assert means[1:3] == pytest.approx([-1.9, 0.005]) and means[3] > 0
     plain = computed()[1]
     for threshold, dropped in (0.01, ()), (0.0, (2,)), (-1.0, (2,)), (-2.0, (1, 2)):
-        got = computed(off_policy_mask_threshold=threshold)[1]
+        got = computed(stem="grpo_sequence", loss_type="dapo", off_policy_mask_threshold=threshold)[1]
         assert got == [0 if s in dropped else g for g, s in zip(plain, SEQ)]
 
 
@@ -310,7 +395,7 @@ def test_kl_estimators(kind):
     got = computed(advantages=(0.0,) * 4, ref=REF, beta=0.3, kl_estimator=kind)
     assert got[0] == pytest.approx(0.03 * sum(map(value, gaps)), rel=1e-9)
     assert got[1] == pytest.approx([0.03 * slope(d) for d in gaps], rel=1e-9, abs=1e-12)
-    assert got[3]["kl"].item() == pytest.approx(sum(map(value, gaps)), rel=1e-9)
+    assert got[2]["kl"].item() == pytest.approx(sum(map(value, gaps)), rel=1e-9)
     unbiased = computed(advantages=(0.0,) * 4, ref=REF, beta=0.3, kl_estimator=kind, use_bias_correction_kl=True)
     ratios = [math.exp(s) for s in STEP]  # times the ratio, whose own gradient counts
     assert unbiased[0] == pytest.approx(0.03 * sum(r * value(d) for r, d in zip(ratios, gaps)), rel=1e-9)
@@ -331,18 +416,65 @@ def test_unbiased_kl_has_the_gradient_of_the_kl():
             logprob = logits.log_softmax(0)[token : token + 1]
             args = flags(beta=1.0, kl_estimator=kind, use_bias_correction_kl=unbiased)
             zero, at = torch.zeros(1, dtype=torch.float64), slice(token, token + 1)
-            loss, _ = grpo.grpo_loss(logprob, old.log()[at], q.log()[at], zero, torch.tensor([0]), 1, 1, args)
+            loss, _ = grpo.grpo_loss(logprob, old.log()[at], q.log()[at], None, zero, torch.tensor([0]), 1, 1, args)
             total = total + old[token] * loss
         (got,) = torch.autograd.grad(total, logits)
         assert torch.allclose(got, wanted, **TIGHT) == unbiased
 
 
+# ---- entropy -------------------------------------------------------------------------------------
+
+
+def entropy_loss(threshold=-math.inf, coef=0.0, **more):
+    f64 = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    logprobs, entropy = f64(NEW).requires_grad_(), f64(ENTROPY).requires_grad_()
+    others = f64(OLD), f64(REF) if more.get("beta") else None, f64(SAMPLER), f64(ADVANTAGES), torch.tensor(SEQ), 10, 4
+    args = flags("grpo_entropy", **more)
+    loss, _ = entropic.grpo_entropy_loss(logprobs, *others, args, entropy, threshold, coef)
+    loss.backward()
+    return loss.item(), logprobs.grad.tolist(), entropy.grad.tolist()
+
+
 @pytest.mark.parametrize("loss_type", ("dapo", "grpo"))
 def test_entropy_bonus(loss_type):
     """The mean over all tokens, whatever the norm of the rest."""
-    plain, got = computed(loss_type=loss_type), computed(loss_type=loss_type, entropy_coef=0.3)
+    plain, got = computed(loss_type=loss_type), entropy_loss(loss_type=loss_type, coef=0.3)
     assert got[0] == pytest.approx(plain[0] - 0.3 * sum(ENTROPY) / 10, rel=1e-9)
-    assert got[1] == plain[1] and got[2] == pytest.approx([-0.03] * 10) and plain[2] == [0] * 10
+    assert got[1] == plain[1] and got[2] == pytest.approx([-0.03] * 10)
+
+
+@pytest.mark.parametrize("loss_type, norm", (("dapo", token_mean()), ("grpo", sequence_mean())))
+def test_only_high_entropy_tokens_earn(loss_type, norm):
+    """The five highest of ten: the others have weight 0, in the same denominators. The KL is everybody's."""
+    threshold = entropic.entropy_threshold(torch.tensor(ENTROPY), 0.5)  # 1 + floor(4.5)
+    high = [e >= 0.7 for e in ENTROPY]
+    assert sum(high) == 5 and threshold == pytest.approx(0.6)
+    wanted = clipped_tokens([w * h for w, h in zip(norm, high)])
+    got = entropy_loss(threshold, loss_type=loss_type)
+    assert got[0] == pytest.approx(wanted[0], abs=1e-7) and got[1] == pytest.approx(wanted[1], rel=1e-6, abs=1e-9)
+    kl = computed(advantages=(0.0,) * 4, ref=REF, beta=0.3, loss_type=loss_type)
+    both = entropy_loss(threshold, loss_type=loss_type, beta=0.3)
+    assert both[1] == pytest.approx([a + b for a, b in zip(got[1], kl[1])], rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 5), min_size=2, max_size=40, unique_by=lambda x: round(x, 3)), st.integers(1, 8))
+def test_as_many_as_the_quantile_leaves(entropy, eighths):
+    entropy, share = torch.tensor(entropy, dtype=torch.float64), eighths / 8
+    kept = entropy >= entropic.entropy_threshold(entropy, share)
+    assert kept.tolist() == (entropy >= entropy.quantile(1 - share)).tolist()
+
+
+def test_entropy_of_a_step_without_tokens():
+    assert entropic.entropy_threshold(torch.zeros(0), 0.2) == -math.inf
+
+
+def test_entropy_control():
+    args = flags("grpo_entropy", entropy_coef=0.01, entropy_coef_max=0.02, entropy_coef_delta=0.008)  # target 0.2
+    cases = {(0.01, 0.1): (0.01, 0.018), (0.01, 0.2): (0.01, 0.018), (0.01, 0.3): (0, 0.002)}
+    cases |= {(0.018, 0.1): (0.018, 0.02), (0.002, 0.3): (0, 0)}  # the ends
+    for (coef, entropy), wanted in cases.items():
+        assert entropic.control_entropy(coef, entropy, args) == pytest.approx(wanted)
 
 
 # ---- TRL -----------------------------------------------------------------------------------------
@@ -350,21 +482,30 @@ def test_entropy_bonus(loss_type):
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "trl_grpo.json").read_text())
 
 
+def home(flags):
+    """The script that has the flags of a case, and what they are called there."""
+    kind = flags.get("loss_type", "dapo")
+    if flags.get("rloo"):
+        return "rloo", {k: v for k, v in flags.items() if k != "rloo"}
+    if kind in ("luspo", "vespo", "gmpo") or "off_policy_mask_threshold" in flags:
+        return "grpo_sequence", flags
+    stem = "grpo_entropy" if "entropy_coef" in flags else "grpo_token" if kind == "sapo" or "delta" in flags else "grpo"
+    return stem, flags | {"loss_type": "dapo" if kind == "bnpo" else kind}  # of one micro-batch they are the same
+
+
 @pytest.mark.parametrize("case", FIXTURE["cases"], ids=lambda case: " ".join(map(str, sum(case["flags"].items(), ()))))
 def test_equals_trl(case):
     """Loss and gradients of TRL's own code (benchmarks/trl_grpo_fixtures.py) on the same log-probs. TRL's steps are the
     same in float64 but for our float32 normaliser by integer lengths."""
-    more, script_of = dict(case["flags"]), grpo
-    if more.pop("rloo", False):
-        script_of = script("rloo")
+    stem, more = home(case["flags"])
+    module = MODULES.get(stem) or script(stem)
     f64 = lambda name: torch.tensor(FIXTURE[name], dtype=torch.float64)  # noqa: E731
     seq = torch.arange(len(FIXTURE["lengths"])).repeat_interleave(torch.tensor(FIXTURE["lengths"]))
-    args = replace(script_of.Args(), max_completion_length=FIXTURE["max_completion_length"], **more)
-    logprobs, entropy = f64("new").requires_grad_(), f64("entropy").requires_grad_()
-    given = f64("old"), f64("ref") if args.beta else None, f64("advantages"), seq, len(seq), len(FIXTURE["lengths"])
-    loss, _ = getattr(script_of, "grpo_loss" if script_of is grpo else "rloo_loss")(
-        logprobs, *given, args, f64("sampler"), entropy
-    )
+    args = replace(module.Args(), max_completion_length=FIXTURE["max_completion_length"], **more)
+    logprobs, entropy, advantages = f64("new").requires_grad_(), f64("entropy").requires_grad_(), f64("advantages")
+    given = f64("old"), f64("ref") if args.beta else None, f64("sampler"), advantages, seq, len(seq), len(advantages)
+    more = (entropy, -math.inf, args.entropy_coef) if stem == "grpo_entropy" else ()
+    loss, _ = getattr(module, f"{stem}_loss")(logprobs, *given, args, *more)
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], rel=1e-6, abs=1e-7)
     assert logprobs.grad.tolist() == pytest.approx(case["gradient"], rel=1e-6, abs=1e-8)
@@ -374,7 +515,7 @@ def test_equals_trl(case):
 
 def test_trl_has_cases_of_every_loss_type():
     covered = {case["flags"].get("loss_type", "dapo") for case in FIXTURE["cases"]}
-    assert FIXTURE["trl"] == "1.16.0" and covered == {*grpo.NORMS, *grpo.SURROGATES}
+    assert FIXTURE["trl"] == "1.16.0" and covered == {"bnpo"}.union(*(module.NORMS for module in MODULES.values()))
 
 
 # ---- several rewards -----------------------------------------------------------------------------
@@ -391,7 +532,7 @@ def test_gdpo(run):
     first, second = [[1.0, 0, 0], [1, 1, 0]], [[10.0, 0, 20], [0, 0, 0]]
     totals = [a + 2 * b for g, h in zip(first, second) for a, b in zip(scaled(g), scaled(h))]
     parts = torch.tensor([first, second], dtype=torch.float64).permute(1, 2, 0)
-    got = grpo.normalize_then_sum(parts, flags(reward_weights=(1.0, 2.0), scale_rewards="none"), run)
+    got = gdpo.normalize_then_sum(parts, flags("gdpo", reward_weights=(1.0, 2.0)), run)
     assert got.flatten().tolist() == pytest.approx(scaled(totals), rel=1e-9)
 
 
@@ -401,7 +542,7 @@ def test_gdpo_without_some_rewards(run):
     parts = torch.tensor([[[1, nan], [0, 2], [nan, nan], [1, 5]]], dtype=torch.float64)
     one, two = scaled([1.0, 0, 1]), scaled([2.0, 5])
     totals = scaled([one[0], one[1] + two[0], one[2] + two[1]])
-    got = grpo.normalize_then_sum(parts, flags(), run)[0].tolist()
+    got = gdpo.normalize_then_sum(parts, flags("gdpo"), run)[0].tolist()
     assert got == pytest.approx([*totals[:2], 0.0, totals[2]], rel=1e-9)
 
 
@@ -409,60 +550,41 @@ def test_gdpo_without_some_rewards(run):
 @given(st.lists(st.integers(-4, 4), min_size=4, max_size=4), st.floats(-8, 8))
 def test_gdpo_does_not_see_constants(run, rewards, shift):
     parts = torch.tensor([rewards, [0, 1, 2, 3]], dtype=torch.float64)[..., None].expand(2, 4, 2).clone()
-    plain = grpo.normalize_then_sum(parts, flags(), run)
+    plain = gdpo.normalize_then_sum(parts, flags("gdpo"), run)
     parts[..., 1] += shift
-    torch.testing.assert_close(grpo.normalize_then_sum(parts, flags(), run), plain, rtol=1e-7, atol=1e-7)
-
-
-# ---- rewards -------------------------------------------------------------------------------------
-
-
-def test_soft_overlong():
-    """Limit 20, cache 4: free up to 16 tokens, then a quarter per token, -1 at 20 and beyond."""
-    ids = [[7] * n for n in (1, 16, 17, 18, 19, 20, 25)]
-    got = grpo.soft_overlong(None, [""] * 7, completion_ids=ids, limit=20, cache=4, answer=["1"] * 7)
-    assert got == [0, 0, -0.25, -0.5, -0.75, -1, -1]
-
-
-def test_cosine():
-    """Right: 1 at length 0, 0.75 at half, 0.5 at the limit; wrong: the other sign. No answer, no reward."""
-    ids, texts = [[7] * n for n in (0, 10, 20, 0, 10, 20, 30, 5)], ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"]
-    got = grpo.cosine(None, texts, completion_ids=ids, limit=20, answer=["1"] * 7 + [None], cache=3)
-    assert got[:7] == pytest.approx([1, 0.75, 0.5, -1, -0.75, -0.5, -0.5]) and got[7] is None
-
-
-def test_repetition():
-    ids = [[1, 2, 3, 4], [1, 1, 1, 1, 1], [1, 2, 3, 1, 2, 3], [1, 2], []]
-    # 2 of 2 trigrams are new; 1 of 3; 123 231 312 123: 3 of 4; no trigram at all
-    got = grpo.repetition(None, [""] * 5, completion_ids=ids, limit=20, cache=3)
-    assert got == pytest.approx([0, -2 / 3, -1 / 4, 0, 0])
+    torch.testing.assert_close(gdpo.normalize_then_sum(parts, flags("gdpo"), run), plain, rtol=1e-7, atol=1e-7)
 
 
 # ---- flags that do not fit -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more, flag", (
-    ({"loss_type": "cispo"}, "--epsilon_high"),
-    ({"loss_type": "cispo", "epsilon_high": 0.9}, "--epsilon_high"),
-    ({"importance_sampling_level": "sequence"}, "--loss_type"),
-    ({"importance_sampling_level": "sequence_token", "loss_type": "dr_grpo"}, "--loss_type"),
-    ({"importance_sampling_level": "sequence", "loss_type": "vespo"}, "--importance_sampling_level"),
-    ({"importance_sampling_level": "sequence", "loss_type": "gmpo"}, "--importance_sampling_level"),
-    ({"loss_type": "luspo"}, "--importance_sampling_level"),
-    ({"delta": 1.1}, "--delta"),
-    ({"delta": 4.0, "loss_type": "sapo"}, "--delta"),
-    ({"importance_sampling_mode": "token_mask", "old_logprobs": "sampler"}, "--old_logprobs"),
-    ({"importance_sampling_mode": "token_mask", "loss_type": "vespo"}, "--loss_type"),
-    ({"importance_sampling_clip_min": 4.0}, "--importance_sampling_clip_min"),
-    ({"use_bias_correction_kl": True}, "--beta"),
-    ({"loss_type": "sapo", "sapo_temperature_neg": 0.0}, "--sapo_temperature_pos"),
-    ({"reward": ("accuracy", "soft_overlong"), "soft_punish_cache": 9}, "--soft_punish_cache"),
+@pytest.mark.parametrize("stem, more, flag", (
+    ("grpo", {"loss_type": "cispo"}, "--epsilon_high"),
+    ("grpo", {"loss_type": "cispo", "epsilon_high": 0.9}, "--epsilon_high"),
+    ("grpo", {"importance_sampling_level": "sequence"}, "--loss_type"),
+    ("grpo", {"importance_sampling_mode": "token_mask", "old_logprobs": "sampler"}, "--old_logprobs"),
+    ("grpo", {"importance_sampling_clip_min": 4.0}, "--importance_sampling_clip_min"),
+    ("grpo", {"use_bias_correction_kl": True}, "--beta"),
+    ("grpo_sequence", {"importance_sampling_level": "sequence_token", "loss_type": "dr_grpo"}, "--loss_type"),
+    ("grpo_sequence", {"importance_sampling_level": "sequence", "loss_type": "vespo"}, "--loss_type"),
+    ("grpo_sequence", {"importance_sampling_level": "sequence", "loss_type": "gmpo"}, "--loss_type"),
+    ("grpo_sequence", {"loss_type": "luspo"}, "--importance_sampling_level"),
+    ("grpo_sequence", {"importance_sampling_mode": "token_mask", "loss_type": "vespo"}, "--importance_sampling_mode"),
+    ("grpo_token", {"delta": 1.1, "loss_type": "dapo"}, "--delta"),
+    ("grpo_token", {"delta": 4.0, "loss_type": "sapo"}, "--delta"),
+    ("grpo_token", {"sapo_temperature_neg": 0.0}, "--sapo_temperature_pos"),
+    ("dppo", {"importance_sampling_mode": "token_mask"}, "--importance_sampling_mode"),
+    ("gdpo", {"reward": ("accuracy",)}, "--reward"),
+    ("grpo_entropy", {"top_entropy_quantile": 1.0}, "--entropy_coef"),
+    ("grpo_entropy", {"top_entropy_quantile": 0.0}, "--top_entropy_quantile"),
+    ("grpo_entropy", {"entropy_coef": 2.0}, "--entropy_coef_max"),
 ), ids=str)  # fmt: skip
-def test_flags_without_a_meaning(more, flag):
-    with pytest.raises(grpo.InputError, match=flag):
-        grpo.check_flags(flags(**more))
+def test_flags_without_a_meaning(stem, more, flag):
+    with pytest.raises(MODULES[stem].InputError, match=flag):
+        MODULES[stem].check_flags(flags(stem, **more))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_flags_with_a_meaning(name):
-    grpo.check_flags(flags(**LOSSES[name][1]))
+    stem, _, more = LOSSES[name]
+    MODULES[stem].check_flags(flags(stem, **more))

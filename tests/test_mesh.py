@@ -15,7 +15,7 @@ import test_logprobs
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
+from conftest import LOOPS, ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
 from test_logprobs import WANT, build, make_groups, oracle
 from test_split import DEFAULT_FLOOR, metric_differences, weight_differences
 
@@ -115,6 +115,8 @@ STEPS, BATCH, ROWS = 10, 5, 15
 LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "rloo": "5e-4",
       "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4", "experimental/neftune": "1e-3",
       "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3"}  # fmt: skip
+ONLINE = [name for name in SCRIPTS if hasattr(script(name), "rollout")]
+LR |= {name: "5e-4" for name in ONLINE if "/" in name}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -154,7 +156,7 @@ def run(name, model, out, mesh, batch=BATCH):
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
     if name == "reward":  # the head that 42 draws leaves a weight a first gradient of mere rounding: 1e-9, others 1e-3
         flags += ["--seed", 1]
-    if name in ("grpo", "rloo"):
+    if name in ONLINE:
         (out.parent / "reward.py").write_text(REWARD)
         flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
         flags += ["--allow", "GRPO001", "GRPO002"]
@@ -163,7 +165,7 @@ def run(name, model, out, mesh, batch=BATCH):
 
 
 def case_list():
-    return [(name, kind, mesh) for name in SCRIPTS for kind in KINDS for mesh in MESHES
+    return [(name, kind, mesh) for name in LOOPS for kind in KINDS for mesh in MESHES
             if kind != "Qwen3Moe" or MESHES[mesh][2] == 1]
 
 

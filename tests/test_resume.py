@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SCRIPTS, STABLE, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags, tiny_rows
-from conftest import train, trainer_tensors, try_train
+from conftest import LOOPS, ROOT, SCRIPTS, STABLE, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags
+from conftest import tiny_rows, train, trainer_tensors, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
 from transformers import (
@@ -157,7 +157,8 @@ CHAINS = {  # kills of one run, one after the other; the counts are from the sta
 
 
 @pytest.mark.parametrize("name, chain", [
-    (n, c) for n in SCRIPTS for c in CHAINS if c == "steps" or n in STABLE and (c == "saves" or n == "grpo")])
+    (n, c) for n in SCRIPTS for c in CHAINS if c == "steps" or n in STABLE and (c == "saves" or n == "grpo")
+    or (n, c) == ("experimental/dapo", "rollouts")])
 def test_killed(name, chain, runs, tmp_path):
     flags, whole = runs(name)
     for i, patch in enumerate(CHAINS[chain]):
@@ -177,7 +178,7 @@ def test_one_of_two_ranks_killed(name, runs, tmp_path):
     assert_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", LOOPS)
 def test_other_number_of_ranks(name, runs, tmp_path):
     """From one rank to two in the middle (grpo: of a rollout): equal as if the step were cut otherwise, test_split."""
     flags, whole = runs(name)

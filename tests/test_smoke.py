@@ -57,6 +57,18 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
 METRICS["rloo"] = METRICS["grpo"]
 METRICS |= {f"experimental/{name}": METRICS["sft"] for name in ("neftune", "sft_bema")}
 METRICS["experimental/sft_moe"] = ["step", "loss", "aux_loss", *METRICS["sft"][0][2:]], METRICS["sft"][1]
+PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
+METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo")}
+
+
+def more_keys(before, *keys):
+    """The metrics of grpo.py with others in front of one of them."""
+    at = PLAIN[0].index(before)
+    return [*PLAIN[0][:at], *keys, *PLAIN[0][at:]], PLAIN[1]
+
+
+METRICS["experimental/dapo"] = more_keys("completion_len", "num_prompts", "epoch")
+METRICS["experimental/grpo_entropy"] = more_keys("perf/rollout_seconds", "entropy_coef")
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
@@ -65,8 +77,7 @@ EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "experimental/dpo_batch": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "kto": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
-    "grpo": ["samples.jsonl"],
-    "rloo": ["samples.jsonl"],
+    **{name: ["samples.jsonl"] for name in METRICS if "perf/rollout_seconds" in METRICS[name][0]},
 }
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
 RUN |= {"seconds", "save_seconds"}
