@@ -243,14 +243,14 @@ class RewardModel:
         cuda = torch.cuda.is_available()
         self.device, self.budget = torch.device("cuda" if cuda else "cpu"), args.tokens_per_microbatch
         try:
+            assert AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels == 1, "it has not one label"
             lm, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=torch.bfloat16 if cuda else torch.float32, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True,
             )
+            assert not info["missing_keys"], "it is no sequence classifier"
         except Exception as e:  # the loader may raise anything, and what it reads is input
             raise InputError(f"--reward {folder}: {first_line(e)}. Give the folder of a reward model.") from e
-        if info["missing_keys"] or lm.config.num_labels != 1:
-            raise InputError(f"--reward {folder}: no sequence classifier with one label. Give a reward model.")
         self.tokenizer = load_tokenizer(folder)
         self.stops, self.model = stop_ids(self.tokenizer), Scorer(lm.eval().to(self.device))
 
@@ -762,7 +762,7 @@ def main(args):
             text = "the same weights gave other log-probs than a moment ago: dropout, or train mode?"
             check(run, at, "GRPO005", "share of tokens", unequal, NEVER, 0, text)
             if not scored:
-                raise HealthError("GRPO003: no completion of this rollout got a reward.")
+                raise HealthError("GRPO003: no completion of this rollout got a reward. Check --reward.")
         if inner + 1 == args.steps_per_generation * args.num_iterations:
             run.state = {k: v for k, v in run.state.items() if not k.startswith("rollout/")}
         # ---- update ------------------------------------------------------------------------------
@@ -1507,7 +1507,7 @@ def check_data(groups, counts, tokenizer, stops, generation_config, run):
     starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
     wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    completions = [c for g in groups for c in g["completions"]]
+    completions = [c for g in groups if not g.get("cut") for c in g["completions"]]  # cut: it goes on in the next group
     ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
     endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
     new = set(stops) - set(eos if isinstance(eos, list) else [eos])
