@@ -471,6 +471,7 @@ def test_a_run_saves_and_evaluates_its_average(tmp_path):
     assert apart(average[4], policy[4]) > 1e-4 and apart(average[4], ema) > 1e-4
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final", dtype=torch.float32)
     assert all(torch.equal(x, average[4][name]) for name, x in final.named_parameters())
+    assert not (tmp_path / "out" / "alerts.jsonl").exists()  # CKPT001 compares the policy with final/
     held, total = encode(str(tmp_path / "rows.jsonl"))[:4], []
     for group in held:
         ids = torch.tensor([*group["prompt"], *group["completions"][0]["ids"]])
