@@ -328,6 +328,11 @@ def part_real():
         named = ("reward model", "reward_model"), ("bag of words", "bag_of_words"), ("difference", "difference")
         text += table(("ranker", "pair accuracy:", "95 % interval"), [
             [name, f"{i[key]['mean']:.3f}", "{:.3f} to {:.3f}".format(*i[key]["interval_95"])] for name, key in named])
+        (low, high), (less, more) = i["reward_model"]["interval_95"], i["difference"]["interval_95"]
+        if low <= 0.5 <= high:
+            text += "\nThe model's interval holds 0.5: so few pairs did not teach it to tell right from wrong.\n"
+        than = "better" if less > 0 else "worse" if more < 0 else "neither better nor worse"
+        text += f"\nThat is {than} than counting words, as far as these questions tell.\n"
     return text and f"## A real model: SmolLM2-135M-Instruct\n\n{REAL_HEAD}\n{text}\n"
 
 
