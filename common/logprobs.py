@@ -279,7 +279,7 @@ def _gather(x, group):
 
 
 def _parts(z):
-    """Rows, a sixteenth at a time: where a result replaces its input, or shrinks to a number, no second chunk is held."""
+    """A sixteenth of the rows at a time: a result that replaces them, or is a number each, needs no second chunk."""
     return z.split(max(1, len(z) // 16))
 
 
