@@ -198,11 +198,12 @@ class ScoredHead(torch.autograd.Function):
             if "topk" in want:
                 for name, x in zip(("topk", "topk_ids"), logp.topk(min(topk, len(weight)))):
                     out[name].append(x)
-            p = logp.exp() if "sum_p2" in want or "entropy" in want else None
-            if "sum_p2" in want:
-                out["sum_p2"].append(torch.linalg.vecdot(p, p))
-            if "entropy" in want:
-                out["entropy"].append(-torch.linalg.vecdot(p, logp))
+            for part in _parts(logp) if "sum_p2" in want or "entropy" in want else ():
+                p = part.exp()
+                if "sum_p2" in want:
+                    out["sum_p2"].append(torch.linalg.vecdot(p, p))
+                if "entropy" in want:
+                    out["entropy"].append(-torch.linalg.vecdot(p, part))
         out = {name: torch.cat(chunks) for name, chunks in out.items()}
         if "topk" in want and group:
             values, ids = (_gather(x, group) for x in (out["topk"], out["topk_ids"] + first))
@@ -277,14 +278,21 @@ def _gather(x, group):
     return torch.cat(parts, dim=-1)
 
 
+def _parts(z):
+    """A sixteenth of the rows at a time: a result that replaces them, or is a number each, needs no second chunk."""
+    return z.split(max(1, len(z) // 16))
+
+
 def _log_softmax(z, group):
-    """Over all columns; z has this rank's."""
+    """Over all columns, in place; z has this rank's."""
     if not group:
-        return z.log_softmax(-1)
+        for part in _parts(z):
+            part.copy_(part.log_softmax(-1))
+        return z
     top = z.amax(-1, keepdim=True)
     dist.all_reduce(top, dist.ReduceOp.MAX, group)
-    z = z - top
-    total = z.exp().sum(-1, keepdim=True)
+    z.sub_(top)
+    total = torch.cat([part.exp().sum(-1, keepdim=True) for part in _parts(z)])
     dist.all_reduce(total, group=group)
     return z.sub_(total.log_())
 
