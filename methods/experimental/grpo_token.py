@@ -1035,7 +1035,8 @@ def gradient_norm(parameters, run):
     squares = 0.0
     for p in parameters:
         cut = "tp" in p.device_mesh.mesh_dim_names and p.placements[-1].is_shard()  # else every tp rank has the same
-        square = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64) ** 2
+        parts = p.grad.to_local().flatten().split(2**20)  # a CPU converts whatever it is given as a whole
+        square = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]).sum()
         squares += square * (run.args.tp_size if cut else 1)
     return math.sqrt(all_sum(run, squares)[0] / run.args.replicate_size)
 
@@ -1104,9 +1105,10 @@ def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
     if run.rank == 0:
         trainer.mkdir(parents=True)
     dist.barrier()
-    ends = accumulate(tensor.numel() for tensor in tensors.values())
-    numbers = {name: 1 + end // 2**26 for name, end in zip(tensors, ends)}  # some 256 MB each
-    try:  # the writer builds each file in memory; with more than its one thread it may swallow a full disk
+    ends = [*accumulate(tensor.numel() for tensor in tensors.values())]
+    size = min(2**26, max(2**22, ends[-1] // 16))  # 16 to 256 MB a file
+    numbers = {name: 1 + end // size for name, end in zip(tensors, ends)}
+    try:  # the writer builds each file in memory, twice; with more than its one thread it may swallow a full disk
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), numbers, save_distributed=True))
         export(policy, folder, run)
         if run.rank == 0:
