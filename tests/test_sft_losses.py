@@ -296,6 +296,7 @@ def test_runs_with_and_without_noise(tmp_path):
                          ("neftune", "--activation_checkpointing", "on")):  # fmt: skip
         out = tmp_path / f"{len(lines)}"
         common = ["--dataset", rows, "--eval_dataset", rows, "--batch_size", 6, "--max_steps", 2, "--save_every", 0]
+        common += ["--learning_rate", "1e-4"]
         train(name if name == "sft" else f"experimental/{name}", out, *common, *flags)
         lines[len(lines)] = read_jsonl(out / "metrics.jsonl")
     assert lines[0] == lines[1] and lines[0] != lines[2] and lines[0][0] == lines[2][0]  # the first evaluation
