@@ -56,7 +56,7 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
 }  # fmt: skip
 METRICS["rloo"] = METRICS["grpo"]
 PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
-METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo")}
+METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo", "gfpo")}
 
 
 def more_keys(before, *keys):
