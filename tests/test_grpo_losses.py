@@ -285,9 +285,9 @@ LOSSES = {  # name: script, formula, flags
     "sapo": ("grpo_token", sapo_tokens, {"loss_type": "sapo"}),
     "vespo": ("grpo_sequence", vespo_tokens, {"loss_type": "vespo"}),
     "gmpo": ("grpo_sequence", gmpo_sequences, {"loss_type": "gmpo", "epsilon_high": 0.4}),
-    "binary_tv": ("dppo", lambda: dppo_tokens("binary_tv", 0.05, 0.12), {"epsilon": 0.05, "epsilon_high": 0.12}),
-    "binary_kl": ("dppo", lambda: dppo_tokens("binary_kl", 0.01, 0.04),
-                  {"divergence_type": "binary_kl", "epsilon": 0.01, "epsilon_high": 0.04}),
+    "binary_tv": ("dppo", lambda: dppo_tokens("binary_tv", 0.02, 0.12), {"epsilon": 0.02, "epsilon_high": 0.12}),
+    "binary_kl": ("dppo", lambda: dppo_tokens("binary_kl", 0.004, 0.04),
+                  {"divergence_type": "binary_kl", "epsilon": 0.004, "epsilon_high": 0.04}),
     "binary_tv, capped": ("dppo", lambda: dppo_tokens("binary_tv", 0.15, 0.15, 1.3), {"ratio_cap": 1.3}),
 }
 
