@@ -76,7 +76,10 @@ FAST = {
     "experimental/dppo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--divergence_type", "binary_kl", "--epsilon", "1e-4"]},
     "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": ONLINE},
-    "experimental/dapo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--sampling_rounds", "3"]},
+    "experimental/gfpo": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--num_remains_in_group", "3", "--group_filter", "token_efficiency"]},
+    "experimental/dapo": {"data": "prompts", "micro": 90, "flags": [
+        *ONLINE, "--beta", "0.01", "--sampling_rounds", "3"]},
     "experimental/grpo_entropy": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--top_entropy_quantile", "0.2", "--entropy_coef", "0.01", "--use_adaptive_entropy",
         "--entropy_target", "0.035"]},

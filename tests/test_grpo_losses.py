@@ -18,7 +18,7 @@ from conftest import ROOT, read_jsonl, script, tiny_rows, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-STEMS = ("grpo", "grpo_sequence", "grpo_token", "dppo", "gdpo", "dapo", "grpo_entropy")
+STEMS = ("grpo", "grpo_sequence", "grpo_token", "dppo", "gdpo", "gfpo", "dapo", "grpo_entropy")
 MODULES = {stem: script(stem if stem == "grpo" else f"experimental/{stem}") for stem in STEMS}
 grpo, gdpo, entropic = MODULES["grpo"], MODULES["gdpo"], MODULES["grpo_entropy"]
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
@@ -133,6 +133,30 @@ def test_dynamic_sampling(rounds, tmp_path):
     assert bool(filled) == (rounds == 2)
     again = [s["completion"] for s in samples]  # a row that comes twice is sampled twice
     assert len({*again}) > 4 * len({*trained}) / 2
+
+
+def test_gfpo_learns_from_the_shortest(tmp_path):
+    """The first rollout is grpo.py's; of each group of four the two shortest stay, and are normalised by themselves."""
+    flags = ["--dataset", tiny_rows("grpo", tmp_path / "rows.jsonl", 12), "--eval_dataset", "", "--max_steps", 2]
+    flags += ["--batch_size", 6, "--num_iterations", 1]
+
+    def patch(module):
+        module.BUILT_IN["accuracy"] = lambda prompts, **_: [float(k % 4) for k in range(len(prompts))]
+
+    train("grpo", tmp_path / "grpo", *flags, patch=patch)
+    more = "--num_remains_in_group", 2, "--group_filter", "shortest"
+    train("experimental/gfpo", tmp_path / "gfpo", *flags, *more, patch=patch)
+    tokenizer = grpo.load_tokenizer(str(ROOT / "common" / "tiny" / "model"))
+    length = lambda s: len(tokenizer(s["completion"], add_special_tokens=False)["input_ids"])  # noqa: E731
+    samples, wanted = read_jsonl(tmp_path / "grpo" / "samples.jsonl"), []
+    for i in range(0, len(samples), 4):
+        shortest = sorted(range(i, i + 4), key=lambda k: length(samples[k]))[:2]
+        kept = [samples[k] for k in sorted(shortest)]
+        wanted += [s | {"advantage": a} for s, a in zip(kept, scaled([s["reward"] for s in kept]))]
+    got = read_jsonl(tmp_path / "gfpo" / "samples.jsonl")
+    assert len(got) == 24 and [s["completion"] for s in got] == [s["completion"] for s in wanted]
+    assert [s["advantage"] for s in got] == pytest.approx([s["advantage"] for s in wanted], abs=1e-9)
+    assert all(s["advantage"] for s in got)
 
 
 def test_entropy_control_over_steps(tmp_path):
@@ -261,9 +285,9 @@ LOSSES = {  # name: script, formula, flags
     "sapo": ("grpo_token", sapo_tokens, {"loss_type": "sapo"}),
     "vespo": ("grpo_sequence", vespo_tokens, {"loss_type": "vespo"}),
     "gmpo": ("grpo_sequence", gmpo_sequences, {"loss_type": "gmpo", "epsilon_high": 0.4}),
-    "binary_tv": ("dppo", lambda: dppo_tokens("binary_tv", 0.05, 0.12), {"epsilon": 0.05, "epsilon_high": 0.12}),
-    "binary_kl": ("dppo", lambda: dppo_tokens("binary_kl", 0.01, 0.04),
-                  {"divergence_type": "binary_kl", "epsilon": 0.01, "epsilon_high": 0.04}),
+    "binary_tv": ("dppo", lambda: dppo_tokens("binary_tv", 0.02, 0.12), {"epsilon": 0.02, "epsilon_high": 0.12}),
+    "binary_kl": ("dppo", lambda: dppo_tokens("binary_kl", 0.004, 0.04),
+                  {"divergence_type": "binary_kl", "epsilon": 0.004, "epsilon_high": 0.04}),
     "binary_tv, capped": ("dppo", lambda: dppo_tokens("binary_tv", 0.15, 0.15, 1.3), {"ratio_cap": 1.3}),
 }
 
@@ -422,6 +446,20 @@ def test_unbiased_kl_has_the_gradient_of_the_kl():
         assert torch.allclose(got, wanted, **TIGHT) == unbiased
 
 
+# ---- filters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, wanted", (("shortest", [1, 3, 4]), ("token_efficiency", [0, 1, 2])))
+def test_gfpo_filters(kind, wanted):
+    """Rewards per token: 1/4, 1/2, 2/5, none, 0. Of three that have two tokens and three places, all; ties by place."""
+    lengths, rewards = (4, 2, 5, 2, 2), (1.0, 1.0, 2.0, math.nan, 0.0)
+    completions = [{"ids": [7] * n, "reward": r, "place": k} for k, (n, r) in enumerate(zip(lengths, rewards))]
+    args = flags("gfpo", num_remains_in_group=3, group_filter=kind)
+    assert [c["place"] for c in MODULES["gfpo"].keep(completions, args)] == wanted
+    one = replace(args, num_remains_in_group=1)
+    assert [c["place"] for c in MODULES["gfpo"].keep(completions, one)] == [1]
+
+
 # ---- entropy -------------------------------------------------------------------------------------
 
 
@@ -575,6 +613,7 @@ def test_gdpo_does_not_see_constants(run, rewards, shift):
     ("grpo_token", {"sapo_temperature_neg": 0.0}, "--sapo_temperature_pos"),
     ("dppo", {"importance_sampling_mode": "token_mask"}, "--importance_sampling_mode"),
     ("gdpo", {"reward": ("accuracy",)}, "--reward"),
+    ("gfpo", {"num_remains_in_group": 8}, "--num_remains_in_group"),
     ("grpo_entropy", {"top_entropy_quantile": 1.0}, "--entropy_coef"),
     ("grpo_entropy", {"top_entropy_quantile": 0.0}, "--top_entropy_quantile"),
     ("grpo_entropy", {"entropy_coef": 2.0}, "--entropy_coef_max"),

@@ -58,17 +58,17 @@ METRICS["rloo"] = METRICS["grpo"]
 METRICS |= {f"experimental/{name}": METRICS["sft"] for name in ("neftune", "sft_bema")}
 METRICS["experimental/sft_moe"] = ["step", "loss", "aux_loss", *METRICS["sft"][0][2:]], METRICS["sft"][1]
 PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
-METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo")}
+METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo", "gfpo")}
 
 
-def more_keys(before, *keys):
-    """The metrics of grpo.py with others in front of one of them."""
-    at = PLAIN[0].index(before)
-    return [*PLAIN[0][:at], *keys, *PLAIN[0][at:]], PLAIN[1]
+def more_keys(metrics, before, *keys):
+    """Those of another script with further ones in front of one of them."""
+    at = metrics[0].index(before)
+    return [*metrics[0][:at], *keys, *metrics[0][at:]], metrics[1]
 
 
-METRICS["experimental/dapo"] = more_keys("completion_len", "num_prompts", "epoch")
-METRICS["experimental/grpo_entropy"] = more_keys("perf/rollout_seconds", "entropy_coef")
+METRICS["experimental/dapo"] = more_keys(METRICS["grpo"], "completion_len", "num_prompts", "epoch")
+METRICS["experimental/grpo_entropy"] = more_keys(PLAIN, "perf/rollout_seconds", "entropy_coef")
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
