@@ -808,7 +808,7 @@ def main(args):
             text = "the same weights gave other log-probs than a moment ago: dropout, or train mode?"
             check(run, at, "GRPO005", "share of tokens", unequal, NEVER, 0, text)
             if not scored:
-                raise HealthError("GRPO003: no completion of this rollout got a reward.")
+                raise HealthError("GRPO003: no completion of this rollout got a reward. Check --reward.")
         if inner + 1 == args.steps_per_generation * args.num_iterations:
             run.state = {k: v for k, v in run.state.items() if not k.startswith("rollout/")}
         # ---- update ------------------------------------------------------------------------------
