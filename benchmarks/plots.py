@@ -332,7 +332,8 @@ def part_real():
         if low <= 0.5 <= high:
             text += "\nThe model's interval holds 0.5: so few pairs did not teach it to tell right from wrong.\n"
         than = "better" if less > 0 else "worse" if more < 0 else "neither better nor worse"
-        text += f"\nThat is {than} than counting words, as far as these questions tell.\n"
+        text += (f"\nThat is {than} than counting words, as far as these questions tell. One run, nothing tuned, the "
+                 "shorter questions only.\n")
     return text and f"## A real model: SmolLM2-135M-Instruct\n\n{REAL_HEAD}\n{text}\n"
 
 
