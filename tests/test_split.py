@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FAST, LOOPS, ROOT, SCRIPTS, newest, read_jsonl, script, tiny_flags, tiny_rows, train
+from conftest import FAST, ROOT, SCRIPTS, STABLE, newest, read_jsonl, script, tiny_flags, tiny_rows, train
 from conftest import trainer_tensors
 
 STEPS, BATCH, ROWS, HELDOUT = 10, 5, 15, 3
@@ -131,7 +131,7 @@ def test_learning_rate_moves(name, references):
 
 
 @pytest.mark.parametrize("name, world, small", [
-    (name, *cut) for name in SCRIPTS for cut in ([(1, True), (2, False), (4, True)] if name in LOOPS else [(2, True)])])
+    (name, *cut) for name in SCRIPTS for cut in ([(1, True), (2, False), (4, True)] if name in STABLE else [(2, True)])])
 def test_split(name, world, small, references, tmp_path):
     reference = references(name)
     out = run(name, tmp_path, world, FAST[name]["micro"] if small else BIG)
@@ -167,7 +167,7 @@ def double_on_one_rank(module):
 
 
 @pytest.mark.parametrize("plant", [local_denominators, double_on_one_rank], ids=lambda plant: plant.__name__)
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", STABLE)
 def test_planted_factor_is_seen(name, plant, references, tmp_path):
     """The comparison bites: with a factor 2 in a denominator the very first gradient norm differs."""
     out = run(name, tmp_path, 2, BIG, steps=2, patch=plant)
