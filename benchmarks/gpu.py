@@ -256,8 +256,8 @@ def grpo_step(module, run, policy, optimizer, groups):
     for batch, members, weight in batches:
         out = policy(batch, want=("entropy",))
         advantages = out["logprobs"].new_tensor([c["advantage"] for g in members for c in g["completions"]])
-        now = out["logprobs"].detach()
-        loss, _ = module.grpo_loss(out["logprobs"], now, None, advantages, batch["seq"], num_tokens, num_seqs, run.args)
+        now, counts = out["logprobs"].detach(), (num_tokens, num_seqs)
+        loss, _ = module.grpo_loss(out["logprobs"], now, None, now, advantages, batch["seq"], *counts, run.args)
         (weight * loss).backward()
         total += weight * loss.detach()
     return finish(module, run, policy, optimizer, groups, total, num_tokens)

@@ -10,6 +10,7 @@ import json
 import re
 import reprlib
 import signal
+import threading
 from array import array
 from functools import lru_cache, partial
 from itertools import compress, groupby, pairwise, repeat
@@ -179,14 +180,16 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
     try:
         tools, extra = (json.loads(value) if isinstance(value, str) else value
                         for value in (row.get("tools"), row.get("chat_template_kwargs")))
-        signal.signal(signal.SIGALRM, expire)
-        signal.alarm(PATIENCE)
+        limited = threading.current_thread() is threading.main_thread()  # in another one (rewards) no alarm can be set
+        if limited:
+            signal.signal(signal.SIGALRM, expire)
+            signal.alarm(PATIENCE)
         try:
             text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
                 messages, tools=tools, chat_template=None, add_generation_prompt=generation, tokenize=False,
                 continue_final_message=False, **{**(options or {}), **(extra or {})})
         finally:
-            signal.alarm(0)
+            signal.alarm(0) if limited else None
         if len(text) > 2**24:
             raise ValueError(f"it writes {len(text)} characters")
         return tokenizer.encode(text, add_special_tokens=False) if tokenize else text

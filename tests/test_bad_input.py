@@ -122,7 +122,7 @@ def test_flags_that_are_none(name, flags, needles):
     assert all(needle in result.err for needle in needles), result.err
 
 
-ZERO = "warmup_steps eval_every save_every eval_samples".split()  # 0 turns these off
+ZERO = "warmup_steps eval_every save_every eval_samples update_after".split()  # 0 turns these off, or means at once
 
 
 def numbers(name):

@@ -130,7 +130,7 @@ def in_reward(number):
     """Kill inside rollout `number` of this process, when its completions are there and their rewards are not."""
 
     def patch(module):
-        accuracy, calls = module.accuracy, []
+        accuracy, calls = module.BUILT_IN["accuracy"], []
 
         def counted(prompts, completions, **columns):
             calls.extend([1] * (len(completions) == BATCH * 2 * 4))  # an evaluation has fewer
@@ -138,7 +138,7 @@ def in_reward(number):
                 die()
             return accuracy(prompts, completions, **columns)
 
-        module.accuracy = counted
+        module.BUILT_IN["accuracy"] = counted
 
     return patch
 
