@@ -41,8 +41,8 @@ def changes_the_loop(name):
     return own.parent == "none" or any(b != "Args.method" and own.banner_of.get(b) != "loss" for b in blocks)
 
 
-# Where only flags and loss differ, the loop is the parent's byte for byte (test_copies): one cut of a step, one chain
-# of kills and the smoke test show that the loss fits it; the other cases would only test the parent again.
+# Where only flags and loss differ, the loop is the parent's byte for byte (test_copies): one cut of a step and the
+# smoke test show that the loss fits it; the other cases would only test the parent again.
 LOOPS = [name for name in SCRIPTS if changes_the_loop(name)]
 STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same text in all (test_copies), and slow
 

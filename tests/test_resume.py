@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SCRIPTS, STABLE, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags
+from conftest import LOOPS, ROOT, SCRIPTS, STABLE, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags
 from conftest import tiny_rows, train, trainer_tensors, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
@@ -157,7 +157,7 @@ CHAINS = {  # kills of one run, one after the other; the counts are from the sta
 
 
 @pytest.mark.parametrize("name, chain", [
-    (n, c) for n in SCRIPTS for c in CHAINS if c == "steps" or n in STABLE and (c == "saves" or n == "grpo")
+    (n, c) for n in LOOPS for c in CHAINS if c == "steps" or n in STABLE and (c == "saves" or n == "grpo")
     or (n, c) == ("experimental/dapo", "rollouts")])
 def test_killed(name, chain, runs, tmp_path):
     flags, whole = runs(name)
