@@ -286,7 +286,7 @@ def online_batch(spec):
             after = torch.cat([c["ref"] for c in part]) if case["ref"] else None
             advantage = torch.tensor([c["advantage"] for c in part])
             counts = sum(lengths), len(completions)
-            piece, metrics = loss_of(logprobs, before, after, advantage, batch["seq"], *counts, args)
+            piece, metrics = loss_of(logprobs, before, after, before, advantage, batch["seq"], *counts, args)
             piece.backward()
             loss += piece.item()
             sums = {name: value + float(metrics.get(name, 0)) / counts[0] for name, value in sums.items()}
