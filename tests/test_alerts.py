@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LOOPS, ROOT, SCRIPTS, script, tiny_flags, tiny_rows
+from conftest import ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows
 from safetensors.torch import load_file, save_file
 from test_bad_input import leave
 
@@ -130,7 +130,7 @@ def edit_json(path, edit):
 # ---- healthy -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", STABLE)
 def test_the_healthy_recipe_raises_none(name, tmp_path):
     """The first eleven steps of the default recipe, its own batch and data: TRAIN002 looks at step 5, the streaks of
     GRPO001-002 end by then, TRAIN003 looks at 1, 2, 4, 8."""

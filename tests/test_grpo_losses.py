@@ -115,8 +115,8 @@ def test_dynamic_sampling(rounds, tmp_path):
         module.BUILT_IN["accuracy"] = parity
 
     train("experimental/dapo", tmp_path / "run", "--dataset", data, "--eval_dataset", "", "--max_steps", 4,
-          "--num_iterations", 1, "--batch_size", 3, "--sampling_rounds", rounds, "--allow", "GRPO003", "GRPO002",
-          patch=patch, world=2)  # fmt: skip
+          "--num_iterations", 1, "--batch_size", 3, "--sampling_rounds", rounds, "--temperature", 1.2,
+          "--allow", "GRPO003", "GRPO002", patch=patch, world=2)  # fmt: skip
     steps, samples = read_jsonl(tmp_path / "run" / "metrics.jsonl"), read_jsonl(tmp_path / "run" / "samples.jsonl")
     used, trained, filled = 0, [], []
     for line in steps[::2]:

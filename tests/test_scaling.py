@@ -10,7 +10,7 @@ from array import array
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOOPS, ROOT
+from conftest import ROOT, STABLE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,13 +126,13 @@ def test_a_group_beyond_the_budget_repeats_its_prompt_once_a_micro_batch():
 
 
 @pytest.mark.parametrize("what", ["--help", "flag error"])
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", STABLE)
 def test_flags_are_answered_within_a_second(name, what):
     """The best of three fresh processes."""
     assert min(scaling.startup(name, what, threads=1)[1] for _ in range(3)) < scaling.LIMITS[what]
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", STABLE)
 def test_first_step_of_the_tiny_lab(name):
     """As it stands, no flags: rows, evaluation before the first step and (dpo) all reference log-probs included."""
     assert scaling.startup(name, "first step", threads=1)[1] < scaling.LIMITS["first step"]

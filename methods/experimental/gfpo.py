@@ -20,7 +20,7 @@ Delta:
 Paper differences
   TRL, up to 1.7, took a function of the user's as filter; these are the paper's two
   metrics of completions (reward, silent_frac, truncated_frac, completion_len) are of the kept ones
-Expect  tiny lab, 2 CPU cores: learns as methods/grpo.py, from fewer completions
+Expect  tiny lab, 2 CPU cores: learns from fewer completions; the shortest ones are alike, so GRPO001 warns by step 10
 Run     python methods/experimental/gfpo.py --num_generations 16 --num_remains_in_group 8
 """
 
