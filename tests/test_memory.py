@@ -62,7 +62,7 @@ def make_policy(rank, world, folder, flag, free, tokens=100, **more):
     groups = probe_groups(lm.config.vocab_size) * 7
     kept, count, out = alive_after_forward(policy, groups)
     out.sum().backward()
-    grads = {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()}
+    grads = {name: sft.full(p.grad).clone() for name, p in policy.named_parameters()}
     again = [m.forward.func.__name__ == "checkpoint" if hasattr(m.forward, "func") else False for m in policy.modules()
              if isinstance(m, sft.GradientCheckpointingLayer)]
     return SimpleNamespace(kept=kept, tokens=count, grads=grads, again=set(again), said=run.memory)

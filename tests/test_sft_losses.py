@@ -400,36 +400,26 @@ def test_runs_with_experts(tmp_path):
 # ---- averaged weights ------------------------------------------------------------------------------------------------
 
 
-class Shard:
-    """What a script reads of a sharded tensor."""
-
-    def __init__(self, values):
-        self.local = values.clone()
-
-    def to_local(self):
-        return self.local
-
-
 @pytest.mark.parametrize("case", FIXTURE["bema"], ids=lambda case: str(case["flags"]))
 def test_trl_averages(case):
     """TRL's averaged weights after every step. Before its first move TRL holds the weights of step 0, here they are the
     policy's until --update_after."""
     path, args = f64(FIXTURE["path"]), bema.Args(**case["flags"])
-    p = Shard(path[0])
-    held = {name: Shard(path[0]) for name in ("start", "ema", "average")}
+    p = path[0].clone()
+    held = {name: path[0].clone() for name in ("start", "ema", "average")}
     policy, optimizer = SimpleNamespace(parameters=lambda: [p]), SimpleNamespace(state={p: held})
     moved = 0
     for step in range(1, len(path)):
-        p.local.copy_(path[step])
+        p.copy_(path[step])
         bema.move_average(policy, optimizer, step, args)
         late = step - args.update_after
         expected = case["weights"][step] if late >= args.update_freq else path[max(0, min(step, args.update_after))]
-        close(held["average"].local, expected)
+        close(held["average"], expected)
         moved += late >= args.update_freq
-    assert moved > 1 and not torch.equal(held["average"].local, path[-1])
-    before = p.local.clone(), held["average"].local.clone()
+    assert moved > 1 and not torch.equal(held["average"], path[-1])
+    before = p.clone(), held["average"].clone()
     bema.swap(policy, optimizer)
-    assert torch.equal(p.local, before[1]) and torch.equal(held["average"].local, before[0])
+    assert torch.equal(p, before[1]) and torch.equal(held["average"], before[0])
 
 
 def bema_run(folder, *flags):

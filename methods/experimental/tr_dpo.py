@@ -292,7 +292,7 @@ def per_completion(out, batch, args):
 def swap(policy, optimizer):
     """The reference's weights take the policy's place, and the other way round; a second call undoes it bit for bit."""
     for p in policy.parameters():
-        own, ref = p.to_local(), optimizer.state[p]["ref"].to_local()
+        own, ref = local(p), local(optimizer.state[p]["ref"])
         kept = own.clone()
         own.copy_(ref)
         ref.copy_(kept)
@@ -303,11 +303,11 @@ def move_reference(policy, optimizer, step, args):
     """The reference after `step` updates of the policy."""
     age = args.lag + args.multiplier * step
     for p in policy.parameters():
-        own, held = p.to_local(), optimizer.state[p]
-        ref = held["ref"].to_local()
+        own, held = local(p), optimizer.state[p]
+        ref = local(held["ref"])
         if args.bema:
-            ema = held["ema"].to_local().lerp_(own, age**-args.ema_power)
-            ref.copy_(ema + age**-args.bias_power * (own - held["start"].to_local()))
+            ema = local(held["ema"]).lerp_(own, age**-args.ema_power)
+            ref.copy_(ema + age**-args.bias_power * (own - local(held["start"])))
         else:
             ref.lerp_(own, args.ref_model_mixup_alpha)
 
@@ -403,7 +403,7 @@ def main(args):
     # ---- optimizer -------------------------------------------------------------------------------
     kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
     for p in policy.parameters():
-        kinds.setdefault((args.weight_decay if p.ndim > 1 else 0.0, p.device_mesh), []).append(p)
+        kinds.setdefault((args.weight_decay if p.ndim > 1 else 0.0, getattr(p, "device_mesh", None)), []).append(p)
     optimizer = torch.optim.AdamW(
         [{"params": params, "weight_decay": decay} for (decay, _), params in kinds.items()],
         lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=1e-8, fused=True,
@@ -540,9 +540,12 @@ def tensor_parallel(lm, run):
 
 def shard(policy, run):
     """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
-    group, tied or not. fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout."""
+    group, tied or not. fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout. One CPU
+    process has nothing to share or to convert, where FSDP2 would copy every weight and gradient: left as it is."""
     policy.partial = tensor_parallel(policy.lm, run) if run.args.tp_size > 1 else []
     cuda = run.device.type == "cuda"
+    if run.world == 1 and not cuda:
+        return policy
     how = {
         "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if cuda else torch.float32, reduce_dtype=torch.float32),
@@ -628,13 +631,13 @@ def fit_memory(policy, tokens, run):
         kept, batch = [], flat_batch(run.probe, run.device)
 
         def keep(x):
-            local = x._local_tensor if isinstance(x, DTensor) else x
-            kept.append(getattr(local, "elem", local).untyped_storage())  # elem: of a collective on its way
+            mine = x._local_tensor if isinstance(x, DTensor) else x
+            kept.append(getattr(mine, "elem", mine).untyped_storage())  # elem: of a collective on its way
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = policy(batch)[policy.output].sum()
-        own = [p.to_local() for p in policy.parameters()]
+        own = [local(p) for p in policy.parameters()]
         kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
         loss.backward()  # FSDP2 counts on it
         policy.zero_grad(set_to_none=True)
@@ -702,13 +705,18 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gradient_norm(parameters, run):
     """Over all shards of one replica. clip_grad_norm_ refuses parameters of different meshes: those that tensor
     parallelism cuts have one more dimension."""
     squares = 0.0
     for p in parameters:
-        cut = "tp" in p.device_mesh.mesh_dim_names and p.placements[-1].is_shard()  # else every tp rank has the same
-        parts = p.grad.to_local().flatten().split(2**20)  # a CPU converts whatever it is given as a whole
+        names = p.device_mesh.mesh_dim_names if isinstance(p, DTensor) else ()
+        cut = "tp" in names and p.placements[-1].is_shard()  # else every tp rank has the same
+        parts = local(p.grad).flatten().split(2**20)  # a CPU converts whatever it is given as a whole
         square = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]).sum()
         squares += square * (run.args.tp_size if cut else 1)
     return math.sqrt(all_sum(run, squares)[0] / run.args.replicate_size)
@@ -719,13 +727,13 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
     skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
     parameters = [p for p in policy.parameters() if p.grad is not None]
     watched = parameters[len(parameters) // 2]  # not the embedding: a token that did not occur has no gradient there
-    limit, before = run.args.max_grad_norm or math.inf, watched.to_local().clone() if step == 4 else None
+    limit, before = run.args.max_grad_norm or math.inf, local(watched).clone() if step == 4 else None
     for p in (p for module in policy.partial for p in module.parameters()):
-        dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
+        dist.all_reduce(local(p.grad), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
     grad_norm = gradient_norm(parameters, run)
     factor = min(1.0, limit / (grad_norm + 1e-6))
     for p in parameters if factor < 1 else ():
-        p.grad.to_local().mul_(factor)
+        local(p.grad).mul_(factor)
     finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
     if finite and not (step + 1) & step:  # at steps 1, 2, 4, 8, ...
         clipped = gradient_norm(parameters, run)
@@ -750,7 +758,7 @@ def update(policy, optimizer, lr, metrics, groups, step, run):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
     if step == 4 and finite and lr > 0 and grad_norm > 0:
-        moved, count = all_sum(run, (watched.to_local() != before).sum(), before.numel())
+        moved, count = all_sum(run, (local(watched) != before).sum(), before.numel())
         still = 1 - moved / count
     text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
     check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
