@@ -349,15 +349,15 @@ def versus():
 
 
 def ratios():
-    """-> {case and part of a step: {"default" and "best" (TRL's): [CPU time, memory] as (median, lowest, highest of the
-    rounds) of TRL over ours, memory None for a part}}. What README's table and the picture show."""
+    """-> {case and part of a step, or lean: {"default" and "best" (TRL's): [CPU time, memory] as (median, lowest,
+    highest of the rounds) of TRL over ours, memory None for a part}}. What README's table and the picture show."""
     tool, found = versus()
     spread, shown = lambda values: values and (median(values), min(values), max(values)), {}
     for line in tool.summary(found) if found else []:
         row = shown.setdefault(f"{line['case']} {line['view']}".strip(), {})
         for key, wanted in ("default", line["side"] == "TRL default"), ("best", line["best"]):
             if wanted:
-                row[key] = spread(line["cpu"]), None if line["view"] else spread(tool.above_ratio(line))
+                row[key] = spread(line["cpu"]), spread(tool.above_ratio(line)) if "above" in line else None
     return shown
 
 
@@ -381,18 +381,21 @@ def part_trl():
         text += "and of a gradient\nor its norm (relative), over all steps of all cases.\n\n"
         text += table(("method", "cases:", "loss:", "gradient:"), cells) + "\n"
     groups = {}
-    for name, row in ratios().items():
+    for name, row in (found := ratios()).items():
         if " " not in name:  # whole steps
+            row["lean"] = found.get(f"{name} lean", {}).get("best", (None, None))
             groups.setdefault(name.split("-")[0], []).append(row)
     if groups:
         rows = []
         for group, members in groups.items():
-            spans = [[row[key][i][0] for row in members if row[key][i]] for i in (0, 1) for key in ("default", "best")]
+            keys = "default", "best", "lean"
+            spans = [[row[key][i][0] for row in members if row[key][i]] for i in (0, 1) for key in keys]
             cells = [f"{min(s):.2f} to {max(s):.2f}" if len(s) > 1 else f"{s[0]:.2f}" if s else "-" for s in spans]
             rows.append([group, len(members), *cells])
         text += "TRL's CPU time per useful token and its memory above the model's own, divided by ours (above 1: ours "
-        text += "is lighter),\nfor its defaults and the fastest setting found for it; lowest and highest case.\n\n"
-        head = "time, defaults:", "time, best:", "memory, defaults:", "memory, best:"
+        text += "is lighter),\nfor its defaults and the fastest setting found for it; lowest and highest case. lean: "
+        text += "ours with --activation_checkpointing on,\nbeside that fastest setting.\n\n"
+        head = [f"{what}, {side}:" for what in ("time", "memory") for side in ("defaults", "best", "lean")]
         text += table(("cases", "number:", *head), rows) + "\n"
     tail = "Every case and setting, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
     return f"## Measured against TRL\n\n{text}{tail}\n" if text else ""
@@ -801,7 +804,7 @@ def draw_ratios(shown):
     figure, axes = plt.subplots(1, 2, figsize=(9.9, 0.3 * len(shown) + 1.1), sharey=True, width_ratios=(3, 2))
     for key, label, color in ("default", "TRL's defaults", "#a8a8a8"), ("best", "TRL's best setting", "#2f6f9f"):
         for i, axis in enumerate(axes):
-            points = [(y, *row[key][i]) for y, row in enumerate(shown.values()) if row[key][i]]
+            points = [(y, *row[key][i]) for y, row in enumerate(shown.values()) if key in row and row[key][i]]
             for y, middle, low, high in points:
                 axis.plot((low, high), (y, y), color=color, linewidth=2)
                 below = key == "default"

@@ -8,10 +8,11 @@ A case (CASES) is some work: a model, rows, their order, the optimizer, fp32 wei
 1  the machine: rate of a 1024^3 fp32 product, memory bandwidth, and what importing torch and transformers takes;
 2  our run, and TRL with every candidate setting (`candidates`): the one that takes the least CPU time per useful token
    is TRL's best. One that fails, or whose losses are not ours, cannot be. All are kept in the results, side "search".
-   We have one setting, --tokens_per_microbatch as CASES says. head: TRL's kernel, and plain cross-entropy;
-3  rounds of ours, TRL's defaults, TRL's best, ours, ...: every run a process of its own. The losses of the first three
-   steps must agree in every round; grpo and rloo sample anew on each side, so there TRL first takes three updates on
-   the completions of our run. Where they differ there is one line, and no ratio.
+   We have two: --tokens_per_microbatch as CASES says, and lean, the same with --activation_checkpointing on, which is
+   held against TRL's best only. head: TRL's kernel, and plain cross-entropy;
+3  rounds of ours, ours lean, TRL's defaults, TRL's best, ours, ...: every run a process of its own. The losses of the
+   first three steps must agree in every round; grpo and rloo sample anew on each side, so there TRL first takes three
+   updates on the completions of our run. Where they differ there is one line, and no ratio.
 
 Useful tokens   what a user trains on: of every sequence the prompt and the completion, without padding, whatever is
                 shared, recomputed or scored twice, and without kto's mismatched pairs. The same number for both sides
@@ -54,7 +55,7 @@ import trl_parity as parity
 from trl_parity import FILES, OURS, RESULTS, ROOT, TINY, Problem, read, write
 from trl_worker import ONLINE, timed
 
-FILE = RESULTS / "versus_trl.jsonl"
+FILE, LEAN = RESULTS / "versus_trl.jsonl", "ours, lean"
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ METHODS = {
 }  # fmt: skip
 # batch: rows, pairs or prompts per step; of the steps the first `warm` are not timed. rows: of ROWS, or tiny: the lab
 # that comes with the scripts. More flags of our script go both ways.
-LAB, TINY_LAB = {"steps": 4, "warm": 1, "micro": 1024}, {"rows": "tiny", "micro": 4096}
+LAB, TINY_LAB = {"steps": 4, "warm": 1, "micro": 512}, {"rows": "tiny", "micro": 4096}
 CASES = {
     "sft-short": LAB | {"method": "sft", "rows": "short", "batch": 8},
     "sft-mixed": LAB | {"method": "sft", "rows": "mixed", "batch": 8},
@@ -222,31 +223,40 @@ def views(row):
     return found
 
 
+def compared(name, view, pairs):
+    """The line of `summary` for one part of a step. pairs: (our run, TRL's) of every round."""
+    line = {"case": name, "view": view, "side": pairs[0][1]["side"], "setting": pairs[0][1].get("setting", {})}
+    costs = [(views(a)[view], views(b)[view]) for a, b in pairs]
+    line["cpu"] = [b[1] / b[2] / (a[1] / a[2]) for a, b in costs]
+    line["wall"] = [b[0] / b[2] / (a[0] / a[2]) for a, b in costs]
+    line["tokens"] = [[cost[i][2] / cost[i][0] for cost in costs] for i in (0, 1)]
+    shares = [[cost[i][3] and cost[i][3] / cost[i][0] for cost in costs] for i in (0, 1)]
+    line["share"] = shares if None not in shares[0] else None
+    if not view:
+        line["peak"] = [[row["peak_mb"] for row in side_rows] for side_rows in zip(*pairs)]
+        line["above"] = [[row["above_mb"] for row in side_rows] for side_rows in zip(*pairs)]
+        line["process"] = [b["process_seconds"] / a["process_seconds"] for a, b in pairs]
+    return line
+
+
 def summary(rows):
     """-> a line for every case, part of a step and side of TRL: ratios within a round, TRL over ours, above 1 where we
-    need less. `best`: of all sides the one that needs the least CPU time for the whole step."""
+    need less. `best`: of all sides the one that needs the least CPU time for the whole step. "lean": the whole step of
+    our lean run, beside that one."""
     lines = []
     for name in dict.fromkeys(row["case"] for row in rows if "round" in row):
         runs = [row for row in rows if row["case"] == name and "round" in row]
-        mine, found = {row["round"]: row for row in runs if row["side"] == "ours"}, []
-        for side in dict.fromkeys(row["side"] for row in runs if row["side"] != "ours"):
+        ours, lean = ({row["round"]: row for row in runs if row["side"] == side} for side in ("ours", LEAN))
+        found = []
+        for side in dict.fromkeys(row["side"] for row in runs if row["side"] not in ("ours", LEAN)):
             theirs = [row for row in runs if row["side"] == side]
-            pairs = [(mine[row["round"]], row) for row in theirs]
-            for view in views(theirs[0]):
-                line = {"case": name, "view": view, "side": side, "setting": theirs[0].get("setting", {})}
-                costs = [(views(a)[view], views(b)[view]) for a, b in pairs]
-                line["cpu"] = [b[1] / b[2] / (a[1] / a[2]) for a, b in costs]
-                line["wall"] = [b[0] / b[2] / (a[0] / a[2]) for a, b in costs]
-                line["tokens"] = [[cost[i][2] / cost[i][0] for cost in costs] for i in (0, 1)]
-                shares = [[cost[i][3] and cost[i][3] / cost[i][0] for cost in costs] for i in (0, 1)]
-                line["share"] = shares if None not in shares[0] else None
-                if not view:
-                    line["peak"] = [[row["peak_mb"] for row in side_rows] for side_rows in zip(*pairs)]
-                    line["above"] = [[row["above_mb"] for row in side_rows] for side_rows in zip(*pairs)]
-                    line["process"] = [b["process_seconds"] / a["process_seconds"] for a, b in pairs]
-                found.append(line)
-        best = min((line for line in found if not line["view"]), key=lambda line: statistics.median(line["cpu"]))
-        lines += [line | {"best": line["side"] == best["side"]} for line in found]
+            found += [compared(name, view, [(ours[row["round"]], row) for row in theirs]) for view in views(theirs[0])]
+        whole = [line for line in found if not line["view"]]
+        best = min(whole, key=lambda line: statistics.median(line["cpu"]))["side"]
+        lines += [line | {"best": line["side"] == best} for line in found]
+        if lean:
+            pairs = [(lean[row["round"]], row) for row in runs if row["side"] == best]
+            lines.append(compared(name, "", pairs) | {"best": True, "view": "lean"})
     return lines
 
 
@@ -281,7 +291,7 @@ def table(rows):
         cells = [f"{line['case']} {line['view']}".strip(), f"{line['side'].removeprefix('TRL ')}: "
                  f"{words(line['setting'])}" if line["setting"] else line["side"].removeprefix("TRL ")]
         cells += [show(values, 0) for values in line["tokens"]] + [show(line["cpu"]), show(line["wall"])]
-        if line["view"]:
+        if "above" not in line:
             cells += [""] * 4
         else:
             above = above_ratio(line)
@@ -574,6 +584,8 @@ def training(name, case, options):
     own = 16 * known["shape"]["parameters"] / 2**20 + known["machine"]["imports_mb"]
     for number in range(1, options.rounds + 1):
         runs = {"ours": run_ours(case["method"], flags, options)}
+        runs[LEAN] = run_ours(case["method"], flags | {"activation_checkpointing": "on"}, options)
+        loss_gap(runs["ours"], runs[LEAN])
         for side, (setting, gap) in chosen.items():
             runs[side] = parity.trl(case["method"], spec | {"config": spec["config"] | setting}, options)
             if case["method"] not in ONLINE:

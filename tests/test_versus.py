@@ -100,16 +100,19 @@ def test_summary_divides_within_rounds_per_useful_token():
     rows = [{"case": "sft-short", "command": "x"}, {"case": "sft-short", "side": "search: TRL best"}]
     for number, (mine, default, best) in enumerate([(1.0, 6.0, 2.0), (2.0, 8.0, 3.0)], 1):
         rows.append(run_row("ours", number, mine))
+        rows.append(run_row("ours, lean", number, 2 * mine, above_mb=25.0))
         rows.append(run_row("TRL default", number, default, tokens=20.0, above_mb=150.0))
         rows.append(run_row("TRL best", number, best, setting={"gradient_checkpointing": False}, above_mb=200.0))
-    default, best = versus.summary(rows)
+    default, best, lean = versus.summary(rows)
     assert default["cpu"] == pytest.approx([3.0, 2.0]) == default["wall"]  # (6 / 20) / (1 / 10), (8 / 20) / (2 / 10)
     assert best["cpu"] == pytest.approx([2.0, 1.5]) and best["best"] and not default["best"]
     assert versus.above_ratio(best) == [4.0, 4.0] and best["tokens"][0] == [5.0, 2.5]
     assert best["tokens"][1] == pytest.approx([2.5, 10 / 6])
     assert best["share"][0] == [0.5, 0.25] and best["share"][1] == pytest.approx([0.25, 1 / 6])
     text = versus.table(rows).splitlines()
-    assert len(text) == 4 and "| 1.75 (1.50-2.00) |" in text[3] and "best: no checkpointing" in text[3]
+    assert lean["cpu"] == pytest.approx([1.0, 0.75]) and lean["best"] and versus.above_ratio(lean) == [8.0, 8.0]
+    assert lean["view"] == "lean" and lean["setting"] == best["setting"] and "| sft-short lean |" in text[4]
+    assert len(text) == 5 and "| 1.75 (1.50-2.00) |" in text[3] and "best: no checkpointing" in text[3]
 
 
 @pytest.mark.parametrize("name", [name for name, case in versus.CASES.items() if case["method"] != "head"])
@@ -148,6 +151,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(versus, "FILE", tmp_path / "versus_trl.jsonl")
     losses = [3.0, 2.0, 1.5, 1.2]
     play = SimpleNamespace(losses=losses, trl=lambda config: losses, file=versus.FILE, specs=[], ours=[], asked=[])
+    play.lean = 0.0  # what our lean run's losses differ by
 
     def launch(command, options, what):
         command = [str(word) for word in command]
@@ -165,6 +169,7 @@ def fake(monkeypatch, tmp_path):
             folder = parity.Path(command[command.index("--output_dir") + 1])
             folder.mkdir(parents=True)
             steps = play.losses[: int(command[command.index("--max_steps") + 1])]
+            steps = [x + play.lean * ("--activation_checkpointing" in command) for x in steps]
             parity.write(folder / "metrics.jsonl", [both_names(loss=x) for x in steps])
             (folder / "run.json").write_text(json.dumps({"versions": {"torch": "x"}}))
             if "--script" in command:
@@ -196,7 +201,7 @@ def test_rows_of_a_finished_case_replace_its_old_ones(fake):
     rows = parity.read(fake.file)
     assert rows[0] == {"case": "first", "old": True} and not any("old" in row for row in rows[1:])
     sides = [(row["side"], row["round"]) for row in rows if "round" in row]
-    assert sides == [(side, n) for n in (1, 2) for side in ("ours", "TRL default", "TRL best")]  # by turns
+    assert sides == [(side, n) for n in (1, 2) for side in ("ours", versus.LEAN, "TRL default", "TRL best")]  # by turns
     searched = [row for row in rows if row.get("side", "").startswith("search")]
     assert len(searched) == 1 + len(versus.candidates(versus.CASES["second"])["TRL best"])
     assert all(line["cpu"] == [2.0, 2.0] for line in versus.summary(rows[1:]))
@@ -220,6 +225,12 @@ def test_losses_are_compared_in_every_round(fake, capsys):
     count = len(versus.candidates(versus.CASES["first"])["TRL best"]) + 1
     calls = iter([fake.losses] * (count + 1) + [[float("nan")] * 4] * 99)  # the first run of the rounds, then NaN
     fake.trl = lambda config: next(calls)
+    assert versus.main(["--only", "first", "--rounds", "1"]) == 2
+    assert "not the same work" in capsys.readouterr().err and not fake.file.exists()
+
+
+def test_our_lean_run_must_agree_too(fake, capsys):
+    fake.lean = 1e-3
     assert versus.main(["--only", "first", "--rounds", "1"]) == 2
     assert "not the same work" in capsys.readouterr().err and not fake.file.exists()
 
@@ -271,7 +282,7 @@ def test_sampling_methods_are_compared_on_our_completions(method, fake, capsys):
     assert len(replays) == 2 and all(spec["config"]["max_steps"] == 3 for spec in replays)
     foreign = {*parity.OURS, "reward", "output_dir", "method", *(["loss_type"] if method == "rloo" else [])}
     assert all(not foreign & spec["config"].keys() and spec["config"]["num_generations"] == 4 for spec in fake.specs)
-    assert len(fake.ours) == 2 and all(c[c.index("--reward") + 1].endswith(":even_digits") for c in fake.ours)
+    assert len(fake.ours) == 3 and all(c[c.index("--reward") + 1].endswith(":even_digits") for c in fake.ours)
     kept = fake.file.read_text()
     fake.trl = lambda config: [x + 1e-3 for x in fake.losses]
     assert versus.main(["--only", "first", "--rounds", "1"]) == 2
