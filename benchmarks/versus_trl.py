@@ -8,8 +8,9 @@ A case (CASES) is some work: a model, rows, their order, the optimizer, fp32 wei
 1  the machine: rate of a 1024^3 fp32 product, memory bandwidth, and what importing torch and transformers takes;
 2  our run, and TRL with every candidate setting (`candidates`): the one that takes the least CPU time per useful token
    is TRL's best. One that fails, or whose losses are not ours, cannot be. All are kept in the results, side "search".
-   We have two: --tokens_per_microbatch as CASES says, and lean, the same with --activation_checkpointing on, which is
-   held against TRL's best only. head: TRL's kernel, and plain cross-entropy;
+   TRL lean: the fewest rows at a time, with its activation checkpointing. We have two settings: as CASES says, and
+   lean, the same with --activation_checkpointing on, held against TRL's best and TRL lean. head: TRL's kernel, and
+   plain cross-entropy;
 3  rounds of ours, ours lean, TRL's defaults, TRL's best, ours, ...: every run a process of its own. The losses of the
    first three steps must agree in every round; grpo and rloo sample anew on each side, so there TRL first takes three
    updates on the completions of our run. Where they differ there is one line, and no ratio.
@@ -138,7 +139,7 @@ def candidates(case, compiled=False):
     pieces = [off | cut(case, size // k) for k in (1, 2, 4, 8) if size % k == 0 and size // k]
     pieces = pieces[:1] if case["method"] == "kto" else pieces
     eager = pieces[0] | {"model_init_kwargs": {"attn_implementation": "eager"}}
-    sides = {"TRL best": [*pieces, eager]}
+    sides = {"TRL best": [*pieces, eager], "TRL lean": [{k: v for k, v in pieces[-1].items() if k not in off}]}
     if case["method"] == "sft":
         sides["TRL best"] += [piece | {"padding_free": True, "max_length": None} for piece in pieces[:2]]
     if case["method"] in ("dpo", "kto"):
@@ -242,7 +243,7 @@ def compared(name, view, pairs):
 def summary(rows):
     """-> a line for every case, part of a step and side of TRL: ratios within a round, TRL over ours, above 1 where we
     need less. `best`: of all sides the one that needs the least CPU time for the whole step. "lean": the whole step of
-    our lean run, beside that one."""
+    our lean run, beside that one and beside TRL lean."""
     lines = []
     for name in dict.fromkeys(row["case"] for row in rows if "round" in row):
         runs = [row for row in rows if row["case"] == name and "round" in row]
@@ -254,9 +255,9 @@ def summary(rows):
         whole = [line for line in found if not line["view"]]
         best = min(whole, key=lambda line: statistics.median(line["cpu"]))["side"]
         lines += [line | {"best": line["side"] == best} for line in found]
-        if lean:
-            pairs = [(lean[row["round"]], row) for row in runs if row["side"] == best]
-            lines.append(compared(name, "", pairs) | {"best": True, "view": "lean"})
+        for side in (best, "TRL lean") if lean else ():
+            pairs = [(lean[row["round"]], row) for row in runs if row["side"] == side]
+            lines.append(compared(name, "", pairs) | {"best": side == best, "view": "lean"})
     return lines
 
 

@@ -103,7 +103,8 @@ def test_summary_divides_within_rounds_per_useful_token():
         rows.append(run_row("ours, lean", number, 2 * mine, above_mb=25.0))
         rows.append(run_row("TRL default", number, default, tokens=20.0, above_mb=150.0))
         rows.append(run_row("TRL best", number, best, setting={"gradient_checkpointing": False}, above_mb=200.0))
-    default, best, lean = versus.summary(rows)
+        rows.append(run_row("TRL lean", number, 9.0, above_mb=75.0))
+    default, best, leanest, lean, both = versus.summary(rows)
     assert default["cpu"] == pytest.approx([3.0, 2.0]) == default["wall"]  # (6 / 20) / (1 / 10), (8 / 20) / (2 / 10)
     assert best["cpu"] == pytest.approx([2.0, 1.5]) and best["best"] and not default["best"]
     assert versus.above_ratio(best) == [4.0, 4.0] and best["tokens"][0] == [5.0, 2.5]
@@ -111,15 +112,17 @@ def test_summary_divides_within_rounds_per_useful_token():
     assert best["share"][0] == [0.5, 0.25] and best["share"][1] == pytest.approx([0.25, 1 / 6])
     text = versus.table(rows).splitlines()
     assert lean["cpu"] == pytest.approx([1.0, 0.75]) and lean["best"] and versus.above_ratio(lean) == [8.0, 8.0]
-    assert lean["view"] == "lean" and lean["setting"] == best["setting"] and "| sft-short lean |" in text[4]
-    assert len(text) == 5 and "| 1.75 (1.50-2.00) |" in text[3] and "best: no checkpointing" in text[3]
+    assert lean["view"] == "lean" and lean["setting"] == best["setting"] and "| sft-short lean |" in text[5]
+    assert both["cpu"] == pytest.approx([4.5, 2.25]) and not both["best"] and versus.above_ratio(both) == [3.0, 3.0]
+    assert leanest["cpu"] == pytest.approx([9.0, 4.5]) and versus.above_ratio(leanest) == [1.5, 1.5]
+    assert len(text) == 7 and "| 1.75 (1.50-2.00) |" in text[3] and "best: no checkpointing" in text[3]
 
 
 @pytest.mark.parametrize("name", [name for name, case in versus.CASES.items() if case["method"] != "head"])
 def test_every_candidate_takes_the_whole_step(name):
     case = versus.CASES[name]
     sides = versus.candidates(case, True)
-    assert set(sides) <= {"TRL best", "TRL best, precomputed"} and 1 <= case["warm"] <= case["steps"] - 3
+    assert set(sides) <= {"TRL best", "TRL lean", "TRL best, precomputed"} and 1 <= case["warm"] <= case["steps"] - 3
     for setting in [{}, *(s for settings in sides.values() for s in settings)]:
         config = versus.config_of(case) | setting
         rows = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
@@ -135,6 +138,9 @@ def test_timed_functions_exist():
 
 
 # ---- whole runs, with fakes ------------------------------------------------------------------------------------------
+
+
+ALL = "ours", versus.LEAN, "TRL default", "TRL best", "TRL lean"
 
 
 def both_names(**more):
@@ -201,9 +207,9 @@ def test_rows_of_a_finished_case_replace_its_old_ones(fake):
     rows = parity.read(fake.file)
     assert rows[0] == {"case": "first", "old": True} and not any("old" in row for row in rows[1:])
     sides = [(row["side"], row["round"]) for row in rows if "round" in row]
-    assert sides == [(side, n) for n in (1, 2) for side in ("ours", versus.LEAN, "TRL default", "TRL best")]  # by turns
+    assert sides == [(side, n) for n in (1, 2) for side in ALL]  # by turns
     searched = [row for row in rows if row.get("side", "").startswith("search")]
-    assert len(searched) == 1 + len(versus.candidates(versus.CASES["second"])["TRL best"])
+    assert len(searched) == 2 + len(versus.candidates(versus.CASES["second"])["TRL best"])
     assert all(line["cpu"] == [2.0, 2.0] for line in versus.summary(rows[1:]))
     assert {"command", "sha256", "git", "device", "machine", "versions", "work"} <= rows[1].keys()
 
@@ -258,7 +264,7 @@ def test_kto_has_all_rows_at_once_and_backwards(fake):
     assert order["reverse"] and order["slices"] == [[2 * step, 2] for step in range(4)]
     assert all(spec["config"]["per_device_train_batch_size"] == 2 for spec in fake.specs)
     sides = {row.get("side") for row in parity.read(fake.file)}
-    assert {"ours", "TRL default", "TRL best", "TRL best, precomputed"} <= sides
+    assert {*ALL, "TRL best, precomputed"} <= sides
 
 
 def test_reward_models_begin_with_one_head(fake):
@@ -279,7 +285,7 @@ def test_sampling_methods_are_compared_on_our_completions(method, fake, capsys):
     fake.trl = lambda config: fake.losses if config["max_steps"] == 3 else [9.0] * 4  # of completions of its own
     assert versus.main(["--only", "first", "--rounds", "1"]) == 0
     replays = [spec for spec in fake.specs if "replay" in spec]
-    assert len(replays) == 2 and all(spec["config"]["max_steps"] == 3 for spec in replays)
+    assert len(replays) == 3 and all(spec["config"]["max_steps"] == 3 for spec in replays)
     foreign = {*parity.OURS, "reward", "output_dir", "method", *(["loss_type"] if method == "rloo" else [])}
     assert all(not foreign & spec["config"].keys() and spec["config"]["num_generations"] == 4 for spec in fake.specs)
     assert len(fake.ours) == 3 and all(c[c.index("--reward") + 1].endswith(":even_digits") for c in fake.ours)
