@@ -16,7 +16,8 @@ Delta:
   Args.method: divergence_type, the size of the region; ratios are to the sampler, by token
   loss, surrogate, dppo_loss, check_flags: the region; no cispo
 Paper differences
-  the paper's (and old TRL's) divergences over the sampler's top 20 tokens are not here: no sampler hands them over
+  none in the formulas, which are those of the authors' code, too (verl: dppo_tv, dppo_kl). The paper's (and old TRL's)
+  divergences over the sampler's top 20 tokens are not here: no sampler hands them over
   ratio_cap is TRL's clip_ratio_c (20), old TRL's default of both epsilons is kept (0.15). It was in TRL up to 1.8
 Expect  tiny lab, 2 CPU cores: as methods/grpo.py, since sampler and policy agree in the first step after a rollout
 Run     python methods/experimental/dppo.py --num_iterations 2
