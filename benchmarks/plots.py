@@ -420,12 +420,17 @@ def part_trl_full():
         text += "### Time and memory\n\n![TRL over ours, by case](results/versus_trl.png)\n\n"
         text += "What a useful token, a part of a step, the limit and memory above the model are, and what TRL's "
         text += "best was looked for\namong, stands at the top of `benchmarks/versus_trl.py`. Medians with the range "
-        text += "over the rounds; ratios are TRL over ours:\n\n" + tool.table(speed) + "\n\n"
+        text += "over the rounds; ratios are TRL over ours; lean:\nours with --activation_checkpointing on, beside "
+        text += "TRL's fastest and leanest setting.\n\n" + tool.table(speed) + "\n\n"
         heads = [row for row in speed if "command" in row]
         commands = dict.fromkeys(re.sub(r" --only .*", "", row["command"]) for row in heads)
         rates = [row["machine"]["flops"] / 1e9 for row in heads], [row["machine"]["bandwidth"] / 1e9 for row in heads]
-        text += "; ".join(f"`{command}`" for command in commands) + f", {heads[0]['date']}, {heads[0]['device']}; "
-        text += f"{median(rates[0]):.0f} GFLOP/s, {median(rates[1]):.1f} GB/s.\n\n"
+        text += "; ".join(f"`{command}`" for command in commands) + f", {heads[0]['device']}; "
+        text += f"{median(rates[0]):.0f} GFLOP/s, {median(rates[1]):.1f} GB/s.\n"
+        texts = {}
+        for row in heads:
+            texts.setdefault((row["date"], row["git"][:8]), []).append(row["case"])
+        text += "; ".join(f"{', '.join(cases)}: {date}, commit {git}" for (date, git), cases in texts.items()) + ".\n\n"
     return f"## Against TRL\n\n{text}" if text else ""
 
 

@@ -7,8 +7,8 @@ length      rows of 128 to 2048 tokens, the same number of tokens in all
 group       1 to 16 completions of one prompt, the same number of completions in all
 vocabulary  the head alone, 1k to 150k words, then 1x to 8x the tokens; plain: logits and cross_entropy
 size        models of 1.4M to 63M weights, with the optimizer's step
-ranks       methods/sft.py itself in 1 (which FSDP2 has no part in), 2 and 4 processes (gloo), one thread each: three steps
-            after the first
+ranks       methods/sft.py itself in 1 (which FSDP2 has no part in), 2 and 4 processes (gloo), one thread each: three
+            steps after the first
 spread      rows of log-normal length, sigma 0 to 1.5, the same number of tokens in all
 startup     --help, a wrong flag, and the first optimizer step of the tiny lab, of every script
 
