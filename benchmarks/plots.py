@@ -543,7 +543,7 @@ states and the weights' gradient."""),
     "size": ("Size of the model", """Forward, backward and AdamW. Memory: of the process, beyond what it had before the
 model; weights, gradients and Adam's two moments in fp32 are 16 bytes a weight."""),
     "ranks": ("Processes", """`methods/sft.py` itself with gloo, one thread a process, the same rows in micro-batches of
-the same size. More processes than cores cannot be faster. One is not sharded; of more, gloo takes what they gain here.
+the same size. More processes than cores cannot be faster. One is not sharded; two gain nothing over it here.
 CPU time: of all processes. Memory: of the process with most,
 the model's included; what is above the dashed line is a micro-batch's activations, gathered layers and what malloc
 keeps, and does not shrink with more processes."""),
