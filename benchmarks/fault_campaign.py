@@ -53,6 +53,8 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -60,10 +62,13 @@ import transformers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from common.runtime import checkpoint
+from common.runtime.launch import launch
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "common" / "tiny"
 PHASES = ["start", "rollout", "step", "save", "rename", "evaluation", "finish", "ended"]
-ENTER = {  # function of the script -> phase while it runs; everything else in the loop is "step"
+ENTER = {  # function -> phase while it runs; everything else in the loop is "step"
     "rollout": "rollout", "write_checkpoint": "save", "evaluate": "evaluation", "finish": "finish",
 }  # fmt: skip
 LIMIT = 120  # seconds that a run may take
@@ -124,9 +129,10 @@ def track(module, where):
         return wrapped
 
     for name, phase in ENTER.items():
-        if hasattr(module, name):
-            after = "save" if name == "write_checkpoint" else None  # the rename follows in the function that calls it
-            setattr(module, name, wrap(getattr(module, name), phase, after))
+        if name == "write_checkpoint":  # the rename follows in the function that calls it, in the same file
+            checkpoint.write_checkpoint = wrap(checkpoint.write_checkpoint, phase, "save")
+        elif hasattr(module, name):
+            setattr(module, name, wrap(getattr(module, name), phase, None))
     for name in ("resume", "save_or_stop"):
         setattr(module, name, wrap(getattr(module, name), None, "step"))
     schedule = module.schedule
@@ -157,7 +163,7 @@ def child(rank, run, module, argv, where, plant):
         dist.init_process_group("gloo", store, timedelta(seconds=60), run.world, rank)
         if plant:
             plant(module, rank)
-        module.launch(module.main, module.parse_args(argv))
+        launch(module.main, module.parse_args(argv), module.__file__)
         enter("ended")
         os._exit(0)
     except SystemExit as e:
@@ -283,14 +289,14 @@ class Events:
     """The file-system events of one rank below `out`, in order. With `at` and `side`: SIGKILL there. `report` gets what
     happened: a line for each event, and each breach of what holds at every moment (rank 0)."""
 
-    def __init__(self, module, rank, out, report, keep, at=None, side=None):
+    def __init__(self, rank, out, report, keep, at=None, side=None):
         self.out, self.report, self.keep, self.at, self.side = out, report, keep, at, side
         self.rank, self.count, self.busy, self.torn, self.written = rank, 0, False, None, set()
         self.synced, self.renames = {}, []  # file -> bytes that are on the disk; renames of folders that may be lost
         self.whole = {p.name: self.sizes(p) for p in out.glob("checkpoint-*") if sound(p)}
         self.fsync = os.fsync
         os.fsync = self.on_fsync
-        self.wrap(module, "save_file", lambda tensors, path, *_, **__: path)
+        self.wrap(checkpoint, "save_file", lambda tensors, path, *_, **__: path)
         self.wrap(transformers.modeling_utils, "safe_save_file", lambda tensors, path, *_, **__: path)
         tokenizer = transformers.tokenization_utils_tokenizers.TokenizersBackend
         self.wrap(tokenizer, "_save_pretrained", lambda _, **named: f"{named['save_directory']}/tokenizer.json")
@@ -476,8 +482,8 @@ def crash(about, scenario, victim, number, side):
     def watched(at):
         for report in reports:
             report.unlink(missing_ok=True)
-        plant = lambda module, rank: Events(  # noqa: E731
-            module, rank, out, reports[rank], 1, at if rank == victim else None, side)
+        plant = lambda _, rank: Events(  # noqa: E731
+            rank, out, reports[rank], 1, at if rank == victim else None, side)
         run = ended(start(about.module, argv, about.world, about.folder, plant))
         notes = [[json.loads(x) for x in report.read_text().splitlines()] for report in reports if report.is_file()]
         wrong.extend(text for notes in notes for kind, text, *_ in notes if kind == "breach")
@@ -551,8 +557,8 @@ def filling(disk, victim, nth, rng):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-    def plant(module, rank):
-        write, calls = module.write_checkpoint, []
+    def plant(_module, rank):
+        write, calls = checkpoint.write_checkpoint, []
 
         def counted(*args):
             calls.append(1)
@@ -561,7 +567,7 @@ def filling(disk, victim, nth, rng):
             return write(*args)
 
         if rank == victim:
-            module.write_checkpoint = counted
+            checkpoint.write_checkpoint = counted
 
     return plant, {"disk": "tmpfs" if disk else "RLIMIT_FSIZE", "room": room, "save": nth}
 
@@ -767,7 +773,8 @@ def small_disk(folder):
 
 def about(args):
     """The first row. Nothing in it changes while a campaign is interrupted, so that the same command can go on."""
-    files = [*(f"methods/{name}.py" for name in args.scripts), "common/logprobs.py", "common/tokenization.py"]
+    shared = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "common").rglob("*.py"))]
+    files = [*(f"methods/{name}.py" for name in args.scripts), *shared]
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     words = f"--parts {' '.join(args.parts)} --scripts {' '.join(args.scripts)} "
     words += f"--worlds {' '.join(map(str, args.worlds))} --faults {args.faults} --seed {args.seed}"

@@ -47,11 +47,21 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU must not start CUDA in the parent
 
+from common.attention import flat_attention
+from common.batches import count_scored, flat_batch, micro_batches, seq_sums
+from common.logprobs import ScoredHead, plain_logprobs
+from common.runtime.health import check_update
+from common.runtime.launch import setup
+from common.runtime.model import fit_memory, longest, materialize
+from common.runtime.parallel import all_sum, clip_grad_norm, local
+from common.sampling import Sampler
+from common.tokenization import load_tokenizer, stop_ids
+
+ROOT = Path(__file__).resolve().parents[1]
 COMMON = {"vocab_size": 151936, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
           "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
           "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}  # fmt: skip
@@ -70,13 +80,14 @@ TINY_SIZE = {"row": 96, "rows": 2, "budget": 192, "pairs": 3, "prompts": 2, "gro
              "head": 64, "windows": 2, "warmup": 1}  # fmt: skip
 DATASHEET = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
 TOTAL = 600  # seconds that the command may take
+LEARNING_RATE = 1e-6
 
 
 # ---- what cases share ------------------------------------------------------------------------------------------------
 
 
 class Lab:
-    """One case's device, sizes and results. Heavy imports happen in the child that runs the case."""
+    """One case's device, sizes and results."""
 
     def __init__(self, tiny):
         import torch
@@ -129,39 +140,44 @@ class Lab:
     def prepare(self, method, shape, **flags):
         """methods/<method>.py as a module, its run, and a model of this shape on the meta device. Flags of another
         script are left out."""
+        from torch.distributed.device_mesh import init_device_mesh
         from transformers import AutoConfig, AutoModelForCausalLM
 
         module = script(method)
         known = {field.name for field in fields(module.Args)}
         args = replace(module.Args(), output_dir=str(Path(tempfile.mkdtemp(dir=os.environ["GPU_SCRATCH"]), "run")),
                        **{name: value for name, value in flags.items() if name in known})  # fmt: skip
-        run = module.setup(args)
+        run = setup(args, module.__file__)
+        run.mesh = init_device_mesh(run.device.type, run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
         config = AutoConfig.for_model("qwen3", **(TINY if self.tiny else SHAPES[shape]))
         with self.torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, dtype=self.torch.float32)
-        run.probe = module.probe_groups(config.vocab_size)
         return module, run, lm.eval()
 
     def policy(self, module, run, lm):
         """As main.model does, with random weights for the file's."""
         policy = module.shard(module.Policy(lm), run)
-        self.fill(module, run, policy.lm)
+        self.fill(run, policy.lm)
         return policy
 
-    def fill(self, module, run, lm):
+    def fill(self, run, lm):
         """Memory, and the same random weights every time: matrices as transformers draws them, norms 1, biases 0."""
-        module.materialize(lm, run.device, run)
+        materialize(lm, run.device, run.device)
         self.torch.manual_seed(0)
         for name, p in lm.named_parameters():
-            local = p.detach().to_local() if hasattr(p, "to_local") else p.detach()  # this process is the only rank
-            local.normal_(0, 0.02) if p.ndim > 1 else local.fill_(float(name.endswith("norm.weight")))
+            values = local(p.detach())  # all of them: this process is the only rank
+            if p.ndim > 1:
+                values.normal_(0, 0.02)
+            else:
+                values.fill_(float(name.endswith("norm.weight")))
 
     def trainer(self, method, shape, groups, **flags):
         """As main.model and main.optimizer do: module, run, policy, optimizer."""
         module, run, lm = self.prepare(method, shape, **flags)
         policy = self.policy(module, run, lm)
-        module.fit_memory(policy, module.longest(groups), run)
-        optimizer = self.torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        ids = range(lm.config.vocab_size)  # in place of a tokenizer, which is only asked how many there are
+        fit_memory(run, policy, ids, longest(groups))
+        optimizer = self.torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         return module, run, policy, optimizer
 
     def speed(self, name, found, tokens, flops, rates):
@@ -229,44 +245,49 @@ def count_flops(lm, batches):
 
 
 def sft_step(module, run, policy, optimizer, groups):
-    batches = module.rank_batches(groups, groups[0], run.args, run)
-    (num_tokens,) = module.all_sum(run, sum(weight * len(batch["labels"]) for batch, _, weight in batches))
+    (num_tokens,) = all_sum(run, count_scored(groups))
     total = 0.0
-    for batch, _, weight in batches:
-        loss = weight * module.sft_loss(policy(batch), run.args) / num_tokens
+    for batch in micro_batches(run, groups, spare=groups[0]):
+        loss = batch["weight"] * module.sft_loss(policy(batch), run.args) / num_tokens
         loss.backward()
         total += loss.detach()
-    return finish(module, run, policy, optimizer, groups, total, num_tokens)
+    return finish(run, policy, optimizer, groups, total, num_tokens)
 
 
 def dpo_step(module, run, policy, optimizer, groups):
-    batches, total = module.rank_batches(groups, groups[0], run.args, run), 0.0
-    for batch, members, weight in batches:
-        sums, lengths, weights = module.per_completion(policy(batch), batch, run.args)
-        reference = module.reference(members, run.args, run)
-        loss = weight * module.dpo_loss(sums, reference, lengths, weights, run.args)[0] / len(groups)
+    total = 0.0
+    for batch in micro_batches(run, groups, spare=groups[0]):
+        _, loss, _ = module.forward(policy, batch, run.args)
+        loss = batch["weight"] * loss / len(groups)
         loss.backward()
         total += loss.detach()
-    return finish(module, run, policy, optimizer, groups, total, sum(len(b["labels"]) for b, _, _ in batches))
+    return finish(run, policy, optimizer, groups, total, count_scored(groups))
 
 
 def grpo_step(module, run, policy, optimizer, groups):
-    batches, total = module.rank_batches(groups, groups[0], run.args, run), 0.0
-    num_tokens, num_seqs = sum(len(b["labels"]) for b, _, _ in batches), sum(len(g["completions"]) for g in groups)
-    for batch, members, weight in batches:
-        out = policy(batch, want=("entropy",))
-        advantages = out["logprobs"].new_tensor([c["advantage"] for g in members for c in g["completions"]])
-        now, counts = out["logprobs"].detach(), (num_tokens, num_seqs)
-        loss, _ = module.grpo_loss(out["logprobs"], now, None, now, advantages, batch["seq"], *counts, run.args)
-        (weight * loss).backward()
-        total += weight * loss.detach()
-    return finish(module, run, policy, optimizer, groups, total, num_tokens)
+    num_tokens = count_scored(groups)
+    num_seqs = sum(len(group["completions"]) for group in groups)
+    total = 0.0
+    for batch in micro_batches(run, groups, spare=groups[0]):
+        logprobs = policy(batch, want=["entropy"])["logprobs"]
+        batch["old_logprobs"] = logprobs.detach()
+        loss, _ = module.grpo_loss(logprobs, batch, num_tokens, num_seqs, run.args)
+        (batch["weight"] * loss).backward()
+        total += batch["weight"] * loss.detach()
+    return finish(run, policy, optimizer, groups, total, num_tokens)
 
 
-def finish(module, run, policy, optimizer, groups, loss, num_tokens):
-    """Step 6: `update` looks closer at steps 1, 2, 4 and 5."""
-    metrics = {"loss": module.all_sum(run, loss)[0], "num_tokens": num_tokens}
-    return metrics["loss"], module.update(policy, optimizer, 1e-6, metrics, groups, 5, run)
+def finish(run, policy, optimizer, groups, loss, num_tokens):
+    """As main.update does, for step 6: `check_update` looks closer at steps 1, 2, 4, 5 and 8. Returns the loss and the
+    gradient's norm."""
+    (loss,) = all_sum(run, loss)
+    metrics = {"loss": loss, "num_tokens": num_tokens, "lr": LEARNING_RATE}
+    metrics["grad_norm"] = clip_grad_norm(run, policy, run.args.max_grad_norm)
+    if math.isfinite(loss) and math.isfinite(metrics["grad_norm"]):
+        optimizer.step()
+    check_update(run, 5, policy, groups, metrics)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, metrics["grad_norm"]
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -274,9 +295,6 @@ def finish(module, run, policy, optimizer, groups, loss, num_tokens):
 
 def attention(lab):
     """flat_attention on shared prompts against dense attention with a mask of its own, in fp32 from the same inputs."""
-    from common.logprobs import flat_attention
-    from common.tokenization import flat_batch
-
     torch = lab.torch
     heads, kv_heads, width = (4, 2, 16) if lab.tiny else (16, 8, 128)
     batch = flat_batch(make_groups(lab, 2, 3, lab.size["prompt"], lab.size["completion"]), lab.device)
@@ -311,53 +329,48 @@ def attention(lab):
 
 def logprobs(lab):
     """The sharded policy against one sequence at a time in a model of its own, in fp32 (tiny: fp64)."""
-    from common.logprobs import reference_logprobs
-    from common.tokenization import flat_batch
-
     module, run, lm = lab.prepare("sft", "0.6b")
     single = copy.deepcopy(lm)
     policy = lab.policy(module, run, lm)
-    lab.fill(module, run, single)
+    lab.fill(run, single)
     groups = make_groups(lab, 2, 3, lab.size["prompt"], lab.size["completion"])
     with lab.torch.no_grad():
         ours = policy(flat_batch(groups, run.device))["logprobs"]
-        gap = (ours - reference_logprobs(single.double() if lab.tiny else single, groups)).abs()
+        gap = (ours - plain_logprobs(single.double() if lab.tiny else single, groups)).abs()
     lab.check("log-probs: mean difference", gap.mean(), 1e-5 if lab.tiny else 2e-2)
     lab.check("log-probs: largest difference", gap.max(), 1e-4 if lab.tiny else 2e-1)
 
 
 def make_sampler(lab, engine, prompts, copies, new):
-    """grpo's sampler and policy with the same random weights, as main.model makes them; prompts without completions."""
+    """grpo's sampler and policy with the same random weights, as main.model makes them; prompts without completions.
+    -> module, run, sampler, policy, groups."""
     flags = {"engine": engine, "num_generations": copies, "max_completion_length": new, "eval_samples": 0}
     flags |= {"max_length": 2 * lab.size["prompt"] + new, "tokens_per_microbatch": lab.size["budget"]}
     module, run, lm = lab.prepare("grpo", "0.6b", **flags)
-    run.stops, run.sampler = list(range(lab.size["stops"])), copy.deepcopy(lm)
-    for p in run.sampler.parameters():
-        p.data = p.to(lab.dtype)
-    lab.fill(module, run, run.sampler)
+    sampler = Sampler(run, lm, None, stops=list(range(lab.size["stops"])))  # nothing here becomes text
     policy = lab.policy(module, run, lm)
-    run.engine = module.start_engine(run.sampler, run)
-    if engine == "continuous" and run.engine is None:
+    sampler.start_engine()
+    if engine == "continuous" and sampler.engine is None:
         lab.numbers["note"] = "transformers is too old for continuous batching: the loop ran instead"
-    module.refresh(run.sampler, policy)
-    return module, run, policy, make_groups(lab, prompts, 0, lab.size["prompt"], 1)
+    module.refresh(sampler, policy)
+    return module, run, sampler, policy, make_groups(lab, prompts, 0, lab.size["prompt"], 1)
 
 
 def rollout_logprobs(lab, engine):
     """The sampler's log-probs against the policy's, before and after the weights change: stale pages would show."""
-    module, run, policy, groups = make_sampler(lab, engine, 4, 4, min(64, lab.size["new"]))
+    module, run, sampler, policy, groups = make_sampler(lab, engine, 4, 4, min(64, lab.size["new"]))
     groups[0]["prompt"] = (groups[0]["prompt"] * 20)[:600]  # longer than two pages of the engine
     for index in range(2):
-        module.sample(groups, 4, ("train", index), run)
+        sampler.sample(groups, 4, ("train", index))
         with lab.torch.no_grad():
-            ours = policy(module.flat_batch(groups, run.device))["logprobs"].cpu()
+            ours = policy(flat_batch(groups, run.device))["logprobs"].cpu()
             theirs = lab.torch.cat([c["sampler_logprobs"] for g in groups for c in g["completions"]])
             gap = (ours - theirs).abs()
             lab.check(f"weights {index}: mean difference", gap.mean(), 1e-5 if lab.tiny else 2e-2)
             lab.check(f"weights {index}: largest difference", gap.max(), 1e-4 if lab.tiny else 2e-1)
             for p in policy.parameters():
                 p.mul_(1.3)
-        module.refresh(run.sampler, policy)
+        module.refresh(sampler, policy)
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -370,7 +383,7 @@ def time_sft(lab, shape, **flags):
     for group in groups:
         group["completions"][0]["ids"] = array("i", [noise.randrange(vocabulary) for _ in range(lab.size["row"])])
     module, run, policy, optimizer = lab.trainer("sft", shape, groups, tokens_per_microbatch=lab.size["row"], **flags)
-    tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
+    tokens, flops = count_flops(policy.lm, [flat_batch([group]) for group in groups])
     first = sft_step(module, run, policy, optimizer, groups)
     found = lab.measure({"step": lambda: sft_step(module, run, policy, optimizer, groups)})["step"]
     return first, (found, tokens, flops)
@@ -400,7 +413,7 @@ def shared_update(lab, method, step, groups):
     rates, flags = lab.rates(), {"tokens_per_microbatch": lab.size["budget"], "num_generations": lab.size["group"]}
     module, run, policy, optimizer = lab.trainer(method, "0.6b", groups, **flags)
     variants, first = {"shared": groups, "repeated": repeat_prompts(groups)}, {}
-    tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
+    tokens, flops = count_flops(policy.lm, [flat_batch([group]) for group in groups])
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     for name, rows in variants.items():
         first[name] = step(module, run, policy, optimizer, rows)
@@ -438,18 +451,22 @@ def make_rollout(lab):
 def rollout(lab, engine):
     """New tokens per second; the weights do not change, so that all windows do the same work."""
     rates = lab.rates()
-    module, run, _, groups = make_sampler(lab, engine, lab.size["rollouts"], lab.size["group"], lab.size["new"])
+    _, _, sampler, _, groups = make_sampler(lab, engine, lab.size["rollouts"], lab.size["group"], lab.size["new"])
+
+    def sample():
+        sampler.sample(groups, lab.size["group"], ("train", 0))
+
     started = time.perf_counter()
-    module.sample(groups, lab.size["group"], ("train", 0), run)
+    sample()
     first = time.perf_counter() - started
-    found = lab.measure({"rollout": lambda: module.sample(groups, lab.size["group"], ("train", 0), run)})["rollout"]
+    found = lab.measure({"rollout": sample})["rollout"]
     lengths = [(len(g["prompt"]), len(c["ids"])) for g in groups for c in g["completions"]]
-    config, weights = run.sampler.config, sum(p.numel() for p in run.sampler.parameters()) * lab.dtype.itemsize
+    config, weights = sampler.lm.config, sum(p.numel() for p in sampler.lm.parameters()) * lab.dtype.itemsize
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * lab.dtype.itemsize
     steps = max(n for _, n in lengths) - 1
     read = steps * weights + kv * sum((n - 1) * p + n * (n - 1) / 2 for p, n in lengths)
     prompts = [{"prompt": array("i"), "completions": [{"ids": g["prompt"], "scored": None}]} for g in groups]
-    _, flops = count_flops(run.sampler, [module.flat_batch(prompts)])
+    _, flops = count_flops(sampler.lm, [flat_batch(prompts)])
     bound = read / rates["copy_bytes_per_s"] + flops / 3 / rates["matmul_flops"]  # forward only
     new = sum(n for _, n in lengths)
     lab.numbers |= rates | found | {
@@ -460,8 +477,6 @@ def rollout(lab, engine):
 
 def head(lab):
     """Log-probs of M tokens and their gradients: ours, plain cross-entropy over all logits, and what is installed."""
-    from common.logprobs import ScoredHead
-
     torch, config = lab.torch, TINY if lab.tiny else SHAPES["0.6b"]
     m, width, vocabulary = lab.size["head"], config["hidden_size"], config["vocab_size"]
     torch.manual_seed(0)
@@ -469,7 +484,7 @@ def head(lab):
     weight = (0.02 * torch.randn(vocabulary, width, device=lab.device)).to(lab.dtype).requires_grad_()
     labels = torch.randint(vocabulary, (m,), device=lab.device)
     losses = {
-        "ours": lambda: -ScoredHead.apply(hidden, weight, None, labels, (1.0, 0.0, 1.0), (), 0, None)[0].mean(),
+        "ours": lambda: -ScoredHead.apply(hidden, weight, None, labels, (1.0, 0.0, 1.0), (), None)[0].mean(),
         "cross_entropy": lambda: torch.nn.functional.cross_entropy((hidden @ weight.T).float(), labels),
     }
     try:
@@ -526,8 +541,8 @@ def trl_update(lab, method):
     flags |= {"max_completion_length": 2 * size["completion"]}
     largest = make_groups(lab, 1, size["group"], 2 * size["prompt"], 2 * size["completion"])
     module, run, policy, optimizer = lab.trainer(method, "0.6b", largest, **flags)
-    tokenizer = module.load_tokenizer(str(ROOT / "common" / "tiny" / "model"), "")
-    stops, scratch, noise = module.stop_ids(tokenizer, policy.lm.generation_config), Path(run.out), random.Random(0)
+    tokenizer = load_tokenizer(str(ROOT / "common" / "tiny" / "model"))
+    stops, scratch, noise = stop_ids(tokenizer, policy.lm.generation_config), Path(run.out), random.Random(0)
 
     def message(role, length):
         digits = noise.choices("0123456789", k=round(length * noise.uniform(0.6, 1.4)))
@@ -545,17 +560,17 @@ def trl_update(lab, method):
             texts = [message("assistant", size["completion"])[0]["content"] for _ in range(size["group"])]
             ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], stops[0]] for text in texts]
             group["completions"] = [{"ids": array("i", x), "scored": None} for x in ids]
-        advantages = module.compute_advantages(torch.tensor(rewards).view(count, -1), run.args, run)
+        advantages = module.compute_advantages(torch.tensor(rewards).view(count, -1), run.args)
         for group, values in zip(groups, advantages.tolist()):
             for completion, value in zip(group["completions"], values):
                 completion["advantage"] = value
     else:
-        for batch, members, _ in module.rank_batches(groups, groups[0], run.args, run):
+        for batch in micro_batches(run, groups, spare=groups[0]):
             with torch.no_grad():
-                values = module.seq_sums(policy(batch)["logprobs"], batch).tolist()
-            for completion, value in zip((c for group in members for c in group["completions"]), values):
+                values = seq_sums(policy(batch)["logprobs"], batch).tolist()
+            for completion, value in zip(batch["completions"], values):
                 completion["ref_logprob"] = value
-    tokens, flops = count_flops(policy.lm, [module.flat_batch([group]) for group in groups])
+    tokens, flops = count_flops(policy.lm, [flat_batch([group]) for group in groups])
     step = {"dpo": dpo_step, "grpo": grpo_step}[method]
     first = step(module, run, policy, optimizer, groups)
     found = lab.measure({"ours": lambda: step(module, run, policy, optimizer, groups)})["ours"]
@@ -563,8 +578,8 @@ def trl_update(lab, method):
     shape, policy, optimizer = policy.lm.config, None, None
     for name, setting in TRL.items():
         with torch.device("meta"):
-            lm = module.AutoModelWithHead.from_config(shape, dtype=torch.float32, attn_implementation="sdpa")
-        lab.fill(module, run, lm)
+            lm = module.AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="sdpa")
+        lab.fill(run, lm)
         at, micro = [], 8 if count % 8 == 0 else 1
         sequences = count * (size["group"] if method == "grpo" else 1)
         config = {"use_cpu": lab.tiny, "bf16": not lab.tiny, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
@@ -711,7 +726,7 @@ def main():
             script(method)  # imported once: a fork is all that a case costs
     if tiny and not options.tiny:
         print("no GPU here: tiny shapes on the CPU, whose times mean nothing")
-    sources = [Path(__file__), *sorted((ROOT / "common").glob("*.py")), *sorted((ROOT / "methods").glob("*.py"))]
+    sources = [Path(__file__), *sorted((ROOT / "common").rglob("*.py")), *sorted((ROOT / "methods").glob("*.py"))]
     about = {"command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
              "sha256": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()}  # fmt: skip
     failed = 0

@@ -47,10 +47,13 @@ from dataclasses import fields
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read at import
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+from common.runtime.flags import on_signal
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "common" / "tiny" / "model"
@@ -1654,8 +1657,8 @@ def child(case, argv, out, err):
         sys.argv = [f"methods/{case.script}.py", *argv]
         torch.set_num_threads(1)
         module = MODULES[case.script]
-        signal.signal(signal.SIGTERM, module.on_signal)
-        module.launch(module.main, module.parse_args(argv))
+        signal.signal(signal.SIGTERM, on_signal)
+        module.launch(module.main, module.parse_args(argv), module.__file__)
         os._exit(0)
     except SystemExit as e:
         sys.stdout.flush()
@@ -1886,8 +1889,8 @@ def attempt(number, seed, root, only=None, via=None, scripts=SCRIPTS):
 
 def about(args):
     """The first row: what was run. Nothing in it changes while a campaign is interrupted."""
-    files = [*(f"methods/{name}.py" for name in args.scripts), "common/logprobs.py", "common/tokenization.py",
-             "benchmarks/hostile.py"]
+    shared = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "common").rglob("*.py"))]
+    files = [*(f"methods/{name}.py" for name in args.scripts), *shared, "benchmarks/hostile.py"]
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers)}
     words = f" --scripts {' '.join(args.scripts)}" if args.scripts != SCRIPTS else ""

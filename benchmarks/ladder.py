@@ -27,9 +27,12 @@ SECONDS = 180  # on two cores with nothing else on them
 
 
 def source(script):
-    """A digest of all that decides a default run: the script, common/ and the tiny lab."""
-    files = [ROOT / "methods" / f"{script}.py", *sorted(p for p in (ROOT / "common").rglob("*") if p.suffix != ".pyc")]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files if p.is_file())).hexdigest()
+    """A digest of all that decides a default run: the script, common/ without its pages, and the tiny lab."""
+    files = [ROOT / "methods" / f"{script}.py"]
+    for path in sorted((ROOT / "common").rglob("*")):
+        if path.is_file() and path.suffix not in (".pyc", ".md"):
+            files.append(path)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def one(script, seed, work):

@@ -1,5 +1,5 @@
 """How much memory and time it takes to get a model into its shards: every rank reads its slices, or rank 0 reads the
-model and broadcasts it. Both are roads of the scripts' own load_weights.
+model and broadcasts it. Both are roads of load_weights, which every script calls.
 
     python benchmarks/loading.py [--ranks 1 2 4] [--rounds 3] [--layers 12] [--hidden 1024] [--out FILE.json]
 
@@ -32,35 +32,35 @@ def memory(field):
 def one(rank, world, folder, store, road, results):
     import torch
     import torch.distributed as dist
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
     spec = importlib.util.spec_from_file_location("sft", ROOT / "methods" / "sft.py")
     sft = importlib.util.module_from_spec(spec)
     sys.modules["sft"] = sft
     spec.loader.exec_module(sft)
+    from common.runtime.model import load_weights
+    from common.runtime.parallel import local
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     mesh = sft.init_device_mesh("cpu", (1, world, 1), mesh_dim_names=("replicate", "shard", "tp"))
-    args = SimpleNamespace(tp_size=1, replicate_size=1, cpu_offload=False, model=folder)
-    run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), rank=rank, world=world, model_path=folder)
+    args = SimpleNamespace(tp_size=1, replicate_size=1, cpu_offload=False, model=folder, seed=0)
+    run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), rank=rank, world=world, weights=0)
+    run.group = dist.group.WORLD
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     policy = sft.shard(sft.Policy(lm), run)
     if road == "broadcast":  # as for a folder whose names are not the model's
-
-        class Unnamed(sft.HuggingFaceStorageReader):
-            def read_metadata(self):
-                return SimpleNamespace(state_dict_metadata={})
-
-        sft.HuggingFaceStorageReader = Unnamed
+        HuggingFaceStorageReader.read_metadata = lambda self: SimpleNamespace(state_dict_metadata={})
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # ru_maxrss would be the parent's where that was larger
     before, begun = memory("VmRSS"), time.perf_counter()
-    sft.load_weights(policy, run)
+    load_weights(run, policy)
     dist.barrier()
     seconds = time.perf_counter() - begun
-    shard = sum(p.to_local().numel() * 4 for p in policy.parameters())
+    shard = sum(local(p).numel() * 4 for p in policy.parameters())
     rise = memory("VmHWM") - before
     results.put({"rank": rank, "seconds": seconds, "peak_gb": rise / 1e9, "shard_gb": shard / 1e9})
 

@@ -41,8 +41,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 
-from common import logprobs
-from common.tokenization import InputError
+from common import attention, logprobs
+from common.batches import flat_batch
+from common.runtime.checkpoint import trainer_tensors
+from common.runtime.flags import InputError
+from common.runtime.model import materialize
 
 RESULTS = ROOT / "benchmarks" / "results" / "plan.jsonl"
 KINDS = "parameters", "gradients", "optimizer", "activations", "working"
@@ -74,7 +77,7 @@ def fake_world(module, rank, world, tp, replicate):
         shape = replicate, world // (replicate * tp), tp
         mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
         yield SimpleNamespace(args=args, mesh=mesh, rank=rank, world=world, device=torch.device("cpu"),
-                              dp_size=world // tp, dp_rank=rank // tp)
+                              group=dist.group.WORLD, dp_size=world // tp, dp_rank=rank // tp)
     finally:
         dist.destroy_process_group()
 
@@ -92,10 +95,10 @@ def local_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def static(module, policy):
+def static(policy):
     """Bytes on this rank of what lives as long as the run: gradients have their parameters' shape and type."""
     optimizer = SimpleNamespace(state={p: {} for p in policy.parameters()})
-    module.trainer_tensors(policy, optimizer)  # fills the state as AdamW would
+    trainer_tensors({"policy": policy}, {"policy": optimizer})  # fills the state as AdamW would
     weights = local_bytes(policy.parameters())
     moments = local_bytes(t for state in optimizer.state.values() for t in state.values())
     return {"parameters": weights, "gradients": weights, "optimizer": moments}
@@ -181,24 +184,25 @@ def road(batches, gpu):
     """The attention, head chunks and dtypes of a GPU on fake CPU tensors; or the CPU's own, with segments whose lengths
     fake tensors could not tell."""
     lengths = {id(b[name]): b[name].diff().tolist() for b in batches for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    chunk, grouped, own = logprobs.CHUNK["cpu"], moe._can_use_grouped_mm, logprobs._lengths
+    chunk, grouped, real_lengths = logprobs.CHUNK["cpu"], moe._can_use_grouped_mm, attention._lengths
     if gpu:
         FakeTensor.is_cuda, logprobs.CHUNK["cpu"] = property(lambda t: True), logprobs.CHUNK["cuda"]
     else:  # the fake kernel takes bf16 only
-        moe._can_use_grouped_mm, logprobs._lengths = lambda *_: False, lambda cu_seqlens: lengths[id(cu_seqlens)]
+        moe._can_use_grouped_mm = lambda *_: False
+        attention._lengths = lambda cu_seqlens: lengths[id(cu_seqlens)]
     try:
         yield
     finally:
-        logprobs.CHUNK["cpu"], moe._can_use_grouped_mm, logprobs._lengths = chunk, grouped, own
+        logprobs.CHUNK["cpu"], moe._can_use_grouped_mm, attention._lengths = chunk, grouped, real_lengths
         if gpu:
             del FakeTensor.is_cuda
 
 
-def step(module, policy, batches, run, gpu):
+def step(policy, batches, run, gpu):
     """Forward and backward of the batches on fake tensors -> Watch."""
     watch = Watch(policy, run)
     with road(batches, gpu), FakeTensorMode(allow_non_fake_inputs=True):
-        module.materialize(policy.lm, "cpu", run)
+        materialize(policy.lm, "cpu", rope_device="cpu")
         for batch in batches:
             policy(batch)["logprobs"].sum().backward()
         watch.stop()
@@ -234,16 +238,16 @@ def whole_model(name, model, rank, gpus, tp, replicate, gpu):
         policy = sharded(script(name), weightless(model), run, gpu)
         layer = max(sum(p.numel() for p in m.parameters()) for m in policy.modules()
                     if isinstance(m, FSDPModule) and m is not policy)
-        found = static(script(name), policy)
+        found = static(policy)
         return found, sum(p.numel() for p in policy.parameters()), layer * (2 if gpu else 4)
 
 
 def some_layers(name, model, layers, gpus, tp, replicate, tokens, length, gpu):
     """-> activations, peak and traffic of the second of two equal micro-batches."""
-    batch = script(name).flat_batch(rows(name, length, tokens))
+    batch = flat_batch(rows(name, length, tokens))
     with fake_world(script(name), 0, gpus, tp, replicate) as run:
         policy = sharded(script(name), weightless(model, layers), run, gpu)
-        watch = step(script(name), policy, [batch, batch], run, gpu)
+        watch = step(policy, [batch, batch], run, gpu)
         return watch.activations[-1], watch.peak, watch.traffic
 
 

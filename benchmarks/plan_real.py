@@ -14,28 +14,37 @@ from conftest import FAST, ranks, script, tiny_rows
 from plan import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.batches import micro_batches, order, share
+from common.runtime.launch import setup
+from common.runtime.model import load_model
+from common.runtime.run import peak_bytes
+from common.tokenization import stop_ids
 
 def measured(rank, world, name, argv):
     """The script's own main for one step -> the same figures from this process."""
     module, found = script(name), {}
-    shard, update = module.shard, module.update
+    shard, partial_parameters, save_or_stop = module.shard, module.partial_parameters, module.save_or_stop
 
     def watched(policy, run):
         policy = shard(policy, run)
         found["watch"] = plan.Watch(policy, run)
         return policy
 
-    def counted(policy, optimizer, *rest):
+    def counted(policy):  # the first thing that main asks for after the last backward
         found["watch"].stop()
         found["parameters"] = plan.local_bytes(policy.parameters())
         found["gradients"] = plan.local_bytes(p.grad for p in policy.parameters())
-        norm = update(policy, optimizer, *rest)
-        found["optimizer"] = plan.local_bytes(t for state in optimizer.state.values() for t in state.values())
-        return norm
+        return partial_parameters(policy)
 
-    module.shard, module.update = watched, counted
-    module.main(module.parse_args(argv))
-    return summary(found, found.pop("watch")) | {"process": module.peak_bytes()}
+    def saved(run, step, steps, models, optimizers, tokenizer):
+        states = optimizers["policy"].state.values()
+        found["optimizer"] = plan.local_bytes(t for state in states for t in state.values())
+        save_or_stop(run, step, steps, models, optimizers, tokenizer)
+
+    module.shard, module.partial_parameters, module.save_or_stop = watched, counted, saved
+    args = module.parse_args(argv)
+    module.main(args, setup(args, module.__file__))
+    return summary(found, found.pop("watch")) | {"process": peak_bytes()}
 
 
 def summary(found, watch):
@@ -48,14 +57,14 @@ def predicted(rank, world, name, argv):
     args = module.parse_args(argv)
     with plan.fake_world(module, rank, world, args.tp_size, args.replicate_size) as run:
         run.args = args
-        tokenizer, lm = module.load_model(args, run)
-        stops = module.stop_ids(tokenizer, lm.generation_config)
+        tokenizer, lm = load_model(AutoModelForCausalLM, args)
+        stops = stop_ids(tokenizer, lm.generation_config)
         groups = module.load_groups(args.dataset, tokenizer, stops, args)[0]
-        chosen = [groups[i] for i in module.order(len(groups), args.seed, 0, args.batch_size)]
-        batches = module.rank_batches(module.share(chosen, run), groups[0], args, run)
+        chosen = [groups[i] for i in order(len(groups), args.seed, 0, args.batch_size)]
+        batches = list(micro_batches(run, share(run, chosen), spare=groups[0]))
         policy = plan.sharded(module, lm, run, gpu=False)
-        found = plan.static(module, policy)
-        return summary(found, plan.step(module, policy, [batch for batch, _, _ in batches], run, gpu=False))
+        found = plan.static(policy)
+        return summary(found, plan.step(policy, batches, run, gpu=False))
 
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,

@@ -1,11 +1,13 @@
 """
-The generated parts of README.md and benchmarks/README.md, and the pictures, from the committed results.
+The generated parts of the pages (README.md, those in methods/, common/ and benchmarks/, benchmarks/results/*.md) and
+the pictures, from the committed results and the text of the scripts.
 
     python benchmarks/plots.py            write them
     python benchmarks/plots.py --check    say what is not current, exit code 1
 
-A generated part stands between <!-- generated: NAME --> and <!-- end -->. One whose results do not exist is empty. A
-picture carries a digest of the numbers that it shows, so that checking it takes no drawing.
+A generated part stands between <!-- generated: NAME --> and <!-- end -->; the text around it is written by hand. A part
+whose results do not exist is empty. A picture carries a digest of the numbers that it shows, so that checking it takes
+no drawing.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import importlib.util
 import json
 import re
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 from statistics import mean, median, mode
@@ -24,7 +27,9 @@ from statistics import mean, median, mode
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = ROOT / "benchmarks" / "methods.json"
-PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+README, METHODS_PAGE = ROOT / "README.md", ROOT / "methods" / "README.md"
+PAGES = [README, METHODS_PAGE, ROOT / "common" / "README.md", ROOT / "benchmarks" / "README.md"]
+PAGES += sorted(RESULTS.glob("*.md"))
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ORDER = ["sft", "dpo", "reward", "kto", "grpo", "rloo"]  # scripts in reading order; others come after these
 SHOWN = {  # what each script optimises: metric, axis label
@@ -100,35 +105,38 @@ def folded(summary, text):
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n</details>\n"
 
 
-SCRIPTS_FOOT = """Changed lines count both sides, without the script's docstring, blank lines and the new name of the
-loss function. What is not listed under "what differs" is the parent's text.
-"""
-
-
 def part_scripts():
+    """methods/README: the scripts as a tree, with links from that page."""
     rows = module(ROOT / "tests" / "test_copies.py").table(ROOT)
-    return folded("The scripts as a tree: parent, changed lines, what differs", f"{rows}\n\n{SCRIPTS_FOOT}")
+    return rows.replace("](methods/", "](") + "\n"
+
+
+def step_of(path):
+    """The lines under the banner `step` of a script's main, up to its backward, without their indentation."""
+    body = (ROOT / path).read_text().partition("\ndef main(")[2]
+    step = re.search(r"\n        # ---- step -+\n(.*?\.backward\(\)[^\n]*)\n", body, re.S)
+    return textwrap.dedent(step[1]).splitlines() if step else []
 
 
 def part_diff():
-    """How dpo.py differs from sft.py, in the loss (without docstrings) and in the step of the loop."""
-    loss = r"\n(def \w+_loss\(.*?\n)\n\n"
-    step = r"\n( +for batch, [^\n]* in batches:\n[^#]*?backward\(\)[^\n]*\n)"
-    hunks = []
-    for pattern in loss, step:
-        found = (re.search(pattern, (ROOT / "methods" / name).read_text(), re.S) for name in ("sft.py", "dpo.py"))
-        sft, dpo = (re.sub(r' +""".*?"""\n', "", match[1], flags=re.S).splitlines() for match in found)
-        hunks.append("".join(f"{line.rstrip()}\n" for line in [*difflib.unified_diff(sft, dpo, n=99, lineterm="")][3:]))
-    return "```diff\n" + "\n".join(hunks) + "```\n"
+    """README: how the step of dpo.py's loop differs from that of sft.py. A line that differs in its comment is the
+    same."""
+    sft, dpo = step_of("methods/sft.py"), step_of("methods/dpo.py")
+    known = {line.partition("  # ")[0]: line for line in sft}
+    dpo = [known.get(line.partition("  # ")[0], line) for line in dpo]
+    hunk = list(difflib.unified_diff(sft, dpo, n=99, lineterm=""))[3:]  # without the three lines of its head
+    return "```diff\n" + "".join(f"{line.rstrip()}\n" for line in hunk) + "```\n"
 
 
 def part_rloo_diff():
-    """How rloo.py differs from grpo.py: all of it but the docstring."""
-    grpo, rloo = ((ROOT / "methods" / name).read_text().split('"""\n', 2)[2] for name in ("grpo.py", "rloo.py"))
-    hunks = [*difflib.unified_diff(grpo.splitlines(), rloo.splitlines(), n=1, lineterm="")][2:]
-    text = "".join(f"{re.sub('^@@.*', '@@', line).rstrip()}\n" for line in hunks)
-    summary = "RLOO against GRPO: all of <code>methods/rloo.py</code> that differs from <code>methods/grpo.py</code>"
-    return folded(summary, f"```diff\n{text}```\n")
+    """methods/README: how rloo.py differs from grpo.py: all of it but the docstring."""
+    texts = []
+    for name in ("grpo.py", "rloo.py"):
+        text = (ROOT / "methods" / name).read_text()
+        texts.append(text.split('"""\n', 2)[2].splitlines())
+    hunks = list(difflib.unified_diff(*texts, n=1, lineterm=""))[2:]
+    lines = [re.sub("^@@.*", "@@", line).rstrip() for line in hunks]
+    return "```diff\n" + "".join(f"{line}\n" for line in lines) + "```\n"
 
 
 FAMILIES = {
@@ -144,22 +152,30 @@ def family(path):
 
 
 def part_families():
-    """README: what each script of methods/ does, by its docstring, and how many methods its family has."""
-    rows, found = [], [family(row["command"].split()[0]) for row in json.loads(METHODS.read_text())]
-    for script, title in FAMILIES.items():
+    """README: what each script of methods/ does, by its docstring, how many methods its family has, and what a run
+    without flags reached on the tiny lab (held-out accuracy, means over the seeds)."""
+    rows, counted = [], [family(row["command"].split()[0]) for row in json.loads(METHODS.read_text())]
+    for script in FAMILIES:
         path = f"methods/{script}.py"
         _, _, what = (ROOT / path).read_text().splitlines()[1].partition(": ")
-        rows.append([f"[`{path}`]({path})", f"{title}: {what}", found.count(script)])
-    return table(("script", "what it does", "[methods](#methods):"), rows)
+        runs = [run for _, run, _ in tiny().get(script, [])]
+        reached = ""
+        if runs:
+            before = mean(run["before"]["eval/accuracy"] for run in runs)
+            after = mean(run["last"]["eval/accuracy"] for run in runs)
+            reached = f"{before:.3f} -> {after:.3f}"
+        rows.append([f"[`{path}`]({path})", what, counted.count(script), reached])
+    return table(("script", "what it does", "[methods](methods/README.md):", "tiny lab"), rows)
 
 
 def part_methods():
-    """README: a row per method of methods.json, folded by family."""
+    """methods/README: a row per method of methods.json, folded by family."""
     groups = {}
     for row in json.loads(METHODS.read_text()):
         name, (file, _, test) = row["name"], row["test"].partition("::")
         name = f"[{name}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else name
-        cells = [name, f"`{row['command']}`", f"`{row['formula']}`", f"[`{test}`]({file})", ("no", "yes")[row["trl"]]]
+        cells = [name, f"`{row['command']}`", f"`{row['formula']}`", f"[`{test}`](../{file})"]
+        cells.append("yes" if row["trl"] else "no")
         groups.setdefault(family(row["command"].split()[0]), []).append((row["row"], cells))
     head, text = ("method", "script and flags", "formula", "test", "TRL 1.16"), ""
     for script, title in FAMILIES.items():
@@ -171,17 +187,79 @@ def part_methods():
     return text
 
 
-def script_flags(path):
-    """{flag or alias: default} of a script's Args, read from its text."""
-    text, found = (ROOT / path).read_text().partition("\nclass Args:\n")[2].partition("\n\n\n")[0], {}
-    for field in ast.parse(f"class Args:\n{text}").body[0].body:
-        found[field.target.id] = value = ast.literal_eval(field.value)
-        words = [n.value for n in ast.walk(field.annotation) if isinstance(n, ast.Constant)]
-        found |= {w[2:].replace("-", "_"): value for w in words if isinstance(w, str) and w.startswith("--")}
+# README, "where to look": what one looks for, the file, the function, and a piece of the line of code that is shown.
+WHERE = [
+    ("the denominator: scored tokens of the whole step", "methods/sft.py", "main", "all_sum(run, count_scored"),
+    ("gradients, a part of a global mean", "methods/sft.py", "main", ".backward()"),
+    ("the optimizer steps", "methods/sft.py", "main", "optimizer.step()"),
+    ("the model is sharded (FSDP2)", "methods/sft.py", "shard", "fully_shard(layer"),
+    ("GRPO's baseline: the mean of the group", "methods/grpo.py", "compute_advantages", "nanmean(1"),
+    ("RLOO's baseline: the mean of the others", "methods/rloo.py", "compute_advantages", "- rewards) / (count - 1)"),
+    ("GRPO's KL is a term of the loss", "methods/grpo.py", "grpo_loss", "args.beta *"),
+    ("RLOO's KL is taken off the reward", "methods/rloo.py", "penalized_rewards", "-= args.beta"),
+    ("the trained weights enter the sampler", "methods/grpo.py", "refresh", "copy_("),
+    ("what a checkpoint holds", "common/runtime/checkpoint.py", "trainer_tensors", "tensors["),
+    ("what `final/` holds", "common/runtime/checkpoint.py", "export", "save_pretrained"),
+]
+
+
+def find_definition(path, name):
+    """The syntax tree of a function or class of a file, "Class.method" of a method, or None."""
+    path = ROOT / path
+    node = ast.parse(path.read_text()) if path.is_file() else None
+    for part in name.split("."):
+        named = [child for child in getattr(node, "body", []) if getattr(child, "name", None) == part]
+        node = named[0] if named else None
+    return node
+
+
+def line_of_code(path, name, piece):
+    """The smallest statement of a function that contains `piece`, on one line without comments, or ""."""
+    found = []
+    for node in ast.walk(find_definition(path, name) or ast.Module([], [])):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            code = ast.get_source_segment((ROOT / path).read_text(), node)
+            code = re.sub(r"\s+", " ", re.sub(r"  #[^\n]*", "", code))
+            if piece in code:
+                found.append(code)
+    return min(found, key=len, default="")
+
+
+def part_where():
+    """README: where to look for what."""
+    rows = []
+    for what, path, name, piece in WHERE:
+        code = line_of_code(path, name, piece).replace("|", "\\|")
+        place = f"[`{name}`]({path}) in `{path.removeprefix('methods/').removeprefix('common/')}`"
+        rows.append([what, place, f"`{code}`" if code else ""])
+    return table(("where to look for", "in", "the line"), rows)
+
+
+def is_class(node, name):
+    return isinstance(node, ast.ClassDef) and node.name == name
+
+
+def class_flags(tree, name):
+    """{flag or alias: default} of a dataclass of flags."""
+    found = {}
+    (node,) = [node for node in tree.body if is_class(node, name)]
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign):
+            found[field.target.id] = value = ast.literal_eval(field.value)
+            words = [part.value for part in ast.walk(field.annotation) if isinstance(part, ast.Constant)]
+            aliases = [word for word in words if isinstance(word, str) and word.startswith("--")]
+            found |= {alias[2:].replace("-", "_"): value for alias in aliases}
     return found
 
 
-LEFT_OUT = {  # fields of TRL's configs that have no row in README's table: not here, as long as no script has the name
+def script_flags(path):
+    """{flag or alias: default} of a script, read from its text: those that all scripts have, then its own."""
+    shared = ast.parse((ROOT / "common" / "runtime" / "flags.py").read_text())
+    return class_flags(shared, "RunFlags") | class_flags(ast.parse((ROOT / path).read_text()), "Args")
+
+
+# Fields of TRL's configs that have no row in the table of methods/README: not here, as long as no script has the name.
+LEFT_OUT = {
     "sft": "loss_type router_aux_loss_coef",
     "dpo": "router_aux_loss_coef",
     "kto": "router_aux_loss_coef",
@@ -196,7 +274,7 @@ def trl_names():
     """-> {script or ALL: {field of TRL's configs: (where, default here, TRL's)}}. where: "table", a script with a flag
     or alias of that name, "left out", or "" where nobody has said anything. Of ALL: what six scripts have."""
     configs = json.loads((ROOT / "tests" / "fixtures" / "trl_configs.json").read_text())
-    section = PAGES[0].read_text().partition("\n## Coming from TRL\n")[2].partition("\n## ")[0]
+    section = METHODS_PAGE.read_text().partition("\n## Coming from TRL\n")[2].partition("\n## ")[0]
     table = re.findall(r"`([\w*]+)`", " ".join(re.findall(r"^\| ([^|]*) \|", section, re.M)))
     scripts = {f"methods/{name}.py": script_flags(f"methods/{name}.py") for name in FAMILIES}
     children = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "methods" / "experimental").glob("*.py"))
@@ -218,7 +296,7 @@ def trl_names():
 
 
 def part_trl_names():
-    """README: names that are TRL's, a line per script. A default is written where it is another one."""
+    """methods/README: names that are TRL's, a line per script. A default is written where it is another one."""
     names, none, text = trl_names(), (None, "", (), "{}", 0), ""
     for script, found in names.items():
         listed = {}
@@ -232,7 +310,7 @@ def part_trl_names():
             if where.startswith("methods/"):
                 listed.setdefault(where, []).append(words)
         for where, words in listed.items():
-            title = "all six" if script == ALL else f"`{where}`"
+            title = "all scripts" if script == ALL else f"`{where}`"
             text += f"- {title}: {', '.join(words)}\n"
     missing = {}
     for script, found in names.items():
@@ -244,7 +322,7 @@ def part_trl_names():
 
 
 def part_tiny():
-    """README: a line per script."""
+    """results/tiny_lab: a line per script."""
     rows = []
     for script, runs in tiny().items():
         before, after = ([run[key]["eval/accuracy"] for _, run, _ in runs] for key in ("before", "last"))
@@ -258,7 +336,7 @@ def part_tiny():
 
 
 def part_tiny_runs():
-    """benchmarks/README: a line per run."""
+    """results/tiny_lab: a line per run."""
     rows = []
     for script, runs in tiny().items():
         for seed, run, metrics in runs:
@@ -289,12 +367,8 @@ REAL = {  # part of real_runs.py: what it is
     "grpo_gsm8k": "GSM8K prompts, from the SFT model",
 }
 
-REAL_HEAD = """`python benchmarks/real_runs.py --model DIR --data DIR` in fp32 on two CPU cores that other work shared.
-The runs are short: they show that the scripts train a real model, and in which direction.
-"""
-
-
 def part_real():
+    """results/real_model: a line per run, and how sure the two pairwise results are."""
     rows = []
     for name, run, metrics in results("smollm2-*"):
         part, flags = name.removeprefix("smollm2-"), run["flags"]
@@ -334,7 +408,7 @@ def part_real():
         than = "better" if less > 0 else "worse" if more < 0 else "neither better nor worse"
         text += (f"\nThat is {than} than counting words, as far as these questions tell. One run, nothing tuned, the "
                  "shorter questions only.\n")
-    return text and f"## A real model: SmolLM2-135M-Instruct\n\n{REAL_HEAD}\n{text}\n"
+    return text
 
 
 def parity():
@@ -350,7 +424,7 @@ def versus():
 
 def ratios():
     """-> {case and part of a step, or lean: {"default" and "best" (TRL's): [CPU time, memory] as (median, lowest,
-    highest of the rounds) of TRL over ours, memory None for a part}}. What README's table and the picture show."""
+    highest of the rounds) of TRL over ours, memory None for a part}}. What the tables and the picture show."""
     tool, found = versus()
     spread, shown = lambda values: values and (median(values), min(values), max(values)), {}
     for line in tool.summary(found) if found else []:
@@ -361,87 +435,160 @@ def ratios():
     return shown
 
 
-def part_trl():
-    """README: per method the worst differences, and the ratios of time and memory over its cases."""
-    found, text = parity(), ""
-    if found:
-        rows = {}
-        for name, result in found["results"].items():
-            kind = " ".join(re.findall(r"^\w+|batch$|run", name))
-            row = rows.setdefault(kind, {"cases": 0, "loss": 0.0, "gradient": 0.0})
-            worst = {metric: w["worst"] for metric, w in result.get("worst", {}).items()}
-            cases = [(c["loss_difference"], c["gradient_difference"]) for c in result.get("cases", [])]
-            cases = cases or [(worst["loss"], worst["grad_norm"])]
-            row["cases"] += len(cases)
-            for key, values in zip(("loss", "gradient"), zip(*cases)):
-                row[key] = max(row[key], *values)
-        cells = [[kind, r["cases"], f"{r['loss']:.1e}", f"{r['gradient']:.1e}"] for kind, r in rows.items()]
-        version = next(iter(found["results"].values()))["versions"]["trl"]
-        text += f"TRL {version}, same rows, same weights, fp32: the largest difference of a loss (absolute) "
-        text += "and of a gradient\nor its norm (relative), over all steps of all cases.\n\n"
-        text += table(("method", "cases:", "loss:", "gradient:"), cells) + "\n"
-    groups = {}
-    for name, row in (found := ratios()).items():
-        if " " not in name:  # whole steps
+def worst_differences():
+    """-> {method: cases and the largest difference of a loss (absolute) and of a gradient or its norm (relative)}"""
+    found, rows = parity(), {}
+    for name, result in found["results"].items() if found else ():
+        kind = " ".join(re.findall(r"^\w+|batch$|run", name))
+        row = rows.setdefault(kind, {"cases": 0, "loss": 0.0, "gradient": 0.0})
+        worst = {metric: w["worst"] for metric, w in result.get("worst", {}).items()}
+        cases = [(c["loss_difference"], c["gradient_difference"]) for c in result.get("cases", [])]
+        cases = cases or [(worst["loss"], worst["grad_norm"])]
+        row["cases"] += len(cases)
+        for key, values in zip(("loss", "gradient"), zip(*cases)):
+            row[key] = max(row[key], *values)
+    return rows
+
+
+def part_parity():
+    """results/trl_parity: the worst of each method, then every case and metric."""
+    found = parity()
+    if not found:
+        return ""
+    version = next(iter(found["results"].values()))["versions"]["trl"]
+    text = f"TRL {version}; `{found['command']}`, {found['date']}, {found['device']}.\n\n"
+    cells = [[kind, r["cases"], f"{r['loss']:.1e}", f"{r['gradient']:.1e}"] for kind, r in worst_differences().items()]
+    text += table(("method", "cases:", "loss:", "gradient:"), cells) + "\n"
+    rows = []
+    for name, result in found["results"].items():
+        if worst := result.get("worst"):
+            shown = (f"{metric} {w['worst']:.1e} ({w['limit']:g})" for metric, w in worst.items())
+            rows.append([name, ", ".join(shown)])
+        for case in result.get("cases", []):
+            shown = (f"{k} {case[f'{k}_difference']:.1e} ({limit:g})" for k, limit in result["limits"].items())
+            rows.append([f"{name}: {case['case']}", ", ".join(shown)])
+    return text + table(("case", "largest difference (limit)"), rows)
+
+
+def ratio_groups():
+    """-> {family of cases: rows of `ratios`, whole steps only, "lean" beside "default" and "best"}"""
+    groups, found = {}, ratios()
+    for name, row in found.items():
+        if " " not in name:
             row["lean"] = found.get(f"{name} lean", {}).get("best", (None, None))
             groups.setdefault(name.split("-")[0], []).append(row)
+    return groups
+
+
+def ratio_span(rows, side, which):
+    """The lowest and the highest median over the cases `rows`; which: 0 for time, 1 for memory."""
+    values = [row[side][which][0] for row in rows if row[side][which]]
+    if not values:
+        return "-"
+    return f"{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def part_versus():
+    """results/versus_trl: a line per family of cases, then the table that the benchmark itself prints."""
+    tool, speed = versus()
+    if not speed:
+        return ""
+    columns = [(side, which) for which in (0, 1) for side in ("default", "best", "lean")]
+    rows = [[family, len(cases), *(ratio_span(cases, *column) for column in columns)]
+            for family, cases in ratio_groups().items()]
+    head = [f"{what}, {side}:" for what in ("time", "memory") for side in ("defaults", "best", "lean")]
+    text = table(("cases", "number:", *head), rows) + "\n![TRL over ours, by case](versus_trl.png)\n\n"
+    text += tool.table(speed) + "\n\n"
+    heads = [row for row in speed if "command" in row]
+    commands = dict.fromkeys(re.sub(r" --only .*", "", row["command"]) for row in heads)
+    rates = [row["machine"]["flops"] / 1e9 for row in heads], [row["machine"]["bandwidth"] / 1e9 for row in heads]
+    text += "; ".join(f"`{command}`" for command in commands) + f", {heads[0]['device']}; "
+    text += f"{median(rates[0]):.0f} GFLOP/s, {median(rates[1]):.1f} GB/s.\n"
+    texts = {}
+    for row in heads:
+        texts.setdefault((row["date"], row["git"][:8]), []).append(row["case"])
+    return text + "; ".join(f"{', '.join(cases)}: {date}, commit {git}" for (date, git), cases in texts.items()) + ".\n"
+
+
+def part_compare():
+    """README: five rows beside TRL."""
+    checked, groups = worst_differences(), ratio_groups()
+    cases, gradient = sum(row["cases"] for row in checked.values()), max(r["gradient"] for r in checked.values())
+    steps = [row for family, rows in groups.items() if family not in ("head", "tiny") for row in rows]
+    lines = {name: len((ROOT / "methods" / f"{name}.py").read_text().splitlines()) for name in ("sft", "grpo")}
+    rows = [
+        ["to change a method", f"copy one file ({lines['sft']} lines for SFT, {lines['grpo']} for GRPO) and edit it",
+         "subclass a trainer, or use its options"],
+        ["same numbers", f"yes: {cases} cases, gradients within {gradient:.0e} of TRL's", "-"],
+        ["CPU time a token, TRL / ours", "1",
+         f"{ratio_span(steps, 'default', 0)} as it comes; {ratio_span(steps, 'best', 0)} at its fastest"],
+        ["memory above the model, TRL / ours", "1",
+         f"{ratio_span(steps, 'default', 1)} as it comes; {ratio_span(steps, 'best', 1)} at its fastest"],
+        ["LoRA, quantised weights, images, tools, vLLM", "no", "yes"],
+    ]
+    return table(("", "CleanPost", "TRL 1.16"), rows)
+
+
+def part_summary():
+    """benchmarks/README: every question, its answer in a line, and where the data is."""
+    rows = []
+
+    def answer(question, text, page):
+        rows.append([question, text, f"[{page}](results/{page}.md)"])
+
+    scripts = tiny()
+    if scripts:
+        worst = {name: min(run["last"]["eval/accuracy"] for _, run, _ in runs) for name, runs in scripts.items()}
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in worst.items())
+        text = f"held-out accuracy after a run without flags, worst seed: {shown}"
+        answer("Does every script learn?", text, "tiny_lab")
+    real = results("smollm2-*")
+    if real:
+        text = f"{len(real)} short runs of SmolLM2-135M-Instruct on the CPU"
+        answer("Does it train a real model?", text, "real_model")
+    checked = worst_differences()
+    if checked:
+        loss, gradient = (max(row[key] for row in checked.values()) for key in ("loss", "gradient"))
+        number = sum(row["cases"] for row in checked.values())
+        text = f"{number} cases: losses differ by at most {loss:.0e}, gradients by {gradient:.0e} relative"
+        answer("Are the numbers TRL's?", text, "trl_parity")
+    groups = ratio_groups()
     if groups:
-        rows = []
-        for group, members in groups.items():
-            keys = "default", "best", "lean"
-            spans = [[row[key][i][0] for row in members if row[key][i]] for i in (0, 1) for key in keys]
-            cells = [f"{min(s):.2f} to {max(s):.2f}" if len(s) > 1 else f"{s[0]:.2f}" if s else "-" for s in spans]
-            rows.append([group, len(members), *cells])
-        text += "TRL's CPU time per useful token and its memory above the model's own, divided by ours (above 1: ours "
-        text += "is lighter),\nfor its defaults and the fastest setting found for it; lowest and highest case. lean: "
-        text += "ours with --activation_checkpointing on,\nbeside that fastest setting.\n\n"
-        head = [f"{what}, {side}:" for what in ("time", "memory") for side in ("defaults", "best", "lean")]
-        text += table(("cases", "number:", *head), rows) + "\n"
-    tail = "Every case and setting, and how to repeat it: [benchmarks/README.md](benchmarks/README.md#against-trl)."
-    return f"## Measured against TRL\n\n{text}{tail}\n" if text else ""
-
-
-def part_trl_full():
-    """benchmarks/README: every case and metric, the picture, and the table that the benchmark itself prints."""
-    (tool, speed), found, text = versus(), parity(), ""
-    if found:
-        rows = []
-        for name, result in found["results"].items():
-            if worst := result.get("worst"):
-                shown = (f"{metric} {w['worst']:.1e} ({w['limit']:g})" for metric, w in worst.items())
-                rows.append([name, ", ".join(shown)])
-            for case in result.get("cases", []):
-                shown = (f"{k} {case[f'{k}_difference']:.1e} ({limit:g})" for k, limit in result["limits"].items())
-                rows.append([f"{name}: {case['case']}", ", ".join(shown)])
-        text += f"`{found['command']}`, {found['date']}, {found['device']}.\n"
-        text += "Differences of gradients and their norms are relative, all others absolute.\n\n"
-        text += table(("case", "largest difference (limit)"), rows) + "\n"
-    if speed:
-        text += "### Time and memory\n\n![TRL over ours, by case](results/versus_trl.png)\n\n"
-        text += "What a useful token, a part of a step, the limit and memory above the model are, and what TRL's "
-        text += "best was looked for\namong, stands at the top of `benchmarks/versus_trl.py`. Medians with the range "
-        text += "over the rounds; ratios are TRL over ours; lean:\nours with --activation_checkpointing on, beside "
-        text += "TRL's fastest and leanest setting.\n\n" + tool.table(speed) + "\n\n"
-        heads = [row for row in speed if "command" in row]
-        commands = dict.fromkeys(re.sub(r" --only .*", "", row["command"]) for row in heads)
-        rates = [row["machine"]["flops"] / 1e9 for row in heads], [row["machine"]["bandwidth"] / 1e9 for row in heads]
-        text += "; ".join(f"`{command}`" for command in commands) + f", {heads[0]['device']}; "
-        text += f"{median(rates[0]):.0f} GFLOP/s, {median(rates[1]):.1f} GB/s.\n"
-        texts = {}
-        for row in heads:
-            texts.setdefault((row["date"], row["git"][:8]), []).append(row["case"])
-        text += "; ".join(f"{', '.join(cases)}: {date}, commit {git}" for (date, git), cases in texts.items()) + ".\n\n"
-    return f"## Against TRL\n\n{text}" if text else ""
-
-
-FAULTS_HEAD = """Runs that were broken, resumed until they ended, and compared with one that nobody disturbed: tensors,
-Adam, state, exported model and files, bitwise (on another number of ranks: as `tests/test_split.py` defines equality).
-What the faults are stands at the top of `benchmarks/fault_campaign.py`.
-"""
+        steps = [row for family, rows in groups.items() if family not in ("head", "tiny") for row in rows]
+        for question, which in ("Is it fast?", 0), ("Is it lean?", 1):
+            what = "CPU time a token" if which == 0 else "memory above the model"
+            text = f"TRL's {what} over ours, {len(steps)} cases: {ratio_span(steps, 'default', which)} at its "
+            text += f"defaults, {ratio_span(steps, 'best', which)} at its fastest setting"
+            answer(question, text, "versus_trl")
+    meshes = lines(RESULTS / "meshes.jsonl")
+    if meshes:
+        equal = sum(not row["wrong"] for row in meshes)
+        answer("Does a mesh change the result?", f"{equal} of {len(meshes)} runs equal those of one process", "meshes")
+    faults = [row for path in sorted(RESULTS.glob("fault_*.jsonl")) for row in lines(path)[1:]]
+    if faults:
+        unequal = sum(not row["equal"] for row in faults)
+        answer("Can a run be lost?", f"{len(faults)} broken runs, resumed: {unequal} ended differently", "faults")
+    hostile = lines(RESULTS / "hostile.jsonl")[1:]
+    if hostile:
+        wrong = sum(not row["ok"] for row in hostile)
+        text = f"{len(hostile)} bad inputs: {wrong} that did not end as they should"
+        answer("What does bad input do?", text, "hostile")
+    if (RESULTS / "loading.json").is_file():
+        answer("What does loading take?", "memory and seconds by number of ranks", "loading")
+    points = {(row["part"], json.dumps(row["point"])) for row in lines(RESULTS / "scaling.jsonl")}
+    if points:
+        text = f"{len(points)} points: length, group, vocabulary, model, processes, spread, start-up"
+        answer("How does the cost of a token grow?", text, "scaling")
+    planned_runs = lines(RESULTS / "plan.jsonl")
+    if planned_runs:
+        count = sum(row["kind"] == "plan" for row in planned_runs)
+        text = f"predicted for {count} set-ups up to 671B weights; the prediction beside real CPU runs"
+        answer("What would large models take?", text, "plan")
+    return table(("question", "answer", "data"), rows)
 
 
 def part_faults():
-    """Tables of the fault campaign: points by scenario and side, random faults by kind, and moves between meshes."""
+    """results/faults: points by scenario and side, random faults by kind, and moves between meshes."""
     files = [lines(path) for path in sorted(RESULTS.glob("fault_*.jsonl"))]
     found, heads = [row for file in files for row in file[1:]], [file[0] for file in files if file]
     parts = {part: [row for row in found if row["part"] == part] for part in ("points", "random", "mesh")}
@@ -473,11 +620,11 @@ def part_faults():
         head = "script", "ranks", "weights apart, in learning rates:", "ended differently:"
         text += f"From one number of ranks to another:\n\n{table(head, shown)}\n"
     about = "; ".join(f"`{head['command']}`, {head['device']}" for head in heads)
-    return f"## Fault campaign\n\n{FAULTS_HEAD}\n{text}{about}.\n\n" if text else ""
+    return f"{text}{about}.\n" if text else ""
 
 
 def part_meshes():
-    """Whole runs on meshes against one process: the worst of the models of each script and mesh."""
+    """results/meshes: whole runs on meshes against one process: the worst of the models of each script and mesh."""
     found = lines(RESULTS / "meshes.jsonl")
     groups = {}
     for row in found:
@@ -487,16 +634,11 @@ def part_meshes():
               sum(bool(row["wrong"]) for row in rows)]
              for key, rows in groups.items()]
     head = "script", "mesh", "models", "gradient norms:", "weights:", "same completions:", "unequal runs:"
-    text = """Ten steps on each mesh against ten steps of one process, the same model, rows and flags, equal as
-`tests/test_split.py` defines it: the largest difference of a gradient norm, relative, and of a weight, in learning
-rates. Mixtures of experts shard and replicate, but have no plan for tensor parallelism that torch could follow.
-`python -m pytest tests/test_mesh.py --slow`.
-"""
-    return f"## Meshes\n\n{text}\n{table(head, shown)}\n" if found else ""
+    return table(head, shown) if found else ""
 
 
 def part_loading():
-    """Memory and time to load a model into its shards, by ranks and road."""
+    """results/loading: memory and time to load a model into its shards, by ranks and road."""
     path = RESULTS / "loading.json"
     about = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     groups = {}
@@ -509,16 +651,12 @@ def part_loading():
         numbers = *numbers, rows[0]["shard_gb"], median(row["seconds"] for row in rows)
         shown.append([*key, *("" if number is None else f"{number:.2f}" for number in numbers)])
     head = "ranks:", "road", "rank 0, GB:", "other ranks, GB:", "shard, GB:", "seconds:"
-    text = f"""How far the resident memory of a rank rises while a model of {about.get("weights", 0) / 1e6:.0f}M weights
-(bf16 files) is loaded into fp32 shards, pages of mapped files included; medians. The scripts read slices; they
-broadcast from rank 0 only what is stored in another layout than the model's.
-`{about.get("command")}`, {about.get("device")}.
-"""
-    return f"## Loading\n\n{text}\n{table(head, shown)}\n" if about["rows"] else ""
+    made = f"\n{about.get('weights', 0) / 1e6:.0f}M weights; `{about.get('command')}`, {about.get('device')}.\n"
+    return table(head, shown) + made if about["rows"] else ""
 
 
 def part_hostile():
-    """Bad inputs by family and by how they ended."""
+    """results/hostile: bad inputs by family and by how they ended."""
     first, *found = lines(RESULTS / "hostile.jsonl") or [{}]
     families = {}
     for row in found:
@@ -527,9 +665,8 @@ def part_hostile():
     shown = [[family, len(rows), *(sum(row["code"] == code for row in rows) for code in codes),
               sum(not row["ok"] for row in rows)] for family, rows in [*families.items(), ("all", found)]]
     head = "family", "cases:", *(f"exit code {code}:" for code in codes), "not as asked:"
-    text = "What is asked of each, and what the families hold, stands at the top of `benchmarks/hostile.py`.\n"
-    about = f"`{first.get('command')}`, {first.get('device')}.\n\n"
-    return f"## Hostile inputs\n\n{text}\n{table(head, shown)}\n{about}" if found else ""
+    about = f"\n`{first.get('command')}`, {first.get('device')}.\n"
+    return table(head, shown) + about if found else ""
 
 
 SCALED = {  # part of scaling.py: title, what is measured
@@ -637,7 +774,7 @@ def span(values):
 
 
 def part_scaling():
-    """A picture and a table of every part of scaling.py."""
+    """results/scaling: a picture and a table of every part of scaling.py."""
     text, made = "", {}
     for row in lines(RESULTS / "scaling.jsonl"):
         made[f"`{row['command']}`, {row['date']}, {row['device']}, {row['threads']} threads, torch {row['torch']}"] = 1
@@ -657,7 +794,7 @@ def part_scaling():
         points = scaling(part)
         cells = [[row[c] if c in row["point"] or c == "weights" else span(c(row, f) if callable(c) else f[c])
                   for c in columns[part].values()] for row, f in points]
-        picture = f"![{title}](results/scaling_{part}.png)\n\n"
+        picture = f"![{title}](scaling_{part}.png)\n\n"
         text += f"### {title}\n\n{about}\n\n{picture}{table(columns[part], cells)}\n" if points else ""
     starts = {}
     for row in lines(RESULTS / "scaling.jsonl"):
@@ -669,11 +806,7 @@ def part_scaling():
         cells = [[f"`methods/{name}.py`", *(span(found[what]) for what in whats)] for name, found in starts.items()]
         text += "### Start-up\n\nSeconds of a fresh process; the first step is the tiny lab's.\n\n"
         text += table(("script", *(f"{what}:" for what in whats)), cells) + "\n"
-    head = """How the cost of a token grows on the CPU, random weights in fp32: medians, and the range over all rounds
-and repetitions. Least time: what the FLOPs take as one fp32 matrix product, in the same process. What exactly is
-measured stands at the top of `benchmarks/scaling.py`.
-"""
-    return f"## Growth\n\n{head}\n{text}{'; '.join(made)}.\n\n" if text else ""
+    return f"{text}{'; '.join(made)}.\n" if text else ""
 
 
 def planned(kind):
@@ -684,7 +817,7 @@ def planned(kind):
 
 
 def part_plan_real():
-    """A line per run: of its ranks, the one where prediction and measurement differ most."""
+    """results/plan: a line per run: of its ranks, the one where prediction and measurement differ most."""
     (found, made), rows = planned("real"), []
     for case in found:
         sides = [[rank | {"peak": rank["activations"] + rank["working"], "received": sum(rank["moved"].values())}
@@ -704,7 +837,7 @@ def gb(n):
 
 
 def part_plan():
-    """A line per script, model and mesh."""
+    """results/plan: a line per script, model and mesh."""
     (found, made), rows = planned("plan"), []
     fabric = module(ROOT / "benchmarks" / "plan_models.py").FABRIC
     for p in found:
@@ -720,7 +853,7 @@ def part_plan():
 
 
 def part_plan_experts():
-    """A line per mixture of experts and mesh: whole layers gathered, and tokens sent to their experts instead."""
+    """results/plan: a line per mixture of experts and mesh: whole layers gathered, or tokens sent to their experts."""
     found, rows = [p for p in planned("plan")[0] if p["routed"] and p["script"] == "sft"], []
     fabric = module(ROOT / "benchmarks" / "plan_models.py").FABRIC["shard"]
     for p in found:

@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k", "reward", "reward_interval", "kto")
@@ -147,21 +148,23 @@ def dpo_interval(work):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from common.batches import fit, flat_batch, seq_sums
     from common.logprobs import Policy
-    from common.tokenization import encode_preference, fit, flat_batch, load_rows, load_tokenizer, stop_ids
+    from common.tokenization import encode_preference, load_rows, load_tokenizer, stop_ids
 
     run = json.loads((work / "dpo" / "run.json").read_text())
     tokenizer = load_tokenizer(str(work / "dpo" / "final"))
     lm = AutoModelForCausalLM.from_pretrained(work / "dpo" / "final", dtype=torch.float32).eval()
     stops = stop_ids(tokenizer, lm.generation_config)
-    groups = [encode_preference(row, tokenizer, stops) for row in load_rows(str(work / "pairs_test.jsonl"))]
+    rows = load_rows(str(work / "pairs_test.jsonl"), SimpleNamespace(**run["flags"]))
+    groups = [encode_preference(row, tokenizer, stops) for row in rows]
     groups, _ = fit(groups, run["flags"]["max_length"])
     (ref,) = load_file(work / "dpo" / "ref_logprobs_heldout.safetensors").values()
     policy, margins = Policy(lm), []
     with torch.no_grad():
         for group, reference in zip(groups[:HELD_OUT], ref):
             batch = flat_batch([group])
-            sums = torch.zeros(2).index_add_(0, batch["seq"], policy(batch)["logprobs"]) - reference
+            sums = seq_sums(policy(batch)["logprobs"], batch) - reference
             margins.append(run["flags"]["beta"] * (sums[0] - sums[1]).item())
     result = {"questions": len(margins), "mean_margin": sum(margins) / len(margins), "bootstrap_draws": DRAWS,
               "interval_95": bootstrap(margins),
@@ -226,8 +229,9 @@ def reward_model_scores(folder, rows):
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from common.batches import flat_batch
     from common.logprobs import Scorer
-    from common.tokenization import encode_preference, flat_batch, load_tokenizer, stop_ids
+    from common.tokenization import encode_preference, load_tokenizer, stop_ids
 
     tokenizer, scores = load_tokenizer(str(folder)), {}
     lm = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()

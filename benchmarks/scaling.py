@@ -50,8 +50,9 @@ from conftest import ROOT, SCRIPTS, script
 from loading import memory
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from common.batches import flat_batch, pack
 from common.logprobs import Policy, ScoredHead
-from common.tokenization import flat_batch, micro_batches
+from common.runtime.launch import setup
 
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
 conftest.TIMEOUT = 600  # seconds for the ranks of one run
@@ -148,12 +149,12 @@ def trunk(point):
 
     def work(rows=groups):
         scored = sum(len(c["ids"]) for group in rows for c in group["completions"])
-        for members in micro_batches(rows, point["budget"]):
+        for members in pack(rows, point["budget"]):
             (-policy(flat_batch(members))["logprobs"].sum() / scored).backward()
         if adam:
             adam.step()
 
-    batches = [flat_batch(members) for members in micro_batches(groups, point["budget"])]
+    batches = [flat_batch(members) for members in pack(groups, point["budget"])]
     known = {"weights": sum(p.numel() for p in policy.parameters()), "flops": flops(policy.lm, groups)}
     known |= {"computed_tokens": sum(len(b["input_ids"]) for b in batches), "micro_batches": len(batches)}
     if "group" in point:
@@ -176,7 +177,7 @@ def head(point):
     def work(count=tokens):
         h = states[:count].clone().requires_grad_()
         if point["side"] == "ours":
-            ScoredHead.apply(h, weight, None, labels[:count], (1.0, 0.0, 1.0), (), 0, None)[0].sum().backward()
+            ScoredHead.apply(h, weight, None, labels[:count], (1.0, 0.0, 1.0), (), None)[0].sum().backward()
         else:
             F.cross_entropy(h @ weight.T, labels[:count], reduction="sum").backward()
 
@@ -243,26 +244,34 @@ def local_bytes(tensors):
 def train(rank, world, argv):
     """methods/sft.py's own main on this rank, watched at the end of each update but the first."""
     module, found, at = script("sft"), {}, []
-    shard, update = module.shard, module.update
+    shard, resume, check_update, log = module.shard, module.resume, module.check_update, module.log
+    kept = {}
 
     def watched(policy, run):
         found["base"] = memory("VmRSS")  # the model has no memory yet
         return shard(policy, run)
 
-    def counted(policy, optimizer, lr, metrics, *rest):
-        parameters = list(policy.parameters())
-        found["gradients"] = local_bytes(p.grad for p in parameters)
-        norm = update(policy, optimizer, lr, metrics, *rest)
+    def resumed(run, models, optimizers, tokenizer):
+        kept.update(policy=models["policy"], optimizer=optimizers["policy"])
+        resume(run, models, optimizers, tokenizer)
+
+    def checked(run, step, policy, groups, metrics):  # after the optimizer's step, before zero_grad
+        found["gradients"] = local_bytes(p.grad for p in policy.parameters())
+        check_update(run, step, policy, groups, metrics)
+
+    def logged(run, step, metrics, steps):  # after zero_grad
         if not at:  # all that lives through the run is there now
             Path("/proc/self/clear_refs").write_text("5")
-            moments = [t for state in optimizer.state.values() for t in state.values()]
-            found.update(parameters=local_bytes(parameters), optimizer=local_bytes(moments))
+            moments = [t for state in kept["optimizer"].state.values() for t in state.values()]
+            found["parameters"] = local_bytes(kept["policy"].parameters())
+            found["optimizer"] = local_bytes(moments)
         found.update(num_tokens=metrics["num_tokens"], rise_bytes=memory("VmHWM") - found["base"])
         at.append((time.perf_counter(), time.process_time()))
-        return norm
+        log(run, step, metrics, steps)
 
-    module.shard, module.update = watched, counted
-    module.main(module.parse_args(argv))
+    module.shard, module.resume, module.check_update, module.log = watched, resumed, checked, logged
+    args = module.parse_args(argv)
+    module.main(args, setup(args, module.__file__))
     steps = [[b - a for a, b in zip(*pair)] for pair in zip(at, at[1:])]
     return found | {"seconds": [s for s, _ in steps], "cpu_seconds": [c for _, c in steps]}
 
@@ -329,7 +338,7 @@ def about(options):
 
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
-    files = [*sorted(ROOT.glob("methods/*.py")), *sorted(ROOT.glob("common/*.py")), Path(__file__).resolve()]
+    files = [*sorted(ROOT.glob("methods/*.py")), *sorted(ROOT.glob("common/**/*.py")), Path(__file__).resolve()]
     waits = os.environ.get("OMP_WAIT_POLICY")  # passive: two threads on a busy machine do not spin for each other
     words = [f"OMP_WAIT_POLICY={waits}"] if waits else []
     words += [f"python benchmarks/scaling.py --threads {options.threads} --rounds {options.rounds}"]

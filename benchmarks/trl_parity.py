@@ -34,7 +34,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +180,7 @@ def write(path, rows):
 
 def prepare(spec):
     """Rows of a dataset in the order in which our script takes them."""
-    from common.tokenization import order
+    from common.batches import order
 
     rows = read(spec["data"])
     turn = -1 if spec.get("reverse") else 1
@@ -205,7 +204,8 @@ def tokens(spec):
     """The ids of every row and the positions that our loss scores, in the form of trl_worker.scored_ids."""
     from transformers import GenerationConfig
 
-    from common.tokenization import encode_demonstration, encode_preference, flat_batch, load_tokenizer, stop_ids
+    from common.batches import flat_batch
+    from common.tokenization import encode_demonstration, encode_preference, load_tokenizer, stop_ids
 
     tokenizer, sequences = load_tokenizer(spec["model"]), []
     stops = stop_ids(tokenizer, GenerationConfig.from_pretrained(spec["model"]))
@@ -236,17 +236,16 @@ def online_batch(spec):
     from array import array
 
     import torch
-    import torch.distributed as dist
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    from common.batches import flat_batch, pack
     from common.logprobs import Policy
-    from common.tokenization import flat_batch, load_tokenizer, micro_batches
+    from common.rewards import reward_table
+    from common.tokenization import load_tokenizer
 
     script, tokenizer, draw = load_script(spec["method"]), load_tokenizer(spec["model"]), random.Random(0)
     loss_of = getattr(script, f"{spec['method']}_loss")
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    run = types.SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, args=types.SimpleNamespace(tp_size=1))
     lines, size, groups = read(spec["samples"])[: spec["count"]], spec["size"], []
     for i in range(0, len(lines), size):
         members = lines[i : i + size]
@@ -272,21 +271,19 @@ def online_batch(spec):
         args = script.parse_args(["--model", spec["model"], *case["ours"]])
         for c in completions:
             c["sampler_logprobs"], c["ref_logprobs"] = c["old"] if case["old"] else c["own"], c["ref"]
-        value = script.penalized if spec["method"] == "rloo" else lambda c, _: c["reward"]
-        table = [[value(c, args) for c in group["completions"]] for group in groups]
-        advantages = script.compute_advantages(torch.tensor(table, dtype=torch.float64), args, run)
+        rewards_of = script.penalized_rewards if spec["method"] == "rloo" else lambda groups, _: reward_table(groups)
+        advantages = script.compute_advantages(rewards_of(groups, args), args)
         for c, a in zip(completions, advantages.flatten().tolist()):
             c["advantage"] = a
         policy.zero_grad()
-        loss, sums, batches = 0.0, {"clip_frac": 0.0, "kl": 0.0}, micro_batches(groups, spec["budget"])
+        loss, sums, batches = 0.0, {"clip_frac": 0.0, "kl": 0.0}, pack(groups, spec["budget"])
+        counts = sum(lengths), len(completions)
         for members in batches:
-            part, batch = [c for group in members for c in group["completions"]], flat_batch(members)
+            batch = flat_batch(members)  # with what the completions carry
             logprobs = policy(batch)["logprobs"]
-            before = torch.cat([c["old"] for c in part]) if case["old"] else logprobs.detach()
-            after = torch.cat([c["ref"] for c in part]) if case["ref"] else None
-            advantage = torch.tensor([c["advantage"] for c in part])
-            counts = sum(lengths), len(completions)
-            piece, metrics = loss_of(logprobs, before, after, before, advantage, batch["seq"], *counts, args)
+            batch["old_logprobs"] = batch["old"] if case["old"] else logprobs.detach()
+            batch["sampler_logprobs"] = batch["old_logprobs"]
+            piece, metrics = loss_of(logprobs, batch, *counts, args)
             piece.backward()
             loss += piece.item()
             sums = {name: value + float(metrics.get(name, 0)) / counts[0] for name, value in sums.items()}
@@ -587,7 +584,7 @@ def about(command, threads):
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
     device = f"{platform.machine()} {found[1] if found else ''}, {os.cpu_count()} logical CPUs"
-    patterns = ("methods/*.py", "common/*.py", "benchmarks/*trl*.py")
+    patterns = ("methods/*.py", "common/**/*.py", "benchmarks/*trl*.py")
     files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     sha = {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
     result = {"command": command, "sha256": sha, "git": git("rev-parse", "HEAD")}

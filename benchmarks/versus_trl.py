@@ -44,6 +44,7 @@ old ones when it is complete, in one go.
 """
 
 import argparse
+import importlib
 import json
 import re
 import statistics
@@ -66,9 +67,10 @@ ROWS = {
     "prompts": (160, 48, 0.4, 320, 128),
 }  # fmt: skip
 # passes: forwards that a step needs besides sampling: a backward is two, dpo has a reference, kto the policy's kl
-# (`measure` adds kto's reference, and grpo's and rloo's where there is one). parts: functions of our script that are
-# timed, and under which name
-SAMPLING = {"sample": "rollout", "refresh": "rollout", "reward_groups": "reward", "attach_logprobs": "logprobs"}
+# (`measure` adds kto's reference, and grpo's and rloo's where there is one). parts: functions that are timed, of our
+# script or of common/, and under which name: see `timed_function`
+SAMPLING = {"common.sampling.Sampler.sample": "rollout", "refresh": "rollout",
+            "common.rewards.reward_groups": "reward", "attach_logprobs": "logprobs"}  # fmt: skip
 METHODS = {
     "sft": {"passes": 3, "flags": {"learning_rate": 1e-5}, "parts": {}},
     "reward": {"passes": 3, "flags": {"learning_rate": 1e-5}, "parts": {}},
@@ -435,7 +437,7 @@ def head(spec):
     if spec["kind"] == "ours":
         from common.logprobs import ScoredHead
 
-        function, rest = ScoredHead.apply, (None, labels, (1.0, 0.0, 1.0), (), 0)
+        function, rest = ScoredHead.apply, (None, labels, (1.0, 0.0, 1.0), ())
     elif spec["kind"] == "TRL kernel":
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk  # what its trainers pass
@@ -461,15 +463,27 @@ def head(spec):
     return found | {"values": [x.item() for x in values], "sizes": [abs(loss.item()), *(x.item() for x in sizes)]}
 
 
+def timed_function(module, function):
+    """Return where a function of `parts` is looked up when it is called, and its name there: in the script, or for a
+    dotted name in a file of common/ or a class of that file."""
+    *path, name = function.split(".")
+    owner = module
+    if path:
+        owner = importlib.import_module(".".join(path[:2]))
+    for part in path[2:]:
+        owner = getattr(owner, part)
+    return owner, name
+
+
 def script(argv):
     """Our script as `python methods/<method>.py FLAGS` runs it, with timers around some of its functions."""
     method, events_path, *words = argv
     module, events = parity.load_script(method), []
     for function, part in METHODS[method]["parts"].items():
-        if hasattr(module, function):
-            setattr(module, function, timed(getattr(module, function), part, events))
+        owner, name = timed_function(module, function)
+        setattr(owner, name, timed(getattr(owner, name), part, events))
     sys.argv = [str(ROOT / "methods" / f"{method}.py"), *words]
-    module.launch(module.main, module.parse_args())  # leaves with the exit code where it is not 0
+    module.launch(module.main, module.parse_args(), module.__file__)  # leaves with the exit code where it is not 0
     Path(events_path).write_text(json.dumps(events))
     return 0
 

@@ -1,11 +1,9 @@
 """Next-token logits of many sequences of several lengths, without padding: what a sampling loop needs from a model.
 
-`decoder(lm, prompts, copies)` computes each prompt once and continues it `copies` times. Sequences of one length form a
-set. The tokens of all sets go through the model's matrices together and meet their own past set by set.
-
-R live sequences ("rows"), V vocabulary, d head size; logits and caches in the model's dtype.
+A decoder computes each prompt once and continues it `copies` times. A row is a sequence that goes on, a cohort the rows
+of one length. R is the number of rows, V the vocabulary, d the size of a head. Logits have the model's dtype.
 """
-from collections import defaultdict
+from collections import Counter
 from itertools import chain
 from types import SimpleNamespace
 
@@ -13,134 +11,127 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from common.logprobs import ATTENTION, attend, runs_flat
+from common.attention import ATTENTION, attend
 
-ROOM = 64  # tokens by which a cache grows at least; then by half of its length
-
-
-def decoder(lm, prompts, copies):
-    """-> `rows` (R,): which sequence a row continues, prompt * copies + copy; `logits` (R, V) of its next token;
-    step(tokens (R,)): append one to each row; drop(ended (R,) bool) -> (R',): the rows that stay, in their new order.
-    prompts: token ids, none empty. lm is a copy that nobody trains: its attention may be replaced."""
-    return (FlatDecoder if runs_flat(lm, lm.device.type) else CacheDecoder)(lm, prompts, copies)
+ROOM = 64  # tokens by which a cache grows at least; a longer one grows by half of its length
 
 
-def sets_of(prompts, copies, device):
-    """-> [a set per length: its prompts (n, length), count of rows], the rows' sequences (R,) in the sets' order."""
-    members = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        members[len(prompt)].append(i)
-    sets = [SimpleNamespace(prompts=torch.tensor([list(prompts[i]) for i in same], device=device), length=length,
-                            count=len(same), cache={}) for length, same in sorted(members.items())]
-    order = torch.tensor([i for _, same in sorted(members.items()) for i in same], device=device)
-    return sets, (order[:, None] * copies + torch.arange(copies, device=device)).flatten()
-
-
-def without(sets, ended, move):
-    """Drop rows of all sets: the last live rows take the places of ended ones. move(set, holes, fillers) does it to a
-    set's cache. -> (sets that are left, rows that stay in their new order)."""
-    left, stay, first = [], [], 0
-    for each, gone in zip(sets, ended.split([each.count for each in sets])):
-        index = torch.arange(first, first + each.count, device=gone.device)
-        first, each.count = first + each.count, each.count - int(gone.sum())
-        holes, fillers = gone[: each.count].nonzero()[:, 0], each.count + (~gone[each.count :]).nonzero()[:, 0]
-        index[holes] = index[fillers]
-        stay.append(index[: each.count])
-        if each.count:
-            left.append(each)
-        if 0 < each.count < len(gone):
-            move(each, holes, fillers)
-    return left, torch.cat(stay)
-
-
-class FlatDecoder:
-    """Where tokens meet in flat_attention only: one row of tokens, as in training, and one forward for all sets.
-
-    A set's cache is a buffer (rows, heads, room, d) for keys and one for values, per layer, written in place:
-    DynamicCache copies all of it for every token, and again for every row that ends."""
+class Decoder:
+    """What both decoders have: `rows` (R,), the sequence that each row continues (prompt * copies + copy), and `logits`
+    (R, V) of its next token. Rows stand cohort by cohort. A cohort has `count` rows of `length` tokens, of which the
+    running forward takes the last `new`: the whole prompt at first, then one token. No prompt may be empty, and nobody
+    may train the model, since its attention may be replaced."""
 
     def __init__(self, lm, prompts, copies):
-        lm.config._attn_implementation = ATTENTION  # set_attn_implementation would look for a package of this name
-        self.lm, self.copies = lm, copies
-        self.sets, self.rows = sets_of(prompts, copies, lm.device)
-        self.new = [each.length for each in self.sets]  # tokens of a sequence in this forward
-        ids = torch.cat([each.prompts.flatten() for each in self.sets])
-        last = torch.tensor([n for n, each in zip(self.new, self.sets) for _ in range(each.count)]).cumsum(0) - 1
-        self.logits = self._forward(ids, last.to(lm.device)).repeat_interleave(copies, 0)
-        for each in self.sets:
-            each.count *= copies
-
-    def _forward(self, ids, last):
-        """ids (N,) -> logits of the rows `last` of the forward."""
-        at = [range(each.length - n, each.length) for n, each in zip(self.new, self.sets) for _ in range(each.count)]
-        at = torch.tensor([*chain(*at)], device=ids.device)
-        return self.lm(input_ids=ids[None], position_ids=at[None], use_cache=False, logits_to_keep=last,
-                       decoder=self).logits[0]
-
-    def attend_to(self, layer, *tensors, **how):
-        """query, key, value (tokens, heads, d) of this forward -> each row's attention over its own past."""
-        out = []
-        sizes = [n * each.count for n, each in zip(self.new, self.sets)]
-        for each, n, *parts in zip(self.sets, self.new, *(x.split(sizes) for x in tensors)):
-            q, *kv = (x.unflatten(0, (each.count, n)).transpose(1, 2) for x in parts)  # (rows, heads, n, d)
-            if layer not in each.cache:  # the prompt
-                each.cache[layer] = [enlarged(x.repeat_interleave(self.copies, 0)) for x in kv]
-            else:
-                if each.length > each.cache[layer][0].shape[2]:
-                    each.cache[layer] = [enlarged(x[: each.count]) for x in each.cache[layer]]
-                for i, (cache, x) in enumerate(zip(each.cache[layer], kv)):
-                    cache[: each.count, :, each.length - 1] = x[:, :, 0]
-                    kv[i] = cache[: each.count, :, : each.length]
-            out.append(attend(q, *kv, **how).transpose(1, 2).flatten(0, 1))
-        return torch.cat(out)
+        self.lm = lm
+        self.copies = copies
+        self.cohorts = []
+        for length, count in sorted(Counter(map(len, prompts)).items()):
+            self.cohorts.append(SimpleNamespace(count=count, length=length, new=length, cache={}))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        rows = torch.arange(len(prompts) * copies, device=lm.device)
+        self.rows = rows.view(-1, copies)[order].flatten()
+        ids = list(chain.from_iterable(prompts[i] for i in order))
+        self.logits = self.forward(torch.tensor(ids, device=lm.device)).repeat_interleave(copies, 0)
+        for cohort in self.cohorts:
+            cohort.count *= copies
+            cohort.new = 1
 
     def step(self, tokens):
-        self.new = [1] * len(self.sets)
-        for each in self.sets:
-            each.length += 1
-        self.logits = self._forward(tokens, slice(None))
+        """Append one token to each row: tokens (R,)."""
+        for cohort in self.cohorts:
+            cohort.length += 1
+        self.logits = self.forward(tokens)
+
+    def sizes(self):
+        """Return the number of new tokens of each cohort, which is its number of rows once the prompts are read."""
+        return [cohort.count * cohort.new for cohort in self.cohorts]
 
     def drop(self, ended):
-        def move(each, holes, fillers):
-            for cache in chain(*each.cache.values()):
-                cache[holes] = cache[fillers]
+        """Remove the rows where `ended` (R,) is true: in each cohort the last rows that stay take the places of the
+        ended ones. Return the rows that stay, (R',), in their new order."""
+        stay = []
+        first = 0  # row of the cohort
+        for cohort, gone in zip(self.cohorts, ended.split(self.sizes())):
+            left = cohort.count - int(gone.sum())
+            order = torch.arange(left, device=gone.device)
+            order[gone[:left]] = left + (~gone[left:]).nonzero()[:, 0]
+            if 0 < left < cohort.count:
+                self.select(cohort, order)
+            stay.append(first + order)
+            first += cohort.count
+            cohort.count = left
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.count]
+        return torch.cat(stay)
 
-        self.sets, stay = without(self.sets, ended, move)
-        return stay
+
+class FlatDecoder(Decoder):
+    """For models that run flat: all cohorts in one forward, as in training. A cohort's cache
+    has, for each layer, a buffer (rows, heads, room, d) for keys and one for values, written in place: DynamicCache
+    copies all of it for every token, and again for every row that ends."""
+
+    def forward(self, ids):
+        """ids (N,): the new tokens of all rows, row by row. Return the logits (R, V) after the last one of each row."""
+        self.lm.config._attn_implementation = ATTENTION  # set_attn_implementation would look for a package of this name
+        positions, last = [], []
+        for cohort in self.cohorts:
+            for _ in range(cohort.count):
+                positions.extend(range(cohort.length - cohort.new, cohort.length))
+                last.append(len(positions) - 1)
+        positions = torch.tensor([positions], device=ids.device)
+        last = torch.tensor(last, device=ids.device)
+        out = self.lm(ids[None], position_ids=positions, use_cache=False, logits_to_keep=last, decoder=self)
+        return out.logits[0]
+
+    def attend_to(self, layer, query, key, value, **options):
+        """flat_attention calls this in every layer. query, key, value (N, heads, d): of the new tokens. Return
+        (N, heads, d): the attention of each row over its own past."""
+        sizes = self.sizes()
+        results = []
+        pieces = zip(query.split(sizes), key.split(sizes), value.split(sizes))
+        for cohort, new in zip(self.cohorts, pieces):
+            q, k, v = [x.unflatten(0, (cohort.count, -1)).transpose(1, 2) for x in new]  # (rows, heads, new, d)
+            k = self.remember(cohort, (layer, "keys"), k)
+            v = self.remember(cohort, (layer, "values"), v)
+            results.append(attend(q, k, v, **options).transpose(1, 2).flatten(0, 1))
+        return torch.cat(results)
+
+    def remember(self, cohort, name, new):
+        """new (rows, heads, new, d): keys or values of a layer. Return those of the whole past of each row."""
+        if name not in cohort.cache:  # the prompt, which `copies` rows will continue
+            cohort.cache[name] = new.repeat_interleave(self.copies, 0)
+            return new
+        buffer = cohort.cache[name]
+        if cohort.length > buffer.shape[2]:
+            room = max(ROOM, buffer.shape[2] // 2)
+            buffer = F.pad(buffer[: cohort.count], (0, 0, 0, room))
+            cohort.cache[name] = buffer
+        buffer[: cohort.count, :, cohort.length - 1] = new[:, :, 0]
+        return buffer[: cohort.count, :, : cohort.length]
+
+    def select(self, cohort, order):
+        moved = (order >= len(order)).nonzero()[:, 0]
+        for buffer in cohort.cache.values():
+            buffer[moved] = buffer[order[moved]]
 
 
-def enlarged(cache):
-    """(rows, heads, length, d) with free room at the end of every row."""
-    return F.pad(cache, (0, 0, 0, max(ROOM, cache.shape[2] // 2)))
+class CacheDecoder(Decoder):
+    """For any other model (recurrent states, chunked masks): transformers' own cache, one forward for each cohort."""
 
+    def forward(self, ids):
+        logits = []
+        for cohort, new in zip(self.cohorts, ids.split(self.sizes())):
+            is_prompt = not cohort.cache
+            if is_prompt:
+                cohort.cache = DynamicCache(config=self.lm.config)
+            new = new.view(cohort.count, -1)
+            positions = torch.arange(cohort.length - cohort.new, cohort.length, device=ids.device).expand_as(new)
+            out = self.lm(new, position_ids=positions, past_key_values=cohort.cache, use_cache=True, logits_to_keep=1)
+            logits.append(out.logits[:, -1])
+            if is_prompt:
+                rows = torch.arange(cohort.count, device=ids.device)
+                self.select(cohort, rows.repeat_interleave(self.copies))
+        return torch.cat(logits)
 
-class CacheDecoder:
-    """Any other model (recurrent states, chunked masks): transformers' own cache, one forward per set."""
-
-    def __init__(self, lm, prompts, copies):
-        self.lm, (self.sets, self.rows) = lm, sets_of(prompts, copies, lm.device)
-        first = []
-        for each in self.sets:
-            each.cache = DynamicCache(config=lm.config)
-            out = lm(input_ids=each.prompts, past_key_values=each.cache, use_cache=True, logits_to_keep=1)
-            first.append(out.logits[:, -1])
-            each.cache.reorder_cache(torch.arange(each.count, device=lm.device).repeat_interleave(copies))
-            each.count *= copies
-        self.logits = torch.cat(first).repeat_interleave(copies, 0)
-
-    def step(self, tokens):
-        out = []
-        for each, ids in zip(self.sets, tokens[:, None].split([each.count for each in self.sets])):
-            at = torch.full_like(ids, each.length)
-            out.append(self.lm(input_ids=ids, position_ids=at, past_key_values=each.cache, use_cache=True).logits)
-            each.length += 1
-        self.logits = torch.cat(out)[:, -1]
-
-    def drop(self, ended):
-        def move(each, holes, fillers):
-            index = torch.arange(each.count, device=ended.device)
-            index[holes] = fillers
-            each.cache.reorder_cache(index)  # index_select on the rows of every layer, recurrent ones too
-
-        self.sets, stay = without(self.sets, ended, move)
-        return stay
+    def select(self, cohort, order):
+        cohort.cache.reorder_cache(order)  # selects rows in every layer, recurrent states too

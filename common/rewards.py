@@ -1,60 +1,247 @@
-"""Reward files, FILE.py:FUNCTION, in processes of their own: RewardFile is training's end of one, `serve` the other.
-The two exchange lines of JSON. Run as a script this file imports the standard library only."""
+"""What completions are worth: built-in rewards, reward files (FILE.py:FUNCTION) and reward models.
+
+A reward is a function with TRL's signature, reward(prompts, completions, **columns), that returns a list of numbers and
+None, one for each completion. A reward file runs in a process of its own: `RewardFile` is training's end of it, `serve`
+the other, and the two exchange lines of JSON.
+"""
 import asyncio
-import importlib.util
+import importlib
 import inspect
 import json
+import math
+import numbers
 import os
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from numbers import Real
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from common.batches import flat_batch, pack
+from common.logprobs import Scorer
+from common.runtime.flags import InputError
+from common.runtime.parallel import agree
+from common.runtime.run import first_line, write
+from common.tokenization import Row, encode_demonstration, load_tokenizer, stop_ids
+
+NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 
 
+# ---- built-in rewards ----------------------------------------------------------------------------
+def accuracy(prompts, completions, answer=None, solution=None, **_):
+    """1 where the completion's final number is that of the column `answer` or `solution`, 0 where not, None without."""
+    wanted = map(final_number, answer or solution or [None] * len(completions))
+    found = map(final_number, completions)
+    return [None if a is None else float(a == b) for a, b in zip(wanted, found)]
+
+
+def ends_in_number(prompts, completions, **_):
+    """1 where the completion ends in `#### number`, else 0."""
+    return [float(re.search(rf"####\s*{NUMBER}\s*$", last_text(text)) is not None) for text in completions]
+
+
+def final_number(answer):
+    """Return the number after the last ####, else in the last \\boxed{}, else the last number of all, else None."""
+    text = last_text(answer)
+    marked = re.findall(r"####([^\n]*)", text) or re.findall(r"\\boxed\{([^{}]*)\}", text) or [text]
+    found = re.findall(NUMBER, marked[-1])
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def last_text(answer):
+    """Return the text of a completion or a column: messages stand for the last of them."""
+    return answer[-1]["content"] if isinstance(answer, list) else str(answer)
+
+
+BUILT_IN = {"accuracy": accuracy, "format": ends_in_number}
+
+
+# ---- judging completions -------------------------------------------------------------------------
+def load_rewards(args):
+    """Return the functions of --reward."""
+    if len(args.reward_weights) not in (0, len(args.reward)):
+        raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(args.reward)} rewards.")
+    functions = []
+    for name in args.reward:
+        try:
+            if name in BUILT_IN:
+                functions.append(BUILT_IN[name])
+            elif os.path.isdir(name):
+                functions.append(RewardModel(name, args.tokens_per_microbatch))
+            else:
+                functions.append(RewardFile(name, args.reward_timeout, args.reward_memory))
+        except Exception as e:  # files and folders are input, and what loads them raises anything
+            advice = f"Give {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the folder of a reward model."
+            raise InputError(f"--reward {name}: {first_line(e)}. {advice}") from e
+    return functions
+
+
+def sample_and_judge(run, sampler, groups, copies, functions, place, greedy=False):
+    """Give every group `copies` completions with their rewards, 256 completions at a time: while the next ones are
+    sampled, a thread judges those before. Every rank calls this: a function's wrong answer ends the run on all."""
+    size = max(1, 256 // copies)
+    answers = []
+    with ThreadPoolExecutor(1) as judge:
+        for first in range(0, len(groups), size):
+            part = groups[first : first + size]
+            sampler.sample(part, copies, place, greedy)
+            answers.append(judge.submit(reward_groups, part, functions, sampler.tokenizer, run.args))
+        errors = [answer.result() for answer in answers]
+    agree(run, next(filter(None, errors), None))
+
+
+def reward_groups(groups, functions, tokenizer, args):
+    """Set completion["rewards"], a number for each function, and completion["reward"], their weighted sum. NaN where a
+    function raises, hangs or says None, which is not a reward of 0. Return a text if its answer is wrong, else None."""
+    completions, rows = [], []
+    for group in groups:
+        prompt = group["columns"]["prompt"]
+        for completion in group["completions"]:
+            ids = list(completion["ids"])
+            answer = tokenizer.decode(ids, skip_special_tokens=True)
+            if isinstance(prompt, list):
+                answer = [{"role": "assistant", "content": answer}]
+            rows.append({**group["columns"], "prompts": prompt, "completions": answer, "completion_ids": ids})
+            completions.append(completion)
+    columns = {}
+    for name in sorted(set().union(*rows) - {"prompt", "completion"}):
+        columns[name] = [row.get(name) for row in rows]
+    columns["max_completion_length"] = args.max_completion_length
+    table = []
+    for name, function in zip(args.reward, functions):
+        try:
+            values = function(**columns)
+        except Exception as e:  # rows may hold anything, and files do anything
+            print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr)
+            values = [None] * len(completions)
+        if values is None:
+            return f"--reward {name} must return a list of {len(rows)} numbers (or None), one for each completion."
+        table.append([math.nan if value is None or math.isinf(value) else value for value in values])
+    rewards = torch.tensor(table, dtype=torch.float64).T.contiguous()  # (completions, functions)
+    weights = torch.tensor(args.reward_weights or 1.0, dtype=torch.float64)
+    sums = (weights * rewards).nansum(1)
+    sums[rewards.isnan().all(1)] = math.nan
+    for completion, parts, total in zip(completions, rewards.tolist(), sums.tolist()):
+        completion.update(rewards=parts, reward=total)
+    return None
+
+
+def reward_table(groups, key="reward"):
+    """Return completion[key] as float64 (groups, copies), or (groups, copies, functions) for the key "rewards"."""
+    table = []
+    for group in groups:
+        table.append([completion[key] for completion in group["completions"]])
+    return torch.tensor(table, dtype=torch.float64)
+
+
+def rollout_metrics(groups):
+    """Return, over the groups of all ranks: the mean reward of completions that have one, the share of groups whose
+    rewards are all equal or absent, the shares of completions without reward or stop token, and their mean length."""
+    completions = []
+    num_rewards = num_silent = 0
+    reward_sum = 0.0
+    for group in groups:
+        completions.extend(group["completions"])
+        rewards = [c["reward"] for c in group["completions"] if not math.isnan(c["reward"])]
+        num_rewards += len(rewards)
+        reward_sum += sum(rewards)
+        if len(set(rewards)) < 2:
+            num_silent += 1
+    return {
+        "reward": reward_sum / max(1, num_rewards),
+        "silent_frac": num_silent / len(groups),
+        "no_reward_frac": 1 - num_rewards / len(completions),
+        "truncated_frac": sum(not c["stopped"] for c in completions) / len(completions),
+        "completion_len": sum(len(c["ids"]) for c in completions) / len(completions),
+    }
+
+
+def write_samples(run, step, groups, tokenizer):
+    """Append a line for each completion to samples.jsonl (rank 0)."""
+    for group in groups:
+        prompt = tokenizer.decode(group["prompt"])
+        for completion in group["completions"]:
+            text = tokenizer.decode(completion["ids"])
+            line = {"step": step, "row": group["row"], "prompt": prompt, "completion": text}
+            line.update(reward=completion["reward"], advantage=completion["advantage"], parts=completion["rewards"])
+            line["stop"] = "stop" if completion["stopped"] else "length"
+            write(run, "samples.jsonl", line)
+
+
+# ---- reward models -------------------------------------------------------------------------------
+class RewardModel:
+    """A sequence classifier with one label, in a folder as reward modelling saves it. Every rank holds all of it.
+    Prompt and completion are encoded as its training encoded them, and it reads the end-of-turn token."""
+
+    def __init__(self, folder, tokens_per_microbatch):
+        self.budget = tokens_per_microbatch
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        lm, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"] or lm.config.num_labels != 1:
+            raise ValueError("it is no sequence classifier with one label")
+        self.tokenizer = load_tokenizer(folder)
+        self.model = Scorer(lm.to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, prompts, completions, **_):
+        groups = []
+        stops = stop_ids(self.tokenizer)
+        for prompt, completion in zip(prompts, completions):
+            row = Row(prompt=prompt, completion=completion)
+            groups.extend(encode_demonstration(row, self.tokenizer, stops))
+        for members in pack(groups, self.budget):
+            batch = flat_batch(members, self.device)
+            for completion, reward in zip(batch["completions"], self.model(batch)["rewards"].tolist()):
+                completion["reward"] = reward
+        return reward_table(groups)[:, 0].tolist()
+
+
+# ---- reward files --------------------------------------------------------------------------------
 class RewardFile:
-    """reward(prompts, completions, **columns) -> list of numbers and None, one per completion; None where the function
-    returned something else. What an `async def` returns is awaited. ChildProcessError where it raised, crashed or hung,
-    which costs this call: after a crash or a hang the next one gets a new process. timeout: seconds to load, and per
-    call; memory: GB. 0: no limit."""
+    """The function of FILE.py:FUNCTION in a process of its own. A call returns the function's list of numbers and None,
+    or None for any other answer. ChildProcessError where it raised, crashed or hung: after the last two the next call
+    gets a new process. timeout: seconds of a call, memory: GB of address space. 0 of either: no limit."""
 
     def __init__(self, name, timeout, memory):
-        self.path, _, self.function = name.rpartition(":")
-        self.timeout, self.memory, self.child = timeout, memory, None
-        self.start()
+        self.command = [sys.executable, "-uPc", CHILD_PROGRAM, name, str(memory)]  # P: without a json.py of this folder
+        self.timeout = timeout
+        self.child = None
+        self()  # without columns the process only loads the file
 
     def __call__(self, /, **columns):
-        if not self.child:
-            self.start()
-        return self.ask(columns)
-
-    def start(self):
-        self.wire, theirs = socket.socketpair()
-        self.wire.settimeout(self.timeout or None)
-        command = [sys.executable, "-u", __file__, str(int(self.memory * 2**30))]
-        with theirs:  # a session of its own: Ctrl-C is training's to handle, and its end takes the whole group
-            self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=theirs, start_new_session=True)
-        self.ask([self.path, self.function])
-
-    def ask(self, question):
-        """One line there, one line back. Without an answer in time nothing of the process group survives."""
+        if self.child is None:
+            self.wire, other_end = socket.socketpair()
+            self.wire.settimeout(self.timeout or None)
+            options = {"stdin": subprocess.PIPE, "stdout": other_end, "start_new_session": True}
+            with other_end:  # a session of its own: Ctrl-C is training's to handle, and its end takes the whole group
+                self.child = subprocess.Popen(self.command, **options)
         try:
-            self.wire.sendall(json.dumps(question, default=str).encode() + b"\n")  # dates and bytes become text
+            self.wire.sendall(json.dumps(columns, default=str).encode() + b"\n")  # dates and bytes become text
             answer = json.loads(self.wire.makefile("rb").readline())
+        except TimeoutError as e:
+            self.stop()
+            raise ChildProcessError(f"no answer after {self.timeout:g} s (--reward_timeout)") from e
         except (OSError, ValueError) as e:
             code = self.stop()
-            how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-            late = f"no answer after {self.timeout:g} s (--reward_timeout)"
-            raise ChildProcessError(late if isinstance(e, TimeoutError) else f"its process ended: {how}") from e
+            reason = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+            raise ChildProcessError(f"its process ended: {reason}") from e
         if isinstance(answer, str):
-            if isinstance(question, list) or answer.startswith("MemoryError"):
+            if not columns or answer.startswith("MemoryError"):
                 self.stop()  # nothing is loaded, or what filled the memory may still be there
             raise ChildProcessError(answer)
         return answer
 
     def stop(self):
+        """Kill the process group and return the exit code of its first process."""
         os.killpg(self.child.pid, signal.SIGKILL)
         self.wire.close()
         with self.child as child:  # closes its stdin and waits
@@ -62,47 +249,49 @@ class RewardFile:
         return child.returncode
 
 
-def serve(memory):
-    """Answer each line on stdout, which is a socket: first what to load, then calls."""
+def serve(name, memory):
+    """Answer each line, the columns of a call, with a line: a list, null where the function returned something else, or
+    a text that says what went wrong. Without columns only load the function. memory: bytes, 0: no limit."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda *_: None)  # schedulers signal every process; training decides when to end
     if os.fork() == 0:  # stdin closes when training ends, however it ends; then the whole process group goes
         os.close(1)
         os.read(0, 1)
         os.killpg(0, signal.SIGKILL)
-    wire, own, reward = socket.socket(fileno=os.dup(1)).makefile("rw"), os.getpid(), None
-    os.dup2(2, 1)  # what the function prints is no answer
+    wire = socket.socket(fileno=os.dup(1)).makefile("rw")
+    os.dup2(2, 1)  # what the function prints goes to stderr
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if memory and sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    path, _, function_name = name.rpartition(":")
+    folder, file = os.path.split(path)
+    sys.path.insert(0, os.path.abspath(folder))  # as for a script: its neighbours can be imported, too
+    os.register_at_fork(after_in_child=wire.close)  # where the function forks and both come back, only one may answer
     for line in wire:
+        answer = None
         try:
-            question, answer = json.loads(line), None
-            if reward:
-                count, values = len(question["completions"]), reward(**question)
-                values = asyncio.run(values) if inspect.iscoroutine(values) else values
-                fits = isinstance(values, list) and len(values) == count
-                if fits and all(isinstance(v, Real | None) for v in values):
-                    answer = [None if v is None else float(v) for v in values]
-            else:
-                reward = load(*question)
+            function = getattr(importlib.import_module(file.removesuffix(".py")), function_name)
+            assert callable(function), f"{function_name} is not a function"
+            columns = json.loads(line)
+            if columns:
+                answer = answer_to(columns, function)
         except BaseException as e:  # user code may raise anything
             answer = traceback.format_exception_only(e)[-1]
-        if os.getpid() != own:
-            os._exit(0)  # the function forked, and both came back
-        wire.write(json.dumps(answer) + "\n")
-        wire.flush()
+        print(json.dumps(answer), file=wire, flush=True)
 
 
-def load(path, function):
-    sys.path[0] = os.path.dirname(os.path.abspath(path))  # as for a script: its neighbours can be imported
-    spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    reward = getattr(module, function)
-    assert callable(reward), f"{function} is not a function"
-    return reward
+def answer_to(columns, function):
+    """Return what the function returns, if that is a list of numbers and None, one for each completion; else None."""
+    count = len(columns["completions"])  # before the call, which may change what it was given
+    values = function(**columns)
+    if inspect.iscoroutine(values):  # of an `async def`
+        values = asyncio.run(values)
+    if isinstance(values, list) and len(values) == count and all(isinstance(v, numbers.Real | None) for v in values):
+        return [None if v is None else float(v) for v in values]
+    return None
 
 
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+# What the process runs, without an import of this project. Taken now, as this file may change before a later start.
+CHILD_IMPORTS = "import asyncio, importlib, inspect, json, numbers, os, resource, signal, socket, sys, traceback\n"
+CHILD_MAIN = "serve(sys.argv[1], int(float(sys.argv[2]) * 2**30))"
+CHILD_PROGRAM = CHILD_IMPORTS + inspect.getsource(serve) + inspect.getsource(answer_to) + CHILD_MAIN

@@ -2,22 +2,15 @@
 Reward model: give completions a number so that the chosen one of a pair gets the larger (Bradley and Terry 1952).
 
 Paper   Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 1. Margin: Touvron et al. 2023 (Llama 2),
-        https://arxiv.org/abs/2307.09288, equation 2; centering: Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244
+        https://arxiv.org/abs/2307.09288, equation 2. Centering: Eisenstein et al. 2023,
+        https://arxiv.org/abs/2312.09244
 Loss    L = - log sigmoid( r(x, y_w) - r(x, y_l) - margin ) + center_rewards_coefficient * [ r(x, y_w) + r(x, y_l) ]^2
 Tokens  r(x, y) is the score head on the hidden state of the last token of prompt + completion: its end-of-turn token
 Norm    mean over the pairs of the optimizer step, over all micro-batches and ranks
 Models  the policy is a sequence classifier with one label (trained), sharded with FSDP2. From a language model it takes
         all but the head, which starts at random; a reward model goes on as it is
 Data    {prompt, chosen, rejected} | {chosen, rejected} that begin alike; a column margin may be with them (else 0)
-State   alerts, streaks, before, last, best (evaluations)
-Parent: methods/sft.py
-Delta:
-  args, Args.method: sequence classification, Scorer, encode_preference; center_rewards_coefficient, TRL's learning rate
-  reward_loss, spread, evaluate: the loss of a pair; a step's rewards in four numbers; pair accuracy held out
-  data, load_groups: a row becomes a prompt with two completions that share it, and a margin
-  main.model: a Scorer, and a padding token that no completion ends in
-  main.step: the loss of pairs
-  main.finish: a reward model completes no prompts
+Parent: none
 Paper differences
   a step takes pairs; Ouyang et al. take all pairs of a prompt's ranking together. Their prompts are shared here too
 Expect  tiny lab, 2 CPU cores: held-out pair accuracy 0.5 -> 0.99 within a minute (benchmarks/README.md)
@@ -25,76 +18,30 @@ Run     torchrun --nproc_per_node=8 methods/reward.py --model DIR --dataset pair
         python methods/reward.py                                     (no flags: the tiny lab, on any machine)
 """
 
-import copy
-import hashlib
-import importlib
-import json
-import logging
 import math
 import os
-import platform
-import re
-import resource
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
-import traceback
-import zlib
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-from functools import partial
-from itertools import accumulate, groupby, repeat
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-STOP = {"signal": 0, "run": None}  # set by the handler, read at step boundaries; `launch` asks the run why it stopped
-
-
-def on_signal(number, _frame):
-    if STOP["signal"]:
-        os._exit(128 + number)  # a second Ctrl-C means now
-    STOP["signal"] = number
-
-
-if __name__ == "__main__":  # before the slow imports: a preemption during them must not kill the worker
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-
-ROOT = next(p for p in Path(__file__).resolve().parents if (p / "common" / "tiny").is_dir())
-sys.path.insert(0, str(ROOT))  # python and torchrun add the script's own folder only
-from common.flags import read_flags
+VERSION = "0.3"  # of common/, which this script was written for
+places = [*Path(__file__).resolve().parents, Path(os.environ.get("CLEANPOST", "/"))]
+root = next((place for place in places if (place / "common" / "runtime" / "flags.py").is_file()), None)
+if not root:
+    print(f"error: no common/ of CleanPost above {__file__} or in CLEANPOST. Copy common/ beside it.", file=sys.stderr)
+    sys.exit(2)
+sys.path.insert(0, str(root))
+from common.runtime.flags import RunFlags, parse_flags
 
 
 # ---- args ----------------------------------------------------------------------------------------
 @dataclass
-class Args:
-    # ---- run -------------------------------------------------------------------------------------
-    model: Annotated[str, arg(aliases=["--model-name-or-path"])] = "tiny"  # folder or hub id; tiny: common/tiny
-    output_dir: str = ""  # default: runs/<script>, or the next free runs/<script>-2, -3
-    resume: Annotated[str, arg(aliases=["--resume-from-checkpoint"])] = "never"  # never, auto (newest) or a folder
-    allow_changes: bool = False  # resume although flags, data or model differ
-    allow: tuple[str, ...] = ()  # alert codes that must not stop the run
-    seed: int = 42  # data order and sampling noise
-    replicate_size: int = 1  # copies of the sharded model (HSDP); ranks / (replicate_size * tp_size) shard one copy
-    tp_size: int = 1  # ranks that share each layer's matrices (tensor parallelism), adjacent ones: one machine
-    cpu_offload: bool = False  # parameters and optimizer in host memory
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # compute layers again in backward; auto: if needed
-    compile: bool = False  # each decoder layer by torch.compile
-    deterministic: bool = False  # bitwise reruns on CUDA too, slower
-    ddp_timeout: float = 1800.0  # seconds without progress after which a run ends and names the rank
-    eval_every: Annotated[int, arg(aliases=["--eval-steps"])] = 100  # optimizer steps; 0: only before and after
-    save_every: Annotated[int, arg(aliases=["--save-steps"])] = 500  # optimizer steps; 0: only by time and at the end
-    save_minutes: float = 30.0  # a checkpoint at least this often
-    keep_last: Annotated[int, arg(aliases=["--save-total-limit"])] = 2  # checkpoints to keep
-    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of exported weights; bfloat16 rounds small updates away
-    report_to: Literal["none", "wandb", "trackio"] = "none"  # metrics.jsonl is written anyway
+class Args(RunFlags):
     # ---- data ------------------------------------------------------------------------------------
     dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "tiny"  # file, folder, hub id or tiny; name:split
     dataset_split: str = ""  # of a hub dataset or folder (train)
@@ -122,60 +69,28 @@ class Args:
 
 
 def parse_args(argv=None):
-    """Flags -> Args. With --model tiny, presets.json (by script, else by its Parent) fills what was not given."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(__doc__.strip() + "\n")  # tyro would re-flow it
-    args = read_flags(Args, argv)
-    if args.model == "tiny":
-        presets = json.loads((ROOT / "common/tiny/presets.json").read_text())
-        names = [Path(__file__).stem, *re.findall(r"^Parent: \S*?(\w+)\.py", __doc__, re.M)]
-        preset = next((presets[name] for name in names if name in presets), {})
-        args = read_flags(Args, argv, default=replace(Args(), **preset))
-    wrong = []
-    for name, value in asdict(args).items():
-        zero = isinstance(value, float) or name in ("eval_every", "save_every", "warmup_steps", "eval_samples")
-        least, most = 0 if zero else 1, 2**20 if re.match("batch_size|num_gen|max_compl", name) else 2**53
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and name != "seed"
-        if number and value != getattr(Args(), name) and not least <= value <= most:
-            wrong.append(f"--{name} {value}: must be a number from {least} to {most}.")
-    try:
-        assert isinstance(json.loads(args.chat_template_kwargs), dict)
-    except (ValueError, AssertionError, RecursionError):
-        wrong.append(f"--chat_template_kwargs {args.chat_template_kwargs[:200]!a}: must be a JSON object.")
-    if max(args.adam_beta1, args.adam_beta2) >= 1 or not 0 <= args.seed < 2**32:
-        wrong.append("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
-    if wrong:
-        print(f"error: {wrong[0]}", file=sys.stderr)
-        sys.exit(2)
-    return args
+    return parse_flags(Args, __doc__, argv, preset="reward", version=VERSION)
 
 
-args = parse_args() if __name__ == "__main__" else None  # flags are checked before the slow imports
+args = parse_args() if __name__ == "__main__" else None  # wrong flags end here, before the slow imports
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, GenerationConfig
-from transformers import AutoModelForSequenceClassification as AutoModelWithHead  # what --model and final/ hold
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.logprobs import Scorer, probe_groups, refuse_rotary
-from common.tokenization import InputError, balance, encode_preference, fingerprint, fit, flat_batch, load_rows
-from common.tokenization import load_tokenizer, micro_batches, order, problem, stop_ids, token_picture
+from common.batches import count_scored, fit, micro_batches, order, share
+from common.logprobs import Scorer
+from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
+from common.runtime.health import check_data, check_update
+from common.runtime.launch import launch
+from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
+from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
+from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule
+from common.tokenization import encode_preference, fingerprint, load_rows, problem, stop_ids, template_options
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -185,993 +100,187 @@ def reward_loss(rewards, margins, args):
     chosen, rejected = rewards.view(-1, 2).unbind(1)
     loss = -F.logsigmoid(chosen - rejected - margins)  # ln 2 where both are equal and there is no margin
     loss = loss + args.center_rewards_coefficient * (chosen + rejected) ** 2
-    metrics = {"loss": loss, "accuracy": (chosen > rejected).float(), "reward_margin": chosen - rejected}
-    metrics |= {"reward_chosen": chosen, "reward_rejected": rejected}
+    metrics = {
+        "loss": loss,
+        "accuracy": (chosen > rejected).float(),
+        "reward_margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+    }
     return loss.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
 
+def forward(policy, batch, rewards, args):
+    """Return reward_loss of a micro-batch of numbered pairs, and write its rewards to the rows of the table `rewards`
+    (pairs, 2) that their numbers name."""
+    scores = policy(batch)["rewards"]
+    numbers = [group["number"] for group in batch["groups"]]
+    rewards[numbers] += batch["weight"] * scores.detach().view(-1, 2)
+    margins = batch["margin"][::2]  # both completions of a pair have it
+    return reward_loss(scores, margins, args)
+
+
+def numbered(groups):
+    """Return the groups with their places among the pairs of all ranks, which say where `forward` puts rewards."""
+    return [group | {"number": number} for number, group in enumerate(groups)]
+
+
 def spread(rewards):
-    """Of all completions of a step: mean, standard deviation, least and largest reward."""
+    """Return mean, standard deviation, least and largest of a list: the rewards of all completions of a step."""
     mean = sum(rewards) / len(rewards)
-    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
-    return {"reward_mean": mean, "reward_std": std, "reward_min": min(rewards), "reward_max": max(rewards)}
+    variance = sum((reward - mean) ** 2 for reward in rewards) / len(rewards)
+    return {
+        "reward_mean": mean,
+        "reward_std": math.sqrt(variance),
+        "reward_min": min(rewards),
+        "reward_max": max(rewards),
+    }
 
 
 @torch.no_grad()
 def evaluate(policy, heldout, args, run):
-    """Held-out means over pairs of reward_loss's metrics (accuracy: the chosen completion has the larger reward), and
-    the spread of all rewards."""
-    rewards, totals = torch.zeros(len(heldout), 2, device=run.device), {}
-    numbered = [group | {"at": i} for i, group in enumerate(heldout)]
-    for batch, members, weight in rank_batches(share(numbered, run), numbered[0], args, run):
-        scores, margins = policy(batch)["rewards"], torch.tensor([g["margin"] for g in members], device=run.device)
-        rewards[[g["at"] for g in members]] += weight * scores.view(-1, 2)
-        _, metrics = reward_loss(scores, margins, args)
-        totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-    means = {name: value / len(heldout) for name, value in zip(totals, all_sum(run, *totals.values()))}
-    return {f"eval/{name}": value for name, value in (means | spread(all_sum(run, *rewards.flatten()))).items()}
+    """Return held-out means over pairs of reward_loss's metrics (accuracy: the chosen completion has the larger
+    reward), and the spread of all rewards."""
+    pairs = numbered(heldout)
+    rewards = torch.zeros(len(pairs), 2, device=run.device)
+    totals = defaultdict(float)
+    for batch in micro_batches(run, share(run, pairs), spare=pairs[0]):
+        _, metrics = forward(policy, batch, rewards, args)
+        for name, value in metrics.items():
+            totals[name] += batch["weight"] * value
+    sums = all_sum(run, *totals.values())
+    metrics = {name: value / len(pairs) for name, value in zip(totals, sums)}
+    all_rewards = all_sum(run, *rewards.flatten())
+    metrics |= spread(all_rewards)
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 # ---- data ----------------------------------------------------------------------------------------
-TINY = "pairs"  # the file of common/tiny that --dataset tiny reads
-HEAD = {"num_labels": 1}  # what a head needs in the model's config
-
-
 def load_groups(name, tokenizer, stops, args):
-    """Rows of a dataset -> (groups, counts of what was dropped, fingerprint of the rows)."""
-    rows = load_rows(name, None if ":" in name else args.dataset_split or None, args.rename, TINY)
-    kwargs = json.loads(args.chat_template_kwargs)
-    groups = [encode_preference(row, tokenizer, stops, kwargs) for row in rows]
-    for group, row in zip(groups, rows):
-        group["margin"] = margin = row.get("margin", 0.0)
-        if type(margin) not in (int, float) or not abs(margin) < 1e6:
+    """Return the rows of a dataset as groups of a chosen and a rejected completion, each with the pair's margin, counts
+    of what was dropped, and the rows' fingerprint."""
+    rows = load_rows(name, args, tiny="pairs")
+    groups = []
+    for row in rows:
+        group = encode_preference(row, tokenizer, stops, template_options(args))
+        margin = row.get("margin", 0.0)
+        is_number = type(margin) in (int, float)  # neither text nor true
+        if not is_number or not abs(margin) < 1e6:
             raise problem(row, "margin is not a number below 1e6", margin, "Write numbers, or --rename margin:other")
+        for completion in group["completions"]:
+            completion["margin"] = float(margin)
+        groups.append(group)
     groups, counts = fit(groups, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 
 
-def main(args):
-    # ---- setup -----------------------------------------------------------------------------------
-    run = setup(args)
-    tokenizer, lm = load_model(args, run)
-    stops = stop_ids(tokenizer, lm.generation_config)
-    # ---- data ------------------------------------------------------------------------------------
-    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
-    heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows] if args.eval_dataset else []
-    check_data(train, counts, tokenizer, stops, lm.generation_config, run)
-    check_resume(run)
-    steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(train) / args.batch_size)
-    # ---- model -----------------------------------------------------------------------------------
-    lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    unlike = [tokenizer.pad_token_id, *tokenizer.added_tokens_decoder, *range(len(tokenizer) - 1, 0, -1)]
-    tokenizer.pad_token_id = next(i for i in unlike if i not in (None, *stops))
-    lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a classifier reads the last token unlike it
-    tokenizer.padding_side = "right"  # where every position is what it was in training
-    policy = load_weights(shard(Scorer(lm), run), run)
-    check_model(policy, run)
-    fit_memory(policy, longest(train), run)
-    # ---- optimizer -------------------------------------------------------------------------------
-    kinds = {}  # norms and biases do not decay; the fused step wants one mesh per group
-    for p in policy.parameters():
-        kinds.setdefault((args.weight_decay if p.ndim > 1 else 0.0, getattr(p, "device_mesh", None)), []).append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay} for (decay, _), params in kinds.items()],
-        lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=1e-8, fused=True,
-    )
-    # ---- resume ----------------------------------------------------------------------------------
-    resume(policy, optimizer, tokenizer, run)
-    print_plan(policy, tokenizer, train, heldout, counts, steps, run)
-    # ---- loop ------------------------------------------------------------------------------------
-    if heldout and run.step == 0:
-        log(run, {"step": 0} | evaluate(policy, heldout, args, run), steps)
-    for step in range(run.step, steps):
-        started = time.perf_counter()
-        # ---- step --------------------------------------------------------------------------------
-        rows = order(len(train), args.seed, step * args.batch_size, args.batch_size)
-        groups = share([train[i] | {"at": k} for k, i in enumerate(rows)], run)
-        batches = rank_batches(groups, train[0] | {"at": 0}, args, run)
-        num_tokens, num_pairs = all_sum(run, *(sum(weight * n for n, weight in counts) for counts in (
-            [(len(batch["labels"]), weight) for batch, _, weight in batches],
-            [(len(members), weight) for _, members, weight in batches],
-        )))
-        rewards, totals = torch.zeros(len(rows), 2, device=run.device), {}
-        for batch, members, weight in batches:
-            scores, margins = policy(batch)["rewards"], torch.tensor([g["margin"] for g in members], device=run.device)
-            loss, metrics = reward_loss(scores, margins, args)
-            (loss * weight * run.dp_size / num_pairs).backward()  # a part of a global mean; FSDP2 averages over ranks
-            rewards[[g["at"] for g in members]] += weight * scores.detach().view(-1, 2)
-            totals = {name: totals.get(name, 0) + weight * value for name, value in metrics.items()}
-        metrics = {name: value / num_pairs for name, value in zip(totals, all_sum(run, *totals.values()))}
-        metrics |= spread(all_sum(run, *rewards.flatten())) | {"num_tokens": num_tokens}
-        # ---- update ------------------------------------------------------------------------------
-        lr = args.learning_rate * schedule(step, steps, args)
-        metrics |= {"grad_norm": update(policy, optimizer, lr, metrics, groups, step, run), "lr": lr}
-        # ---- log ---------------------------------------------------------------------------------
-        log(run, {"step": step + 1} | metrics | performance(started, groups), steps)
-        # ---- eval --------------------------------------------------------------------------------
-        if heldout and (step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0):
-            log(run, {"step": step + 1} | evaluate(policy, heldout, args, run), steps)
-        # ---- save --------------------------------------------------------------------------------
-        save_or_stop(policy, optimizer, tokenizer, step + 1, steps, run)
-    # ---- finish ----------------------------------------------------------------------------------
-    finish(policy, tokenizer, [], run)
+def choose_padding(tokenizer, lm, stops):
+    """Set a padding token for whoever will use the model. A classifier reads the last token that is not padding, so it
+    must be none that a completion ends in: the tokenizer's, another added one, or the last of the vocabulary. Padding
+    goes to the right, where every position is what it was in training."""
+    candidates = [tokenizer.pad_token_id, *tokenizer.added_tokens_decoder, *range(len(tokenizer) - 1, 0, -1)]
+    padding = next(token for token in candidates if token not in (None, *stops))
+    tokenizer.pad_token_id = padding
+    tokenizer.padding_side = "right"
+    lm.config.get_text_config().pad_token_id = padding
 
 
-# ---- model ---------------------------------------------------------------------------------------
-STYLES = {  # of a model's own tp_plan, as torch has them; any other stops the run
-    "colwise": ColwiseParallel(),
-    "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
-    "rowwise": RowwiseParallel(),
-    "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
-    "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
-    "replicated_with_grad_allreduce": None,  # left whole; `update` sums its gradients
-}
-
-
-def load_model(args, run):
-    """-> tokenizer, model without memory (on the meta device). Dropout is 0 and the module stays in eval mode: shared
-    prompts, recomputation in backward and the ratio to old log-probs all need a forward that repeats itself."""
-    path = str(ROOT / "common" / "tiny" / "model") if args.model == "tiny" else args.model
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
-    try:
-        if not Path(path).is_dir():
-            from huggingface_hub import snapshot_download
-
-            path = snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **HEAD)
-        with torch.device("meta"):
-            lm = AutoModelWithHead.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        lm.generation_config = GenerationConfig.from_model_config(config)
-        if (Path(path) / "generation_config.json").is_file():
-            lm.generation_config = GenerationConfig.from_pretrained(path)
-        transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
-    except Exception as e:  # the loader may raise anything, and what it reads is input
-        raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
-    tokenizer = load_tokenizer(path, args.chat_template)
-    ids, rows = max(tokenizer.get_vocab().values(), default=0) + 1, lm.get_input_embeddings().num_embeddings
-    if ids > rows:
-        raise InputError(f"--model {args.model}: {rows} embeddings, but {ids} token ids. Pass another.")
-    refuse_rotary(lm.config, args.max_length)
-    for module in lm.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or name.endswith("dropout")):
-                setattr(module, name, 0.0)
-    run.model_path, run.save_dtype = path, getattr(torch, args.save_dtype)
-    run.probe = probe_groups(len(tokenizer))
-    return tokenizer, lm.eval()
-
-
-def tensor_parallel(lm, run):
-    """Cut every layer over the tp ranks by the model's own tp_plan; embedding and head by vocabulary where its size
-    allows. No weight has been read yet. Returns the modules that stay whole inside a cut: their gradients are parts."""
-    size, config, plan = run.args.tp_size, lm.config.get_text_config(), {}
-    stop = f"--tp_size {size} does not fit {type(lm).__name__}"
-    for name, part in [*lm.named_modules(), *lm.named_parameters()]:
-        style = (lm.tp_plan or {}).get(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
-        experts = isinstance(part, torch.nn.Parameter) and part.ndim > 2
-        if style not in (None, *STYLES) or experts and not style:
-            raise InputError(f"{stop}: its plan for {name} is {style}, which torch has no style for. Use --tp_size 1.")
-        plan |= {name: style} if style else {}
-    ends = {name: module for name, module in lm.named_modules()
-            if module in (lm.get_input_embeddings(), lm.get_output_embeddings())}
-    if not plan.keys() - ends.keys():
-        raise InputError(f"{stop}: the model has no plan for its layers. Use --tp_size 1.")
-    for name in "num_attention_heads", "num_key_value_heads":
-        if (heads := getattr(config, name, None) or size) % size:
-            raise InputError(f"{stop}: {name} is {heads}. Choose a divisor of it.")
-    odd = any(module.weight.shape[0] % size for module in ends.values())
-    for name, module in ends.items():
-        plan[name] = "embedding_rowwise" if module is lm.get_input_embeddings() else "colwise_gather_output"
-    plan = {name: style for name, style in plan.items() if not (odd and name in ends)}
-    for name, style in plan.items():
-        shape = lm.get_submodule(name).weight.shape
-        if STYLES[style] and shape[int(style.startswith("rowwise"))] % size:
-            raise InputError(f"{stop}: {name} is {tuple(shape)}. Choose a divisor.")
-    parallelize_module(lm, run.mesh["tp"], {name: STYLES[style] for name, style in plan.items() if STYLES[style]})
-    lm.tie_weights()  # the head became a parameter of its own
-    return [lm.get_submodule(name) for name, style in plan.items() if not STYLES[style]]
-
-
+# ---- fsdp ----------------------------------------------------------------------------------------
 def shard(policy, run):
     """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
     group, tied or not. fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout. One CPU
     process has nothing to share or to convert, where FSDP2 would copy every weight and gradient: left as it is."""
-    policy.partial = tensor_parallel(policy.lm, run) if run.args.tp_size > 1 else []
+    policy.partial = tensor_parallel(run, policy.lm)  # cuts nothing at --tp_size 1
     cuda = run.device.type == "cuda"
     if run.world == 1 and not cuda:
         return policy
-    how = {
+    options = {
         "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if cuda else torch.float32, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if run.args.cpu_offload else OffloadPolicy(),
     }
-    for module in policy.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, **how)
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            fully_shard(layer, **options)
     # Without the last argument a forward under no_grad leaves the root's parameters whole, and an optimizer or a
     # checkpoint made then would hold tensors that nobody updates.
-    return fully_shard(policy, **how, reshard_after_forward=True)
-
-
-def materialize(lm, device, run):
-    """Memory for a model on the meta device: parameters not set yet, buffers (rotary tables) as transformers does."""
-    lm.to_empty(device=device)
-    for p in lm.parameters():
-        p._is_hf_initialized = True
-    lm.initialize_weights()
-    lm.tie_weights()
-    for buffer in lm.buffers():
-        buffer.data = buffer.to(run.device)
-    return lm
-
-
-def own_tensors(policy):
-    """Weights and persistent buffers by name, sharded. A tied alias appears once."""
-    known = dict(policy.named_parameters()).keys() | dict(policy.named_buffers()).keys()
-    return {name: tensor for name, tensor in policy.state_dict().items() if name in known}
-
-
-def load_weights(policy, run):
-    """Every rank reads its own slices of the safetensors files. Where their names are not the model's (a layout that
-    transformers converts, as for some experts), or a new head is not in them, rank 0 reads the model, which makes the
-    head, and broadcasts it, tensor by tensor."""
-    lm = materialize(policy.lm, "cpu" if run.args.cpu_offload else run.device, run)
-    tensors, error = own_tensors(lm), None
-    reader = HuggingFaceStorageReader(run.model_path)
-    try:
-        if tensors.keys() <= reader.read_metadata().state_dict_metadata.keys():
-            dcp.load(tensors, storage_reader=reader)
-            return policy
-        whole = {}
-        if run.rank == 0:
-            named = read_json(Path(run.model_path, "model.safetensors.index.json")).get("weight_map", {}).values()
-            if outside := [name for name in named if Path(name).name != name]:
-                raise ValueError(f"its index names {outside[0]}, which is not in the folder")
-            torch.manual_seed(run.args.seed)  # of a new head
-            model, info = AutoModelWithHead.from_pretrained(
-                run.model_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, **HEAD,
-            )
-            whole, missing = model.state_dict(), sorted(set(info["missing_keys"]) - policy.new)
-            error = f"its weights lack {len(missing)} tensors, {missing[0]} for one" if missing else None
-    except (Exception, CheckpointException) as e:  # readers may raise anything; the last is a BaseException
-        error = first_line(e)
-    agree(run, error and f"--model {run.args.model}: {error}. Pass a Hugging Face model folder or hub id.")
-    set_model_state_dict(lm, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    return policy
-
-
-@torch.no_grad()
-def check_model(policy, run):
-    """MODEL001: what training will compute against the model in its own attention and head, one sequence at a time."""
-    gap = (policy(flat_batch(run.probe, run.device))[policy.output] - policy(run.probe, own=True)).abs()
-    value, limit = (gap.mean(), 5e-2) if run.device.type == "cuda" else (gap.max(), 1e-3)  # bf16, fp32
-    text = f"{policy.output} on the {policy.road} road differ from the model's own forward: this model is not supported"
-    check(run, 0, "MODEL001", f"{policy.output} difference", value.item(), NEVER, limit, text)
-
-
-def longest(groups, completion=0):
-    """Tokens of the largest group, its completions at least so many together."""
-    return max(len(g["prompt"]) + max(completion, sum(len(c["ids"]) for c in g["completions"])) for g in groups)
-
-
-def fit_memory(policy, tokens, run):
-    """--compile, and --activation_checkpointing: layers keep nothing for backward and are computed again in it. auto:
-    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam. tokens: of the
-    largest group. All ranks decide alike: layers under tensor parallelism are collective whenever they are computed."""
-    args, layers = run.args, [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
-    again, run.memory = args.activation_checkpointing == "on", "not looked at"
-    if args.activation_checkpointing == "auto":
-        kept, batch = [], flat_batch(run.probe, run.device)
-
-        def keep(x):
-            mine = x._local_tensor if isinstance(x, DTensor) else x
-            kept.append(getattr(mine, "elem", mine).untyped_storage())  # elem: of a collective on its way
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = policy(batch)[policy.output].sum()
-        own = [local(p) for p in policy.parameters()]
-        kept = {x.data_ptr(): x.nbytes() for x in kept} | {p.untyped_storage().data_ptr(): 0 for p in own}
-        loss.backward()  # FSDP2 counts on it
-        policy.zero_grad(set_to_none=True)
-        most = max(tokens, min(args.tokens_per_microbatch, args.batch_size * tokens))
-        activations = sum(kept.values()) / len(batch["input_ids"]) * most
-        need = activations + 12 * sum(p.numel() for p in own)  # gradients, two moments
-        again = all_most(run, need > 0.8 * free_bytes()) == 1  # the rest: logits of a chunk, a layer's gradients
-        run.memory = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens{': too many' * again}"
-    for layer in layers if args.compile else ():
-        layer.forward = torch.compile(layer.forward, dynamic=True)  # every micro-batch has a size of its own
-    run.memory += ", layers are computed again in backward" * again
-    for layer in layers if again else ():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def share(groups, run):
-    """This rank's share of a step's groups, balanced by tokens; every rank computes the same shares. Ranks that share
-    layers (tp) share their rows too."""
-    costs = [len(group["prompt"]) + sum(len(c["ids"]) for c in group["completions"]) for group in groups]
-    return [groups[i] for i in balance(costs, run.dp_size)[run.dp_rank]]
-
-
-def rank_batches(mine, spare, args, run):
-    """This rank's groups in micro-batches [(flat batch, its groups, weight)]. All ranks get the same number, because
-    every forward is a collective, and at least one, for a gradient of 0; a rank with fewer runs `spare` at weight 0."""
-    batches = micro_batches(mine, args.tokens_per_microbatch)
-    most = int(all_most(run, max(1, len(batches))))
-    padded = [(groups, 1.0) for groups in batches] + [([spare], 0.0)] * (most - len(batches))
-    return [(flat_batch(groups, run.device), groups, weight) for groups, weight in padded]
-
-
-def schedule(step, steps, args):
-    """Factor of the learning rate at optimizer step `step` (from 0), as transformers computes it: no state."""
-    if step < args.warmup_steps:
-        return step / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-    return {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[
-        args.lr_scheduler_type
-    ]
-
-
-def all_sum(run, *values):
-    """Numbers summed over the data-parallel ranks, as floats, in one all-reduce: the only way a metric leaves its rank.
-    The tp ranks of one share hold the same numbers and count once."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=run.device).detach() for v in values])
-    dist.all_reduce(total)
-    return (total / run.args.tp_size).tolist()
-
-
-def all_most(run, value):
-    most = torch.tensor(float(value), dtype=torch.float64, device=run.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most.item()
-
-
-def agree(run, error):
-    """What is wrong on one rank (text, or None) ends the run on all ranks."""
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, error)
-    if any(everyone):
-        raise InputError(next(filter(None, everyone)))
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gradient_norm(parameters, run):
-    """Over all shards of one replica. clip_grad_norm_ refuses parameters of different meshes: those that tensor
-    parallelism cuts have one more dimension."""
-    squares = 0.0
-    for p in parameters:
-        names = p.device_mesh.mesh_dim_names if isinstance(p, DTensor) else ()
-        cut = "tp" in names and p.placements[-1].is_shard()  # else every tp rank has the same
-        parts = local(p.grad).flatten().split(2**20)  # a CPU converts whatever it is given as a whole
-        square = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]).sum()
-        squares += square * (run.args.tp_size if cut else 1)
-    return math.sqrt(all_sum(run, squares)[0] / run.args.replicate_size)
-
-
-def update(policy, optimizer, lr, metrics, groups, step, run):
-    """Clip by the global gradient norm and step; returns the norm before clipping. A loss or norm that is not finite
-    skips the update, on all ranks alike since both numbers are global; the third in a row ends the run."""
-    parameters = [p for p in policy.parameters() if p.grad is not None]
-    watched = parameters[len(parameters) // 2]  # not the embedding: a token that did not occur has no gradient there
-    limit, before = run.args.max_grad_norm or math.inf, local(watched).clone() if step == 4 else None
-    for p in (p for module in policy.partial for p in module.parameters()):
-        dist.all_reduce(local(p.grad), group=run.mesh["tp"].get_group())  # each rank has its own heads' part
-    grad_norm = gradient_norm(parameters, run)
-    factor = min(1.0, limit / (grad_norm + 1e-6))
-    for p in parameters if factor < 1 else ():
-        local(p.grad).mul_(factor)
-    finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
-    if finite and not (step + 1) & step:  # at steps 1, 2, 4, 8, ...
-        clipped = gradient_norm(parameters, run)
-        check(run, step + 1, "TRAIN003", "clipped norm", clipped, NEVER, limit * 1.01, "clipping did not clip")
-        flags = [(c["scored"] or [True] * len(c["ids"]))[not g["prompt"] :] for g in groups for c in g["completions"]]
-        (scored,) = all_sum(run, sum(map(sum, flags)))  # nothing predicts a first token; flat_batch has no part in this
-        text = "the denominator is not the number of scored tokens"
-        check(run, step + 1, "TRAIN003", "tokens too many", abs(scored - metrics["num_tokens"]), NEVER, 0, text)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if not finite:
-        rows = [[g["row"], [*g["prompt"]], [[*c["ids"]] for c in g["completions"]]] for g in groups]
-        (run.out / "debug").mkdir(exist_ok=True)
-        (run.out / "debug" / f"step-{step + 1}-rank-{run.rank}.json").write_text(json.dumps(rows))
-    text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug/"
-    fix = [("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2)]
-    check(run, step + 1, "TRAIN001", "steps skipped", float(not finite), NEVER, 0, text, fix)
-    if streak(run, "skipped", not finite) == 3:
-        raise HealthError("TRAIN001: three steps in a row were not finite.")
-    still = float(grad_norm == 0 and metrics.get("silent_frac", 0) < 1)
-    if step == 4 and finite and lr > 0 and grad_norm > 0:
-        moved, count = all_sum(run, (local(watched) != before).sum(), before.numel())
-        still = 1 - moved / count
-    text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
-    check(run, step + 1, "TRAIN002", "share of weights that stay", still, NEVER, 0.95, text, (), 1 if step == 4 else 3)
-    return grad_norm
-
-
-# ---- checkpoint ----------------------------------------------------------------------------------
-FILE_BYTES = 2**32  # of an exported model
-
-
-def trainer_tensors(policy, optimizer):
-    """What training needs back, by name: fp32 weights and Adam's moments, sharded."""
-    named, tensors = dict(policy.named_parameters()), {f"model.{k}": v for k, v in own_tensors(policy).items()}
-    for name, p in named.items():
-        if not optimizer.state[p]:  # as AdamW would make it at its first step: loading needs a place to load into
-            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
-            optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[p].items()}
-    return tensors
-
-
-def write_checkpoint(policy, optimizer, tokenizer, step, folder, run):
-    """A Hugging Face folder, and trainer/ with the rest, meta.json last: on the disk on return, and so are the logs."""
-    tensors, trainer = trainer_tensors(policy, optimizer), folder / "trainer"
-    if run.rank == 0:
-        trainer.mkdir(parents=True)
-    dist.barrier()
-    ends = [*accumulate(tensor.numel() for tensor in tensors.values())]
-    size = min(2**26, max(2**22, ends[-1] // 16))  # 16 to 256 MB a file
-    numbers = {name: 1 + end // size for name, end in zip(tensors, ends)}
-    try:  # the writer builds each file in memory, twice; with more than its one thread it may swallow a full disk
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(trainer), numbers, save_distributed=True))
-        export(policy, folder, run)
-        if run.rank == 0:
-            tokenizer.save_pretrained(folder)
-            held = {k: v for k, v in run.state.items() if isinstance(v, torch.Tensor)}
-            save_file(held, trainer / "state.safetensors")
-            files = sorted(p for p in folder.rglob("*") if p.is_file())
-            meta = {"step": step, "flags": asdict(run.args), "data": run.data, "versions": run.versions}
-            meta["state"] = {k: v for k, v in run.state.items() if k not in held}
-            meta["offsets"] = {k: (run.out / k).stat().st_size for k in LOGS if (run.out / k).is_file()}
-            meta["crc32"] = {str(p.relative_to(folder)): crc32(p) for p in files}
-            meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
-            (trainer / "meta.json").write_text(json.dumps(meta, indent=1))
-            for path in [*map(run.out.joinpath, meta["offsets"]), *files, trainer / "meta.json", trainer, folder]:
-                fsync(path)
-    except (OSError, ValueError, SafetensorError, CheckpointException) as e:  # the last one is a BaseException
-        text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
-        raise InputError(f"could not save to {folder.parent}: {first_line(e)}. {text}") from e
-    dist.barrier()
-
-
-def export(policy, folder, run):
-    """The Hugging Face files, names and layouts as transformers stores them. Weights go out in files of whole layers,
-    each gathered, tensor by tensor, on the rank that writes it: no rank ever holds more."""
-    weights, files, size = own_tensors(policy.lm), [[]], 0
-    for _, layer in groupby(weights, key=lambda name: re.match(r"(.*?\.\d+\.)?", name)[0]):
-        files, size = (files, size) if size < FILE_BYTES else ([*files, []], 0)
-        files[-1] += layer
-        size = sum(weights[name].numel() for name in files[-1]) * run.save_dtype.itemsize
-    index = {}
-    for number, names in enumerate(files):
-        held, writer = {}, number % run.world
-        for name in names:
-            tensor = full(weights[name]).detach()  # all ranks take part
-            if not tensor.isfinite().all():
-                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
-            held |= {name: tensor.to("cpu", run.save_dtype)} if run.rank == writer else {}
-        file = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-        if held:
-            held = revert_weight_conversion(policy.lm, held)
-            save_file({name: x.contiguous() for name, x in held.items()}, folder / file, metadata={"format": "pt"})
-            fsync(folder / file)  # by its writer: rank 0, which syncs all the rest, may be far away
-        index |= dict.fromkeys(held, file)
-    everyone = [None] * run.world
-    dist.all_gather_object(everyone, index)
-    if run.rank == 0:
-        if len(files) > 1:
-            index = {"metadata": {}, "weight_map": {name: file for part in everyone for name, file in part.items()}}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
-        config.dtype, config.architectures = run.save_dtype, [type(policy.lm).__name__]
-        config.save_pretrained(folder)
-        policy.lm.generation_config.save_pretrained(folder)
-
-
-def save_or_stop(policy, optimizer, tokenizer, step, steps, run):
-    """checkpoint-<step> every save_every steps, every save_minutes by rank 0's clock, at the last step, and when any
-    rank was told to stop (SIGTERM, Ctrl-C): then the run leaves with exit code 4. All ranks decide alike."""
-    overdue = run.rank == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_minutes
-    run.step, run.beat = step, time.monotonic()
-    stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
-    if stop or overdue or step == steps or run.args.save_every and step % run.args.save_every == 0:
-        begun = time.monotonic()
-        write_checkpoint(policy, optimizer, tokenizer, step, run.out / ".tmp-checkpoint", run)
-        if run.rank == 0:
-            discard(run.out / f"checkpoint-{step:06d}")  # of a damaged one there may be a rest
-            os.rename(run.out / ".tmp-checkpoint", run.out / f"checkpoint-{step:06d}")
-            fsync(run.out)
-            for old in checkpoints(run.out)[: -run.args.keep_last]:
-                discard(old)
-        run.saved_at = time.monotonic()
-        run.saving += run.saved_at - begun
-    if stop and step < steps:
-        raise Preempted(f"stopped and saved after step {step}; to go on: {run.command} --resume auto")
-
-
-def check_resume(run):
-    """A run goes on only as what it was: the same flags and rows, unless --allow_changes says otherwise."""
-    if not run.checkpoint:
-        return
-    meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    now = json.loads(json.dumps(asdict(run.args))) | {"data": run.data}
-    free = "output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes "
-    free += "keep_last report_to tp_size replicate_size cpu_offload deterministic ddp_timeout"
-    then = {k: v for k, v in (meta["flags"] | {"data": meta["data"]}).items() if k not in free.split()}
-    differ = [f"{k} was {v}, is {now.get(k)}" for k, v in then.items() if now.get(k) != v]
-    if differ and not run.args.allow_changes:
-        raise InputError(f"{run.checkpoint}: {'; '.join(differ)}. --allow_changes resumes nevertheless.")
-    if meta["versions"] != run.versions:
-        say(run, f"resume    is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
-
-
-def resume(policy, optimizer, tokenizer, run):
-    """Load run.checkpoint, if there is one, and cut the run's files back to it: no doubles, no gaps. A fresh run saves
-    once for practice, so that a full disk or a model that does not survive saving shows in minute one."""
-    if not run.checkpoint:
-        need = 3 * sum(p.numel() for p in policy.parameters()) * (12 + run.save_dtype.itemsize)
-        if (free := shutil.disk_usage(run.out).free) < need:
-            raise InputError(f"{run.out}: three checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.")
-        write_checkpoint(policy, optimizer, tokenizer, 0, run.out / ".tmp-rehearsal", run)
-        check_export(policy, run.out / ".tmp-rehearsal", run)
-        return shutil.rmtree(run.out / ".tmp-rehearsal") if run.rank == 0 else None
-    tensors, source = trainer_tensors(policy, optimizer), HuggingFaceStorageReader(str(run.checkpoint / "trainer"))
-    try:
-        saved = {k for k in source.read_metadata().state_dict_metadata if k.startswith(("model.", "optim."))}
-        if saved != tensors.keys():
-            raise CheckpointException(f"{len(saved ^ tensors.keys())} tensors are in one of the two only", {})
-        dcp.load(tensors, storage_reader=source)  # in place
-    except CheckpointException as e:
-        raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
-    meta = json.loads((run.checkpoint / "trainer" / "meta.json").read_text())
-    run.step = meta["step"]
-    run.state = {"alerts": {}} | meta["state"] | load_file(run.checkpoint / "trainer" / "state.safetensors")
-    if run.rank == 0:
-        for path in [run.out / name for name in LOGS if (run.out / name).is_file()]:
-            os.truncate(path, min(path.stat().st_size, meta["offsets"].get(path.name, 0)))
-        newer = [p for p in checkpoints(run.out) if p.name > run.checkpoint.name]  # damaged, or an older one is given
-        for folder in newer + checkpoints(run.out)[: -run.args.keep_last - len(newer)]:  # a kill came before rotation
-            discard(folder)
-    say(run, f"resumed   {run.checkpoint}")
-
-
-@torch.no_grad()
-def check_export(policy, folder, run):
-    """CKPT001: a saved folder loads with AutoModelWithHead, no tensor missing, ties tied, every weight as we hold it
-    (in save_dtype), and says what the policy says. Returns the reloaded model on rank 0; up to 1 GB in fp32 only."""
-    reloaded, same, trained = None, True, policy(flat_batch(run.probe, run.device))[policy.output].cpu()
-    if sum(p.numel() for p in policy.parameters()) > 250e6:
-        return None
-    if run.rank == 0:
-        reloaded, info = AutoModelWithHead.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    theirs = dict(reloaded.named_parameters()) if reloaded else {}
-    for name, p in policy.lm.named_parameters():
-        ours = full(p).detach().to("cpu", run.save_dtype).float()
-        same = (name in theirs and torch.equal(theirs.pop(name), ours)) and same
-    if run.rank == 0:
-        broken = bool(info["missing_keys"] or info["unexpected_keys"] or theirs or not same)  # theirs: untied, for one
-        text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
-        check(run, run.step, "CKPT001", "keys, ties or weights differ", broken, NEVER, 0, text)
-        if run.save_dtype == torch.float32:  # bf16 rounds
-            gap = (policy.reference(reloaded.eval(), run.probe) - trained).abs().max().item()
-            check(run, run.step, "CKPT001", f"{policy.output} difference", gap, NEVER, 1e-3, text)
-    return reloaded
-
-
-def finish(policy, tokenizer, heldout, run):
-    """final/: the model of the last checkpoint; reloaded, it completes two prompts for the eye."""
-    final = run.out / "final"
-    if run.rank == 0:
-        shutil.copytree(checkpoints(run.out)[-1], run.out / ".tmp-final", ignore=shutil.ignore_patterns("trainer"))
-        (run.out / ".tmp-final" / "README.md").write_text(f"Made by `{run.command}`.\n")
-        for path in [*(run.out / ".tmp-final").iterdir(), run.out / ".tmp-final"]:
-            fsync(path)
-        discard(final)
-        os.rename(run.out / ".tmp-final", final)
-        fsync(run.out)
-    dist.barrier()
-    reloaded = check_export(policy, final, run)
-    for group in heldout[:2] if reloaded else []:
-        completion = next(iter(group["completions"]), {"ids": [], "scored": None})
-        prompt = [*group["prompt"], *completion["ids"][: (completion["scored"] or [True]).index(True)]]
-        prompt = prompt or [*completion["ids"][:1]]
-        written = reloaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
-        completion = {"ids": written[0, len(prompt) :].tolist(), "scored": None}
-        say(run, picture("sample", {"prompt": prompt, "completions": [completion]}, tokenizer))
-    for key, value in run.state.get("last", {}).items():
-        say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
-    say(run, f'\n  lm = {AutoModelWithHead.__name__}.from_pretrained("{final}")')
-    say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
-    summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
-    times = {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
-    record(run.rank, run.out, status="finished", exit_code=0, **summary, **times)
-    if run.tracker:
-        run.tracker.finish()
-
-
-def checkpoints(out):
-    """Checkpoint folders, oldest first: whole when they got their name, but since then something may have happened."""
-    return sorted(path.parent for path in out.glob("checkpoint-*/trainer"))
-
-
-def whole(folder):
-    """Every file, meta.json too, is as it was written."""
-    try:
-        meta = json.loads((folder / "trainer" / "meta.json").read_text())
-        own = meta.pop("own_crc32") == zlib.crc32(json.dumps(meta).encode())
-        kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict}
-        own = own and all(type(meta[key]) is kind for key, kind in kinds.items())
-        here = {str(p.relative_to(folder)) for p in folder.rglob("*")}  # no name in meta.json leads out of the folder
-        return own and all(name in here and crc32(folder / name) == crc for name, crc in meta["crc32"].items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return False
-
-
-def discard(folder):
-    """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
-    if folder.exists():
-        os.rename(folder, folder.with_name(f".old-{folder.name}"))
-        fsync(folder.parent)
-        shutil.rmtree(folder.with_name(f".old-{folder.name}"))
-
-
-def crc32(path):
-    value = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-# ---- health --------------------------------------------------------------------------------------
-NEVER = math.inf  # a limit that no value passes
-LOGS = "metrics.jsonl", "samples.jsonl", "alerts.jsonl"  # what a resume cuts back; other files are not ours
-
-
-class HealthError(Exception):
-    """A run that cannot train: exit code 3."""
-
-
-class Preempted(Exception):
-    """Told to stop, and saved: exit code 4."""
-
-
-def setup(args):
-    """Process group, mesh, output folder, checkpoint to resume from -> run, what the blocks share."""
-    cuda, attempt = torch.cuda.is_available(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # a gather over tp and shard takes two steps, and torch warns of each
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    if args.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
-    timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun; keys of an earlier attempt would break a restart
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        own = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"  # each attempt has a store of its own
-        store = dist.PrefixStore("0" if own else attempt, store)
-        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
-    elif not dist.is_initialized():
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found = [prepare_folder(args, attempt) if rank == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    args.output_dir, checkpoint, error = found[0]
-    copies, rest = divmod(world, args.tp_size)
-    if not error and (rest or copies % args.replicate_size):
-        error = f"--tp_size {args.tp_size} x --replicate_size {args.replicate_size} must divide the {world} ranks."
-    if error or args.batch_size < copies:
-        raise InputError(error or f"--batch_size {args.batch_size} is too small for {copies} ranks: at least {copies}.")
-    run = SimpleNamespace(args=args, rank=rank, world=world, out=Path(args.output_dir), checkpoint=checkpoint, step=0)
-    run.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    shape = args.replicate_size, copies // args.replicate_size, args.tp_size
-    run.mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
-    run.dp_size, run.dp_rank = copies, rank // args.tp_size
-    run.state, run.command, run.saved_at, run.tracker = {"alerts": {}}, command_line(args), time.monotonic(), None
-    run.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    run.versions |= {"mesh": "x".join(map(str, shape)), "threads": torch.get_num_threads()}
-    run.versions["device"] = torch.cuda.get_device_name() if cuda else platform.machine()
-    head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    git = shutil.which("git") and subprocess.run(head, capture_output=True, text=True).stdout.strip()
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    about = {"command": run.command, "flags": asdict(args), "versions": run.versions, "git": git}
-    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), script_sha256=script, **about)
-    if rank == 0 and args.report_to != "none":
-        try:
-            run.tracker = importlib.import_module(args.report_to)
-        except ImportError as e:
-            raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
-        run.tracker.init(project="cleanpost", name=run.out.name, config=asdict(args))
-    run.weights, run.started, run.saving, STOP["run"] = 0, time.monotonic(), 0.0, run
-    watch(run)
-    return run
-
-
-def watch(run):
-    """A thread on every rank: ddp_timeout seconds without a step or an evaluation end the run."""
-    run.main_thread, run.beat = threading.get_ident(), time.monotonic()
-
-    def wait():
-        while time.monotonic() - run.beat < run.args.ddp_timeout:
-            time.sleep(min(1.0, run.args.ddp_timeout / 10))
-        roll_call(run, f"no progress for {run.args.ddp_timeout:g} s (longer steps need a longer --ddp_timeout)")
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def roll_call(run, why):
-    """All ranks say where they stand, the first that can prints it, and the process ends. Who is dead, stopped or keeps
-    the interpreter is named by silence."""
-    store, keys = dist.distributed_c10d._get_default_store(), [f"roll call/{rank}" for rank in range(run.world)]
-    stack = traceback.extract_stack(sys._current_frames()[run.main_thread])
-    own = [f.name for f in stack if f.filename == __file__ and f.name not in ("<module>", "launch", "roll_call")]
-    silent = "does not answer"
-    try:
-        store.set(keys[run.rank], f"is in {(own or ['start'])[-1]} ({stack[-1].name})")
-        time.sleep(min(3.0, run.args.ddp_timeout))
-        said = [store.get(key).decode() if store.check([key]) else silent for key in keys]
-    except RuntimeError:  # the store died with its rank
-        said = [silent if rank == 0 else "is alive" for rank in range(run.world)]
-    if run.rank == next((rank for rank in range(run.world) if said[rank] != silent), run.rank):
-        where = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said))
-        print(f"error: step {run.step + 1}: {why}: {where}. To go on: {run.command} --resume auto", file=sys.stderr,
-              flush=True)
-        record(0, run.out, status="failed", exit_code=1)
-    else:
-        time.sleep(min(3.0, run.args.ddp_timeout))  # leaving breaks the printing rank's collectives
-    os._exit(1)
-
-
-def prepare_folder(args, attempt):
-    """Rank 0 -> output folder, checkpoint to resume from or None, what is wrong or None. Cleans what a kill left."""
-    given = None if args.resume in ("never", "auto") else Path(args.resume)
-    again, default = args.resume != "never" or attempt != "0", f"runs/{Path(__file__).stem}"
-    unused = (n for n in (default, *(f"{default}-{i}" for i in range(2, 9999))) if again or not Path(n).exists())
-    out = Path(args.output_dir or (given.parent if given else next(unused)))
-    ended = read_json(out / "run.json")
-    try:
-        taken = [p for p in (out / "run.json", out / "final", *out.glob("checkpoint-*")) if p.exists()]  # or in the way
-        if taken and (not again or given and given.parent.resolve() != out.resolve()):
-            return str(out), None, f"--output_dir {out} holds another run: --resume auto continues it, or name another."
-        if attempt != "0" and ended.get("exit_code") in (2, 3):
-            sys.exit(ended["exit_code"])  # torchrun restarted a command that would end the same way
-        if given and not (given in checkpoints(given.parent) and whole(given)):
-            return str(out), None, f"--resume {given} is not a whole checkpoint folder. Name another, or --resume auto."
-        out.mkdir(parents=True, exist_ok=True)
-        candidates = [given] if given else checkpoints(out)[::-1] if again else []
-        checkpoint = next((folder for folder in candidates if whole(folder)), None)
-        for damaged in candidates[: candidates.index(checkpoint) if checkpoint else None]:
-            print(f"skipped {damaged}: damaged", file=sys.stderr, flush=True)
-        if candidates and not checkpoint:  # a disk that cannot be read today may be read tomorrow
-            return str(out), None, f"{out}: no checkpoint is whole. To start over, move them away."
-        for path in [*out.glob(".tmp-*"), *out.glob(".old-*"), *([] if checkpoint else map(out.joinpath, LOGS))]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        return str(out), checkpoint, None
-    except (OSError, RecursionError) as e:
-        return str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
-
-
-def command_line(args):
-    """The command of this run with its presets spelled out: whatever differs from the defaults."""
-    words = []
-    for name, value in asdict(args).items():
-        if value != getattr(Args(), name) and name not in ("resume", "allow_changes"):
-            words += [f"--no-{name}" if value is False else f"--{name}"]
-            words += map(str, value) if isinstance(value, tuple) else [] if isinstance(value, bool) else [str(value)]
-    return shlex.join(["python", os.path.relpath(__file__), *words])
-
-
-def record(rank, out, **fields):
-    """run.json, from the first moment to the exit code; replaced whole."""
-    if rank == 0:
-        (out / ".run.json").write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
-        fsync(out / ".run.json")
-        os.replace(out / ".run.json", out / "run.json")
-
-
-def read_json(path):
-    """-> the object in a file, or {} where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text())
-        return value if isinstance(value, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def streak(run, name, now):
-    """How many times in a row `now` held, counted in the state."""
-    run.state[name] = run.state.get(name, 0) + 1 if now else 0
-    return run.state[name]
-
-
-def check(run, step, code, metric, value, warn, error, message, fix=(), patience=1):
-    """An alert when `value` has been above `error`, else above `warn`, `patience` times in a row or more: one coded
-    line in alerts.jsonl and on stderr, the first time and then at powers of two. An error before step 1 ends the run
-    with exit code 3 unless --allow names it. fix: [(flag, from, to)]. Numbers and fixed text only: agents read alerts,
-    and neither data nor model may speak to them."""
-    limits = {"error": error, "warn": warn}
-    rows = {level: streak(run, f"{code} {metric} {level}", not value <= limits[level]) for level in limits}
-    level = next((level for level in limits if rows[level] >= patience), None)
-    if not level:
-        return
-    run.state["alerts"][code] = run.state["alerts"].get(code, 0) + 1
-    count = streak(run, f"{code} {level} alerts", True)
-    known = run.checkpoint and step == 0  # said by the run that is resumed
-    if run.rank == 0 and not known and not count & (count - 1):
-        hint = "".join(f"; try {flag} {to}" for flag, _, to in fix)
-        fix = [dict(zip(("flag", "from", "to"), f)) for f in fix]
-        line = {"step": step, "code": code, "level": level, "metric": metric, "value": value, "limit": limits[level]}
-        write(run, "alerts.jsonl", line | {"message": message, "fix": fix, "count": count})
-        print(f"[{code} {level} step {step}] {message} ({metric} {value:.4g}){hint}", file=sys.stderr, flush=True)
-    if level == "error" and step == 0 and code not in run.args.allow:
-        raise HealthError(f"{code}: {message}. --allow {code} goes on nevertheless.")
-
-
-def check_data(groups, counts, tokenizer, stops, generation_config, run):
-    """DATA001-006: what would train on nothing, or on the wrong tokens, says so before step 1."""
-    rows, bos, eos = max(1, counts["rows"]), tokenizer.bos_token_id, generation_config.eos_token_id
-    starts = [[*g["prompt"][:2], *(i for c in g["completions"][:1] for i in c["ids"][:2])][:2] for g in groups[:100]]
-    wants = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    wrong = sum(bos is not None and ids == [bos, bos] or wants and ids[:1] != [bos] for ids in starts)
-    completions = [c for g in groups if not g.get("cut") for c in g["completions"]]  # cut: it goes on in the next group
-    ends = [[i for i, on in zip(c["ids"], c["scored"] or repeat(1)) if on][-1] for c in completions]
-    endless, split = sum(i not in stops for i in ends), len({g["row"] for g in groups if g.get("split")})
-    new = set(stops) - set(eos if isinstance(eos, list) else [eos])
-    longer = [("--max_length", run.args.max_length, counts["longest"])]
-    for code, metric, value, warn, error, text, *fix in (
-        ("DATA001", "share", counts["unscored"] / rows, 0, 0.01, "rows have no scored token"),
-        ("DATA002", "share", wrong / max(1, len(starts)), 0, 0, "rows begin with two BOS tokens or lack theirs"),
-        ("DATA003", "share", endless / max(1, len(ends)), NEVER, 0.05, "completions end in no stop token"),
-        ("DATA004", "share", split / rows, 0, NEVER, "the template rewrites earlier turns: split by turn"),
-        ("DATA005", "share", counts["overlong"] / rows, 0.01, 0.2, "rows exceed --max_length", *longer),
-        ("DATA006", "tokens", len(new), 0, NEVER, "stop tokens the generation config lacks: saved ones get them"),
-    ):
-        check(run, 0, code, metric, value, warn, error, text, fix)
-    if not groups:
-        raise InputError(f"--dataset {run.args.dataset}: no row is left ({counts}). Raise --max_length or fix rows.")
-
-
-def performance(started, groups):
-    """perf/...: seconds of the step, this rank's tokens per second (a prompt counts once), its peak memory."""
-    seconds = time.perf_counter() - started
-    tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in groups)
-    return {"perf/seconds": seconds, "perf/tokens_per_s": tokens / seconds, "perf/peak_gb": peak_bytes() / 1e9}
-
-
-def peak_bytes():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def free_bytes():
-    """What this rank may still allocate."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: *(\d+)", info.read_text() if info.is_file() else "")
-    return int(found[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else math.inf
-
-
-def log(run, metrics, steps):
-    """metrics.jsonl, the console, the tracker. Evaluations also go to the state: the first, the last, the best."""
-    if "eval/accuracy" in metrics:
-        last = {k: v for k, v in metrics.items() if k.startswith("eval/")}
-        run.state |= {"before": run.state.get("before", last), "last": last}
-        if last["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
-            run.state["best"] = {"accuracy": last["eval/accuracy"], "step": metrics["step"]}
-    run.beat = time.monotonic()
-    write(run, "metrics.jsonl", metrics)
-    if run.tracker:
-        run.tracker.log(metrics, step=metrics["step"])
-    line, end = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "perf/tokens_per_s"), "\n"
-    if sys.stdout.isatty():  # the bar stays on one line, evaluations push it down
-        done, bar = 20 * metrics["step"] // steps, "eval/accuracy" not in metrics and metrics["step"] < steps
-        line = f"[{'=' * done}{' ' * (20 - done)}] {line}"[: shutil.get_terminal_size().columns]
-        line, end = f"\r\x1b[2K{line}", "" if bar else "\n"
-    say(run, line, end)
-
-
-def write(run, name, fields):
-    """Append one line of strict JSON (rank 0): what is not finite becomes null."""
-    fields = json.loads(json.dumps(fields), parse_constant=lambda _: None)
-    if run.rank == 0:
-        with open(run.out / name, "a") as f:
-            f.write(json.dumps(fields) + "\n")
-
-
-def say(run, text, end="\n"):
-    if run.rank == 0:
-        print(text, end=end, flush=True)
-
-
-def picture(title, group, tokenizer):
-    return f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}"
-
-
-def print_plan(policy, tokenizer, train, heldout, counts, steps, run):
-    """The first row token by token, and the run in numbers."""
-    if steps < 1:
-        raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
-    if run.args.eval_dataset and not heldout:
-        raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
-    record(run.rank, run.out, data=run.data, steps=steps)
-    weights = run.weights = sum(p.numel() for p in policy.parameters())
-    tokens = sum(len(g["prompt"]) + sum(len(c["ids"]) for c in g["completions"]) for g in train)
-    say(run, picture("first row", train[0], tokenizer))
-    say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
-    say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
-    say(run, f"model     {weights / 1e6:.1f}M weights, {policy.road} road, dropout 0; weights, gradients and Adam take "
-        f"{16 * weights * run.args.replicate_size / run.world / 1e9:.2f} GB a rank")
-    say(run, f"memory    {run.memory}")
-    say(run, f"command   {run.command}")
-
-
-def first_line(error):
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
-
-
-def memory_advice(run):
-    """The largest term of this rank's memory, and the flag to lower."""
-    static, peak = 16 * run.weights * run.args.replicate_size / run.world / 1e9, peak_bytes() / 1e9
-    if static > peak - static:
-        return f"weights, gradients and Adam take {static:.1f} of {peak:.1f} GB. Use more ranks, or --cpu_offload."
-    half = max(1, run.args.tokens_per_microbatch // 2)
-    return (f"step {run.step + 1} computes with {peak - static:.1f} of {peak:.1f} GB. Lower --tokens_per_microbatch to "
-            f"{half}, and --max_length if rows are longer.")
-
-
-def launch(main, args):
-    """Run main and leave with its exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
-    environment, 3 health error, 4 preempted after saving."""
-    codes, code, rank = {InputError: 2, OSError: 2, HealthError: 3, Preempted: 4}, 1, int(os.environ.get("RANK", "0"))
-    try:
-        main(args)
-        code = 0
-    except (MemoryError, RuntimeError, *codes) as e:
-        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-        code, run = 2 if memory else next((n for kind, n in codes.items() if isinstance(e, kind)), 1), STOP["run"]
-        if code == 1 and run and re.search("[Gg]loo|NCCL|[Cc]onnection", str(e)):
-            roll_call(run, first_line(e))
-        if code == 1:
-            raise
-        text = f"{e}. Check --output_dir and the disk." if isinstance(e, OSError) else str(e)
-        if memory:
-            text = f"out of memory: {memory_advice(run) if run else 'use a smaller --model or more ranks.'}"
-        text = text if len(text) < 1000 else f"{text[:500]} ... {text[-450:]}"
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # data may have named itself
-        if rank == 0 or code == 2:
-            print(f"error: {text}" if code < 4 else text, file=sys.stderr, flush=True)
-    finally:
-        try:
-            if code and read_json(Path(args.output_dir or "-") / "run.json").get("pid") == os.getpid():  # our own
-                record(rank, Path(args.output_dir), status="stopped" if code == 4 else "failed", exit_code=code)
-        except OSError:
-            pass  # the disk that is full or locked may be why we leave, which has been said
-    dist.destroy_process_group() if code == 0 else os._exit(code)  # a failed rank does not wait for the others
+    return fully_shard(policy, **options, reshard_after_forward=True)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+def main(args, run):
+    # ---- setup -----------------------------------------------------------------------------------
+    run.mesh = init_device_mesh(run.device.type, run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    tokenizer, lm = load_model(AutoModelForSequenceClassification, args, **Scorer.head_config)  # on the meta device
+    stops = stop_ids(tokenizer, lm.generation_config)
+    # ---- data ------------------------------------------------------------------------------------
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
+    heldout = []
+    if args.eval_dataset:
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows]
+    check_data(run, train, counts, tokenizer, lm.generation_config, stops)
+    check_resume(run)
+    steps = args.max_steps
+    if steps < 0:
+        steps = math.ceil(args.num_train_epochs * len(train) / args.batch_size)
+    # ---- model -----------------------------------------------------------------------------------
+    lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
+    choose_padding(tokenizer, lm, stops)
+    policy = load_weights(run, shard(Scorer(lm), run))  # every rank reads its own slices of the files
+    check_model(run, policy, tokenizer)  # MODEL001: the same rewards as the model's own forward
+    memory = fit_memory(run, policy, tokenizer, longest(train))
+    # ---- optimizer -------------------------------------------------------------------------------
+    parameters = param_groups(policy, args.weight_decay)  # matrices decay; norms and biases do not
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, eps=1e-8, fused=True)
+    # ---- resume ----------------------------------------------------------------------------------
+    models, optimizers = {"policy": policy}, {"policy": optimizer}
+    resume(run, models, optimizers, tokenizer)
+    print_plan(run, policy, tokenizer, train=train, heldout=heldout, counts=counts, steps=steps, memory=memory)
+    # ---- loop ------------------------------------------------------------------------------------
+    if heldout and run.step == 0:
+        log_eval(run, 0, evaluate(policy, heldout, args, run), steps)
+    for step in range(run.step, steps):
+        started = time.perf_counter()
+        # ---- step --------------------------------------------------------------------------------
+        rows = order(len(train), args.seed, step * args.batch_size, args.batch_size)
+        pairs = numbered([train[row] for row in rows])
+        groups = share(run, pairs)  # this rank's pairs, balanced by tokens
+        (num_tokens,) = all_sum(run, count_scored(groups))
+        rewards = torch.zeros(len(pairs), 2, device=run.device)  # of the pairs of all ranks
+        totals = defaultdict(float)
+        for batch in micro_batches(run, groups, spare=groups[0]):
+            loss, metrics = forward(policy, batch, rewards, args)
+            loss = loss * batch["weight"] * run.dp_size / args.batch_size  # the mean over the pairs of all ranks:
+            loss.backward()  # FSDP2 averages gradients over ranks, hence dp_size
+            for name, value in metrics.items():
+                totals[name] += batch["weight"] * value
+        sums = all_sum(run, *totals.values())
+        metrics = {name: value / args.batch_size for name, value in zip(totals, sums)}
+        all_rewards = all_sum(run, *rewards.flatten())
+        metrics |= spread(all_rewards)
+        metrics["num_tokens"] = num_tokens
+        # ---- update ------------------------------------------------------------------------------
+        for parameter in partial_parameters(policy):  # whole under tensor parallelism: each rank has its heads' part
+            dist.all_reduce(local(parameter.grad), group=run.mesh["tp"].get_group())
+        metrics["grad_norm"] = clip_grad_norm(run, policy, args.max_grad_norm)
+        metrics["lr"] = args.learning_rate * schedule(step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = metrics["lr"]
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):  # global: all ranks step, or none
+            optimizer.step()
+        check_update(run, step, policy, groups, metrics)  # TRAIN001-003
+        optimizer.zero_grad(set_to_none=True)
+        # ---- log ---------------------------------------------------------------------------------
+        log(run, step + 1, metrics | performance(started, groups), steps)
+        # ---- eval --------------------------------------------------------------------------------
+        if heldout and is_due(step + 1, steps, args.eval_every):
+            log_eval(run, step + 1, evaluate(policy, heldout, args, run), steps)
+        # ---- save --------------------------------------------------------------------------------
+        save_or_stop(run, step + 1, steps, models, optimizers, tokenizer)
+    # ---- finish ----------------------------------------------------------------------------------
+    finish(run, policy, tokenizer, [])  # it completes no prompts
 
 
 if __name__ == "__main__":
-    launch(main, args)
+    launch(main, args, __file__)

@@ -19,11 +19,15 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_copies import load
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.runtime.launch import setup
 
 torch.set_num_threads(1)  # two cores are shared by up to four ranks, and a fork does not survive an OpenMP pool
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -87,10 +91,23 @@ FAST = {
 }  # fmt: skip
 
 
+def with_row(table, name):
+    """The nearest script with a row in a table of scripts: itself, or for one without, such as a new fork, a parent."""
+    scripts = load(ROOT)
+    parent = name
+    while parent not in table:
+        path = scripts[f"methods/{parent}.py"].parent
+        if path not in scripts:
+            raise KeyError(f"methods/{name}.py has no row in a table of the tests, FAST of conftest.py for one")
+        parent = path.removeprefix("methods/").removesuffix(".py")
+    return parent
+
+
+FAST |= {name: FAST[with_row(FAST, name)] for name in SCRIPTS}
+
+
 def tiny_flags(name):
-    """Fast flags of a script. A new script has to be entered above: test_split fails where this raises."""
-    if name not in FAST:
-        raise KeyError(f"methods/{name}.py has no fast flags: enter it in FAST of tests/conftest.py")
+    """Fast flags of a script."""
     return ["--lr_scheduler_type", "constant", "--save_minutes", "999", *FAST[name]["flags"]]
 
 
@@ -112,7 +129,23 @@ def script(name):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="test_mesh.py: every script on every mesh and model")
+    parser.addoption("--slow", action="store_true", help="everything: what is shared on every script, every mesh")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def once(*names):
+    """Parameters for a test of what all scripts share: these scripts, and with --slow every other one, too."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS if name not in names)]
 
 
 # ---- forked ranks ----------------------------------------------------------------------------------------------------
@@ -184,7 +217,8 @@ def _main(_rank, _world, name, argv, patch):
     module = script(name)
     if patch:
         patch(module)
-    module.main(module.parse_args(argv))
+    args = module.parse_args(argv)
+    module.main(args, setup(args, module.__file__))
 
 
 def train(name, out, *flags, world=1, patch=None):

@@ -10,9 +10,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows
+from conftest import ROOT, STABLE, script, tiny_flags, tiny_rows
 from safetensors.torch import load_file, save_file
 from test_bad_input import leave
+
+from common import sampling
+from common.runtime import checkpoint, parallel
 
 MARKER = "obey-me-99"  # in every path, name, row and exception of this file; never in an alert
 MODEL = ROOT / "common" / "tiny" / "model"
@@ -144,12 +147,9 @@ def test_the_healthy_recipe_raises_none(name, tmp_path):
 
 
 def test_every_code_of_the_scripts_is_provoked_here():
-    used = {code for name in SCRIPTS for code in re.findall(r'"([A-Z]+\d{3})"', source(name))}
+    texts = [path.read_text() for folder in ("methods", "common") for path in (ROOT / folder).rglob("*.py")]
+    used = set(re.findall(r'"([A-Z]+\d{3})"', "".join(texts)))
     assert used and used == set(re.findall(r'"([A-Z]+\d{3})"', open(__file__).read()))
-
-
-def source(name):
-    return (ROOT / "methods" / f"{name}.py").read_text()
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_train002_not_with_a_learning_rate_of_0(tmp_path):
 
 def test_train003_clipping_that_does_not_clip(tmp_path):
     def patch(module):
-        module.min = lambda one, factor: one  # the factor of the gradients
+        parallel.min = lambda one, factor: one  # the factor of the gradients
 
     result = provoke("sft", tmp_path, "--max_grad_norm", 1e-3, patch=patch)
     assert result.code == 0
@@ -324,21 +324,13 @@ def test_train003_clipping_that_does_not_clip(tmp_path):
     assert found["level"] == "error" and found["limit"] == pytest.approx(1.01e-3)
 
 
-@pytest.mark.parametrize("name", ("sft", "dpo"))  # grpo counts both from the completions, before a batch is made
+@pytest.mark.parametrize("name", ("sft", "dpo", "grpo"))
 def test_train003_a_denominator_that_is_not_the_scored_tokens(name, tmp_path):
-    """A fork that loses a scored token where the batch is made still divides by what is left."""
+    """A fork whose denominator is one token short of what its micro-batches score."""
 
     def patch(module):
-        rank_batches = module.rank_batches
-
-        def lossy(*given):
-            made = rank_batches(*given)
-            for batch, *_ in made:
-                for key in "rows", "labels", "seq":
-                    batch[key] = batch[key][:-1]
-            return made
-
-        module.rank_batches = lossy
+        count_scored = module.count_scored
+        module.count_scored = lambda groups: count_scored(groups) - 1
 
     result = provoke(name, tmp_path, patch=patch)
     assert ("TRAIN003", "error") in codes(result), result.err
@@ -450,15 +442,15 @@ def test_grpo002_rises_to_an_error(tmp_path):
     """Completions that grow until none stops any more: the worst case begins as a warning."""
 
     def patch(module):
-        sample, calls = module.sample, []
+        sample, calls = sampling.Sampler.sample, []
 
-        def grow(groups, *more):
-            sample(groups, *more)
+        def grow(self, groups, *more):
+            sample(self, groups, *more)
             calls.append(0)
             for i, completion in enumerate(c for g in groups for c in g["completions"]):
                 completion["stopped"] = completion["stopped"] and len(calls) <= 4 and i % 4 == 0
 
-        module.sample = grow
+        sampling.Sampler.sample = grow
 
     result = provoke("grpo", tmp_path, *ONLINE, patch=patch, steps=8)
     assert list(dict.fromkeys(level for _, level in levels(result, "GRPO002"))) == ["warn", "error"]
@@ -507,7 +499,7 @@ def softer(factor, after=0):
             calls.append(0)
             if len(calls) > after:
                 with torch.no_grad():
-                    sampler.model.norm.weight *= factor
+                    sampler.lm.model.norm.weight *= factor
 
         module.refresh = wrong
 
@@ -533,8 +525,8 @@ def test_grpo005_the_same_weights_say_something_else(tmp_path):
     def patch(module):
         attach = module.attach_logprobs
 
-        def moved(model, groups, name, *more):
-            attach(model, groups, name, *more)
+        def moved(run, model, groups, name):
+            attach(run, model, groups, name)
             for completion in (c for g in groups for c in g["completions"] if name == "old_logprobs"):
                 completion[name] = completion[name] + 0.01
 
@@ -548,13 +540,13 @@ def test_grpo005_the_same_weights_say_something_else(tmp_path):
 
 def spoil(change):
     def patch(module):
-        write = module.write_checkpoint
+        write = checkpoint.write_checkpoint
 
-        def spoiled(policy, optimizer, tokenizer, step, folder, run):
-            write(policy, optimizer, tokenizer, step, folder, run)
+        def spoiled(run, step, folder, *more):
+            write(run, step, folder, *more)
             change(folder)
 
-        module.write_checkpoint = spoiled
+        checkpoint.write_checkpoint = spoiled
 
     return patch
 

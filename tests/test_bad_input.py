@@ -19,11 +19,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LOOPS, ROOT, SCRIPTS, STABLE, script, tiny_flags, tiny_rows, try_train
+from conftest import ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, try_train
+
+from common.runtime import checkpoint, launch
+from common.runtime.flags import STOP
 
 
 def leave(name, *flags, patch=None, limit=60):
-    """The script's way out, in a forked child: parse_args, then launch(main, args), as its last line does.
+    """The script's way out, in a forked child: parse_args, then launch(main, args, file), as its last line does.
     Returns code (negative: a signal; None: still running after `limit` seconds), out, err."""
     module = script(name)  # imported here, once: a fork then costs nothing
     folder = Path(tempfile.mkdtemp(prefix="leave"))
@@ -37,7 +40,8 @@ def leave(name, *flags, patch=None, limit=60):
             torch.set_num_threads(1)
             if patch:
                 patch(module)
-            module.launch(module.main, module.parse_args([str(flag) for flag in flags]))
+            args = module.parse_args([str(flag) for flag in flags])
+            launch.launch(module.main, args, module.__file__)
             os._exit(0)
         except SystemExit as e:
             sys.stdout.flush()
@@ -105,7 +109,7 @@ def write_rows(folder, *rows):
 # ---- flags ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", once("sft", "grpo"))
 @pytest.mark.parametrize("flags, needles", (
     (["--learning_rat", "3"], ["--learning_rat", "--learning-rate"]),  # the nearest one is named
     (["--max_legnth", "3"], ["--max_legnth", "--max-length"]),
@@ -461,9 +465,10 @@ def finished(tmp_path_factory):
     def patch(module):
         save = module.save_or_stop
 
-        def stop(policy, optimizer, tokenizer, step, *more):
-            module.STOP["signal"] = module.STOP["signal"] or (signal.SIGTERM if step == 2 else 0)
-            save(policy, optimizer, tokenizer, step, *more)
+        def stop(run, step, *more):
+            if step == 2:
+                STOP["signal"] = signal.SIGTERM
+            save(run, step, *more)
 
         module.save_or_stop = stop
 
@@ -597,14 +602,14 @@ def test_a_disk_that_fills_up_later(earlier):
     """Steps 3 and 4 cannot be saved: exit code 2, and what was saved before goes on."""
 
     def patch(module):
-        write = module.write_checkpoint
+        write = checkpoint.write_checkpoint
 
-        def full(policy, optimizer, tokenizer, step, *more):
+        def full(run, step, *more):
             if step == 4:
                 cap(100_000)
-            write(policy, optimizer, tokenizer, step, *more)
+            write(run, step, *more)
 
-        module.write_checkpoint = full
+        checkpoint.write_checkpoint = full
 
     result = attempt("sft", earlier, "--max_steps", 4, "--save_every", 1, "--resume", "auto", patch=patch)
     assert result.code == 2 and "Traceback" not in result.err, result.err
@@ -616,7 +621,7 @@ def test_a_disk_that_fills_up_later(earlier):
     assert not list((earlier / "out").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft"))
 def test_fewer_rows_than_ranks(name, tmp_path):
     for result in try_train(name, tmp_path / "out", "--batch_size", 1, "--max_steps", 1, world=2):
         assert result.code == 1 and result.error.startswith("InputError: --batch_size 1"), result.error
@@ -638,7 +643,7 @@ def process(folder, *command):
     return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", once("sft", "grpo"))
 def test_processes_that_fail_on_a_flag(name, tmp_path):
     """Before the slow imports: in well under the three seconds of a core that torch alone takes."""
     before = children_seconds()

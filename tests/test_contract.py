@@ -1,9 +1,9 @@
 """The contract of the stable scripts: flags with types, defaults and aliases, the presets of the tiny lab, dataset
 columns, built-in rewards, metric keys, files, alert codes and exit codes are those of tests/fixtures/contract.json. Its
-version is the newest one of README's changelog.
+version is the newest one of CHANGELOG.md.
 
-    python tests/test_contract.py                 after a change: say what changed, and write it if README's changelog
-                                                  begins with a new version
+    python tests/test_contract.py                 after a change: say what changed, and write it if CHANGELOG.md begins
+                                                  with a new version
     python tests/test_contract.py --same-version  the same for a version that nobody has yet
 """
 import argparse
@@ -26,6 +26,12 @@ import pytest
 import torch.distributed as dist
 from conftest import METHODS, ROOT, STABLE, script, train
 
+from common.rewards import BUILT_IN
+from common.runtime import launch
+from common.runtime.flags import HealthError, InputError, Preempted
+from common.runtime.health import check
+from common.tokenization import load_tokenizer, stop_ids
+
 SNAPSHOT = ROOT / "tests" / "fixtures" / "contract.json"
 TEXT = {"text": "1+1= 2", "prompt": "1+1=", "completion": " 2", "chosen": "1+1= 2", "rejected": "1+1= 3"}
 ASKED, RIGHT, WRONG = ({"role": role, "content": text} for role, text in
@@ -36,12 +42,12 @@ FORMATS = ["text", "messages", "conversations", "prompt", "prompt completion", "
 FORMATS += ["prompt chosen rejected", "text label", "messages label", "prompt completion label"]
 MORE = {name: ["--importance_sampling_mode", "token_truncate"] for name in ("grpo", "rloo")}  # with a metric of its own
 MEANT = """
-If that is meant, begin README's changelog with a new version and a line on it, and run python tests/test_contract.py"""
+If that is meant, begin CHANGELOG.md with a new version and a line on it, and run python tests/test_contract.py"""
 
 
 def newest_version():
-    """Of README's changelog, whose first line is the newest."""
-    return re.search(r"\n## Changelog\n\n- ([\d.]+): ", (ROOT / "README.md").read_text())[1]
+    """Of CHANGELOG.md, whose first heading is the newest."""
+    return re.search(r"^## ([\d.]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
 
 
 # ---- what a script promises ------------------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def presets(module):
 def columns(module, tmp):
     """The formats that the script reads, of FORMATS as text and as messages; and whether it reads a margin."""
     args, found = module.parse_args([]), []
-    tokenizer = module.load_tokenizer(ROOT / "common" / "tiny" / "model")
+    tokenizer = load_tokenizer(ROOT / "common" / "tiny" / "model")
     more = {"label": True, "margin": "no number"}
     rows = {f"{names} ({kind})": {name: (values | more).get(name) for name in names.split()}
             for kind, values in (("text", TEXT), ("messages", CHAT)) for names in FORMATS}
@@ -86,25 +92,25 @@ def loads(module, row, tokenizer, args, tmp):
     path = tmp / "row.jsonl"
     path.write_text(json.dumps(row) + "\n")
     try:
-        return len(module.load_groups(str(path), tokenizer, module.stop_ids(tokenizer), args)[0])
-    except module.InputError:
+        return len(module.load_groups(str(path), tokenizer, stop_ids(tokenizer), args)[0])
+    except InputError:
         return 0
 
 
 def exit_codes(module):
     """{what happens: the process's exit code}."""
-    errors = {"done": None, "crash": ValueError(""), "bad input": module.InputError(""), "disk": OSError(""),
-              "out of memory": MemoryError(""), "health": module.HealthError(""),
-              "preempted": module.Preempted("")}  # fmt: skip
+    errors = {"done": None, "crash": ValueError(""), "bad input": InputError(""), "disk": OSError(""),
+              "out of memory": MemoryError(""), "health": HealthError(""), "preempted": Preempted("")}  # fmt: skip
     codes, args = {}, SimpleNamespace(output_dir="")
     for name, error in errors.items():
-        def run(_, error=error):
+        def run(_args, _run, error=error):
             if error:
                 raise error
 
-        with patch.object(os, "_exit", sys.exit), patch.object(dist, "destroy_process_group", lambda: None):
+        no_end = patch.object(os, "_exit", sys.exit), patch.object(dist, "destroy_process_group", lambda: None)
+        with no_end[0], no_end[1], patch.object(launch, "setup", lambda *_: None):
             try:
-                module.launch(run, args)
+                launch.launch(run, args, module.__file__)
                 codes[name] = 0
             except SystemExit as ended:
                 codes[name] = ended.code
@@ -131,21 +137,26 @@ def files(out):
 
 def alert(module, tmp):
     """Keys of a line in alerts.jsonl."""
-    run = SimpleNamespace(state={"alerts": {}}, checkpoint=None, rank=0, out=tmp, args=SimpleNamespace(allow=()))
-    module.check(run, 1, "TEST001", "share", 1.0, 0.0, 0.5, "a test", [("--flag", 1, 2)])
+    args = SimpleNamespace(allow=())
+    run = SimpleNamespace(state={"alerts": {}}, checkpoint=None, rank=0, out=tmp, args=args, bar=None)
+    check(run, "TEST001", step=1, metric="share", value=1.0, error=0.5, message="a test", fix=("--flag", 1, 2))
     return list(json.loads((tmp / "alerts.jsonl").read_text()))
 
 
 def contract(name):
     """What methods/NAME.py promises, found out from its code and from a run of three steps."""
     module = script(name)
-    nodes = ast.walk(ast.parse((METHODS / f"{name}.py").read_text()))
-    codes = {str(n.value) for n in nodes if isinstance(n, ast.Constant) and re.fullmatch(r"[A-Z]+\d{3}", str(n.value))}
+    codes = set()
+    for path in METHODS / f"{name}.py", *(ROOT / "common").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"[A-Z]+\d{3}", str(node.value)):
+                codes.add(node.value)
     with tempfile.TemporaryDirectory() as folder:
         tmp, out = Path(folder), Path(folder) / "run"
         few = "--max_steps", "3", "--save_every", "2", "--eval_every", "2", "--eval_rows", "4", "--batch_size", "4"
         train(name, out, *few, *MORE.get(name, []))
-        rewards = {key: list(inspect.signature(f).parameters) for key, f in getattr(module, "BUILT_IN", {}).items()}
+        built_in = BUILT_IN if hasattr(module, "rollout") else {}
+        rewards = {key: list(inspect.signature(function).parameters) for key, function in built_in.items()}
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         metrics = {re.sub(r"@\d+", "@k", key) for line in lines for key in line}
         with contextlib.redirect_stderr(io.StringIO()):  # what alerts and errors say
@@ -193,7 +204,7 @@ def test_no_script_left_the_contract(snapshot):
 
 
 def test_the_version_is_that_of_the_changelog(snapshot):
-    said = "python tests/test_contract.py, or README's changelog, is not up to date"
+    said = "python tests/test_contract.py, or CHANGELOG.md, is not up to date"
     assert snapshot["version"] == newest_version(), said
 
 
@@ -230,7 +241,7 @@ def main():
     changed = differences(old["scripts"], new["scripts"])
     print("\n".join(changed) or "nothing changed")
     if changed and new["version"] == old["version"] and not same:
-        sys.exit(f"error: not written. README's changelog begins with {old['version']}, which promised something else: "
+        sys.exit(f"error: not written. CHANGELOG.md begins with {old['version']}, which promised something else: "
                  "begin it with a new version and a line on this change.")
     SNAPSHOT.write_text(json.dumps(new, indent=1) + "\n")
 

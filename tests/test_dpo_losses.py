@@ -9,6 +9,7 @@ import math
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -18,13 +19,16 @@ from hypothesis import strategies as st
 from test_bad_input import attempt, refused
 from transformers import AutoModelForCausalLM
 
-from common.tokenization import InputError
+from common.runtime.flags import InputError
+from common.tokenization import load_tokenizer, stop_ids
 
 dpo, batch_dpo = script("dpo"), script("experimental/dpo_batch")
 FIXTURE = json.loads((ROOT / "tests" / "fixtures" / "trl_dpo.json").read_text())
 EXACT = {"rtol": 1e-9, "atol": 1e-12}  # a few dozen float64 operations on numbers of size 10
 SLOPE = {"rtol": 1e-6, "atol": 1e-7}  # central differences with h = 1e-5: errors of h^2 and of 1e-16 / h
-ALL = sorted(dpo.LOSSES)
+ALL = sorted(get_args(dpo.LossType))
+ALL_OF_BATCH = sorted(get_args(batch_dpo.LossType))
+MARGINS = sorted(set(ALL) - dpo.POINTWISE)  # losses of a margin, under any divergence
 BATCHED = "aot", "aot_unpaired", "kto_pair", "bco_pair"
 
 
@@ -160,7 +164,7 @@ def test_some_losses_by_hand():
 
 
 @pytest.mark.parametrize("divergence", sorted(SCORES))
-@pytest.mark.parametrize("name", sorted(dpo.MARGINS))
+@pytest.mark.parametrize("name", MARGINS)
 def test_divergences(name, divergence):
     eps = 0.1 if name == "exo_pair" else 0.0
     for alpha in (0.2, 0.5, 1.5) if divergence == "alpha_divergence" else (0.5,):
@@ -265,7 +269,7 @@ def test_the_rest_of_the_table_is_the_parents():
     for name in set(ALL) - {"bco_pair"}:
         eps = 0.1 if name == "exo_pair" else 0.0
         assert torch.equal(ours(dpo, **spelled(name, eps))[0], ours(batch_dpo, last=0.0, **spelled(name, eps))[0])
-    assert set(batch_dpo.LOSSES) == set(ALL) | set(BATCHED)
+    assert set(ALL_OF_BATCH) == set(ALL) | set(BATCHED)
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ def from_tokens(case):
     logprobs, ref, log_sum = (f64([x for values in data[key] for x in values]) for key in
                               ("logprobs", "ref_logprobs", "log_sum_p2"))  # fmt: skip
     logprobs.requires_grad_()
-    batch, out = {"seq": seq, "seq_segment": torch.arange(len(data["logprobs"]))}, {"logprobs": logprobs}
+    batch, out = {"seq": seq, "num_seqs": len(data["logprobs"])}, {"logprobs": logprobs}
     ref_sums = module.per_completion({"logprobs": ref}, batch, args)[0]
     out |= {"sum_p2": log_sum.exp()} if args.use_weighting else {}
     sums, lengths, weights = module.per_completion(out, batch, args)
@@ -329,11 +333,10 @@ def test_trl_averages_sft_over_tokens():
 def test_the_fixture_covers_all_that_trl_has():
     assert FIXTURE["trl"] == "1.16.0"
     names = {name for case in FIXTURE["cases"] for name in case["flags"].get("loss_type", ["sigmoid"])}
-    assert names == set(batch_dpo.LOSSES) - {"kto_pair"}
-    assert {case["flags"].get("f_divergence_type", "reverse_kl") for case in SAME} == set(dpo.DIVERGENCES)
-    assert set(dpo.LOSSES) == set(PAPER) and set(dpo.DIVERGENCES) == set(SCORES)
-    for module in dpo, batch_dpo:
-        assert set(module.LossType.__args__) == set(module.LOSSES)
+    assert names == set(ALL_OF_BATCH) - {"kto_pair"}
+    divergences = get_args(dpo.Args.__annotations__["f_divergence_type"])
+    assert {case["flags"].get("f_divergence_type", "reverse_kl") for case in SAME} == set(divergences)
+    assert set(ALL) == set(PAPER) and set(divergences) == set(SCORES)
 
 
 # ---- identities ------------------------------------------------------------------------------------------------------
@@ -348,8 +351,8 @@ def halves(pairs):
 
 def every(divergences=("reverse_kl",)):
     """(module, flags) of every loss, and under every divergence that it may have."""
-    for name, divergence in product(sorted(batch_dpo.LOSSES), divergences):
-        if divergence == "reverse_kl" or name in dpo.MARGINS:
+    for name, divergence in product(ALL_OF_BATCH, divergences):
+        if divergence == "reverse_kl" or name in MARGINS:
             module = batch_dpo if name in BATCHED else dpo
             yield module, spelled(name, 0.1 if name in module.SMOOTHED else 0.0, f_divergence_type=divergence)
 
@@ -359,8 +362,8 @@ def every(divergences=("reverse_kl",)):
 def test_at_the_reference_the_loss_is_ln2_and_the_margin_0(pairs, beta):
     chosen, rejected = ([(ref, ref, n) for _, ref, n in half] for half in halves(pairs))
     for name in "sigmoid", "sigmoid_norm", "aot", "aot_unpaired":
-        for divergence in sorted(SCORES) if name in dpo.MARGINS else ["reverse_kl"]:
-            module = dpo if name in dpo.MARGINS else batch_dpo
+        for divergence in sorted(SCORES) if name in MARGINS else ["reverse_kl"]:
+            module = dpo if name in MARGINS else batch_dpo
             loss, metrics, _ = ours(module, chosen, rejected, 0.0 if module is batch_dpo else None, beta=beta,
                                     loss_type=(name,), f_divergence_type=divergence)  # fmt: skip
             close(loss, len(pairs) * math.log(2), rtol=1e-9, atol=1e-9)
@@ -438,7 +441,7 @@ def test_a_uniform_reference_is_no_reference():
 def test_per_completion_by_hand():
     """Completions of 3, 1, 2 and 2 tokens: beyond the shorter of a pair, LD-DPO's alpha counts."""
     logprobs = f64([-1.0, -2.0, -4.0, -8.0, -1.5, -0.5, -3.0, -0.25], grad=True)
-    batch = {"seq": torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), "seq_segment": torch.arange(4)}
+    batch = {"seq": torch.tensor([0, 0, 0, 1, 2, 2, 3, 3]), "num_seqs": 4}
     sums, lengths, weights = dpo.per_completion({"logprobs": logprobs}, batch, dpo.Args())
     close(sums, [-7.0, -8.0, -2.0, -3.25])
     close(lengths, [3.0, 1.0, 2.0, 2.0])
@@ -453,7 +456,7 @@ def test_wpo_weights_by_hand():
     """Two tokens with p = 0.5 of (0.5, 0.25, 0.25): log 0.5 - log 0.375 each, so the mean is the same; no gradient."""
     logprobs = f64([math.log(0.5)] * 2 + [math.log(0.25)], grad=True)
     out = {"logprobs": logprobs, "sum_p2": f64([0.375] * 3)}
-    batch = {"seq": torch.tensor([0, 0, 1]), "seq_segment": torch.arange(2)}
+    batch = {"seq": torch.tensor([0, 0, 1]), "num_seqs": 2}
     weights = dpo.per_completion(out, batch, dpo.Args(use_weighting=True))[2]
     close(weights, [0.5 / 0.375, 0.25 / 0.375])
     assert not weights.requires_grad
@@ -466,9 +469,9 @@ def plain(rows, weights=None):
     """A file of pairs through the tiny model's own logits, one sequence at a time, where wanted with other weights:
     [(chosen, rejected)], each (log p (T,), sum_v p^2 (T,)) of the completion's tokens."""
     path = ROOT / "common" / "tiny" / "model"
-    tokenizer, lm = dpo.load_tokenizer(str(path)), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer, lm = load_tokenizer(str(path)), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     lm.load_state_dict(weights or {}, strict=False)
-    groups, _, _ = dpo.load_groups(rows, tokenizer, dpo.stop_ids(tokenizer, lm.generation_config), dpo.Args())
+    groups, _, _ = dpo.load_groups(rows, tokenizer, stop_ids(tokenizer, lm.generation_config), dpo.Args())
     scored = []
     for group in groups:
         for completion in group["completions"]:
@@ -540,8 +543,8 @@ def reference_run(folder, *flags):
     policy, reference = [dict(start.named_parameters())], [None]
     for step in range(1, 6):
         tensors = trainer_tensors(folder / "out" / f"checkpoint-{step:06d}")
-        policy.append({name: tensors[f"model.lm.{name}"] for name in policy[0]})
-        reference.append({name: tensors[f"optim.lm.{name}.ref"] for name in policy[0]})
+        policy.append({name: tensors[f"model.policy.lm.{name}"] for name in policy[0]})
+        reference.append({name: tensors[f"model.reference.lm.{name}"] for name in policy[0]})
     reference[0] = policy[0]
     return read_jsonl(folder / "out" / "metrics.jsonl"), policy, reference
 
@@ -616,14 +619,14 @@ def test_flags_without_a_meaning(case):
     flags, named = REFUSED[case]
     for module in dpo, batch_dpo, script("experimental/tr_dpo"):
         with pytest.raises(InputError) as e:
-            module.check_flags(module.Args(**{"loss_type": ("sigmoid",)} | flags))
+            module.Args(**{"loss_type": ("sigmoid",)} | flags).check()
         assert str(e.value).startswith(named), e.value
 
 
 def test_a_sort_takes_no_weights_of_pairs():
     with pytest.raises(InputError, match="--use_weighting"):
-        batch_dpo.check_flags(batch_dpo.Args(use_weighting=True))
-    batch_dpo.check_flags(batch_dpo.Args(loss_type=("aot_unpaired", "sft"), label_smoothing=0.1))
+        batch_dpo.Args(use_weighting=True).check()
+    batch_dpo.Args(loss_type=("aot_unpaired", "sft"), label_smoothing=0.1).check()
 
 
 @pytest.mark.parametrize("name, flags, needle", (

@@ -1,4 +1,4 @@
-"""The continuous-batching engine of methods/grpo.py against the plain loop and against Policy, on the CPU.
+"""The continuous-batching engine of common/sampling.py against the plain loop and against Policy, on the CPU.
 
 Two prompts are longer than a page (256 tokens), so that pages are shared, forked and, once the weights have changed,
 stale. They are no text that the tiny model knows: rounding grows over their length to 1e-4 (against fp64: 8e-5 in the
@@ -10,38 +10,42 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, newest, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, newest, read_jsonl, tiny_rows, train
 from test_resume import assert_equal
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import logprobs
-from common.tokenization import encode_prompt, flat_batch, stop_ids
+from common import attention, logprobs, sampling
+from common.batches import flat_batch
+from common.tokenization import encode_prompt, stop_ids
 
 COPIES, TEMPERATURE, LENGTH = 4, 1.2, 24
 ROUNDING = 2e-4
-grpo = script("grpo")
+FOLDER = ROOT / "common" / "tiny" / "model"
 
 
-def make_run(*flags):
-    """What `sample` and `start_engine` use of a run, with the tiny model as the copy that samples."""
-    folder = ROOT / "common" / "tiny" / "model"
-    settings = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH}
-    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    run = SimpleNamespace(args=grpo.parse_args([*map(str, [*words, *flags])]), device=torch.device("cpu"), rank=0)
-    run.sampler = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    run.stops = stop_ids(AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder))
-    run.engine = grpo.start_engine(run.sampler, run)
-    return run
+def make_sampler(**changes):
+    """A Sampler with the weights of the tiny model, and a run that has what it reads of one."""
+    flags = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH, "max_length": 1024}
+    flags |= {"seed": 42, "deterministic": False, "engine": "auto"}
+    run = SimpleNamespace(args=SimpleNamespace(**flags | changes), device=torch.device("cpu"), rank=0)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    sampler = sampling.Sampler(run, lm, tokenizer, stop_ids(tokenizer, GenerationConfig.from_pretrained(FOLDER)))
+    trained = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    sampler.lm.load_state_dict(trained.state_dict())
+    sampler.start_engine()
+    return sampler
 
 
 @pytest.fixture(scope="module")
-def run():
-    return make_run("--engine", "continuous")
+def sampler():
+    return make_sampler(engine="continuous")
 
 
 def make_groups():
     """Three questions, one of them twice, a prompt of a single token and two that share their first 256."""
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "common" / "tiny" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     rows = (ROOT / "common" / "tiny" / "prompts.jsonl").read_text().splitlines()[:3]
     short = [encode_prompt(json.loads(row), tokenizer, {}) for row in rows]
     prompts = [*short, short[0], short[1][:1], 15 * short[2] + short[0], 15 * short[2] + short[1]]
@@ -49,9 +53,9 @@ def make_groups():
     return [{"prompt": prompt, "completions": [], "row": row} for row, prompt in enumerate(prompts)]
 
 
-def sampled(run, copies=COPIES, place=("train", 0)):
+def sampled(sampler, copies=COPIES, place=("train", 0), greedy=False):
     groups = make_groups()
-    grpo.sample(groups, copies, place, run)
+    sampler.sample(groups, copies, place, greedy)
     return groups
 
 
@@ -59,13 +63,11 @@ def ids(groups):
     return [[*c["ids"]] for group in groups for c in group["completions"]]
 
 
-def gap(run, groups):
+def gap(sampler, groups):
     """Largest difference of the sampler's log-probs from Policy's of the same ids under the weights as they are now."""
     theirs = torch.cat([c["sampler_logprobs"] for group in groups for c in group["completions"]])
-    own = run.sampler.config._attn_implementation
     with torch.no_grad():
-        ours = logprobs.Policy(run.sampler, TEMPERATURE)(flat_batch(groups, "cpu"))["logprobs"]
-    run.sampler.config._attn_implementation = own
+        ours = logprobs.Policy(sampler.lm, TEMPERATURE)(flat_batch(groups, "cpu"))["logprobs"]
     assert theirs.dtype == torch.float32 and theirs.shape == ours.shape
     return (ours - theirs).abs().max().item()
 
@@ -73,26 +75,26 @@ def gap(run, groups):
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_is_the_loops(run, monkeypatch):
+def test_greedy_is_the_loops(sampler, monkeypatch):
     """Token for token, whatever the batch, the length of the prompt and the fork."""
-    expected = sampled(run, 1, None)
-    monkeypatch.setattr(run.engine.batch_processor.model_runner, "do_sample", False)
-    groups = sampled(run)
+    expected = sampled(sampler, 1, greedy=True)
+    monkeypatch.setattr(sampler.engine.batch_processor.model_runner, "do_sample", False)
+    groups = sampled(sampler)
     for group, loop in zip(groups, expected):
         assert [[*c["ids"]] for c in group["completions"]] == COPIES * [[*loop["completions"][0]["ids"]]]
         assert all(c["stopped"] == loop["completions"][0]["stopped"] for c in group["completions"])
     assert len({*map(tuple, ids(groups))}) == len(groups) - 1  # the same question twice
 
 
-def test_draws_follow_the_model(run, monkeypatch):
+def test_draws_follow_the_model(sampler, monkeypatch):
     """Of 2000 forks the first tokens have the model's frequencies at the temperature: forks draw for themselves from
     the start. Within 4.5 standard deviations each, and more than one token is likely."""
     prompt, copies = make_groups()[4]["prompt"], 2000
     groups = [{"prompt": prompt, "completions": [], "row": 0}]
-    monkeypatch.setattr(run.engine.generation_config, "max_new_tokens", 1)
-    grpo.sample(groups, copies, ("train", 0), run)
+    monkeypatch.setattr(sampler.engine.generation_config, "max_new_tokens", 1)
+    sampler.sample(groups, copies, ("train", 0))
     assert all(len(x) == 1 for x in ids(groups))
-    lm = AutoModelForCausalLM.from_pretrained(ROOT / "common" / "tiny" / "model", dtype=torch.float32).eval()
+    lm = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     counts = torch.tensor([x[0] for x in ids(groups)]).bincount(minlength=lm.config.vocab_size)
     with torch.no_grad():
         p = (lm(torch.tensor([prompt])).logits[0, -1].double() / TEMPERATURE).softmax(-1)
@@ -100,41 +102,42 @@ def test_draws_follow_the_model(run, monkeypatch):
     assert z.abs().max() < 4.5 and (copies * p > 20).sum() >= 2
 
 
-def test_stop_tokens_and_lengths(run):
+def test_stop_tokens_and_lengths(sampler):
     """A completion ends with its first stop token, which belongs to it, or at the limit."""
-    groups = sampled(run)
+    groups = sampled(sampler)
     for completion in (c for group in groups for c in group["completions"]):
         tokens = [*completion["ids"]]
-        assert not {*tokens[:-1]} & {*run.stops} and len(tokens) == len(completion["sampler_logprobs"])
-        assert completion["stopped"] == (tokens[-1] in run.stops) and (completion["stopped"] or len(tokens) == LENGTH)
+        assert not {*tokens[:-1]} & {*sampler.stops} and len(tokens) == len(completion["sampler_logprobs"])
+        assert completion["stopped"] == (tokens[-1] in sampler.stops)
+        assert completion["stopped"] or len(tokens) == LENGTH
     assert {c["stopped"] for group in groups for c in group["completions"]} == {True, False}
 
 
 def test_every_stop_token_stops():
     """A list of them: also one that the tokenizer does not know as such."""
-    run = make_run("--engine", "continuous")
-    run.stops.append(max(sum(ids(sampled(run)), []), key=sum(ids(sampled(run)), []).count))
-    run.engine = grpo.start_engine(run.sampler, run)
-    assert any(run.stops[-1] in x for x in ids(sampled(run)))
-    assert not any({*x[:-1]} & {*run.stops} for x in ids(sampled(run)))
+    sampler = make_sampler(engine="continuous")
+    sampler.stops.append(max(sum(ids(sampled(sampler)), []), key=sum(ids(sampled(sampler)), []).count))
+    sampler.start_engine()
+    assert any(sampler.stops[-1] in x for x in ids(sampled(sampler)))
+    assert not any({*x[:-1]} & {*sampler.stops} for x in ids(sampled(sampler)))
 
 
-def test_noise(run):
+def test_noise(sampler):
     """From the seed, the place and the rank; what was sampled in between does not matter."""
-    first, other = ids(sampled(run)), ids(sampled(run, place=("train", 1)))
-    assert ids(sampled(run)) == first != other
-    run.rank = 1
-    assert ids(sampled(run)) not in (first, other)
-    run.rank = 0
+    first, other = ids(sampled(sampler)), ids(sampled(sampler, place=("train", 1)))
+    assert ids(sampled(sampler)) == first != other
+    sampler.run.rank = 1
+    assert ids(sampled(sampler)) not in (first, other)
+    sampler.run.rank = 0
 
 
 # ---- log-probs -------------------------------------------------------------------------------------------------------
 
 
-def test_logprobs_are_the_policys(run):
-    groups = sampled(run)
-    assert gap(run, groups) < ROUNDING
-    assert gap(run, groups[:4]) < 1e-5  # known text
+def test_logprobs_are_the_policys(sampler):
+    groups = sampled(sampler)
+    assert gap(sampler, groups) < ROUNDING
+    assert gap(sampler, groups[:4]) < 1e-5  # known text
 
 
 def test_little_room(monkeypatch):
@@ -143,11 +146,11 @@ def test_little_room(monkeypatch):
 
     again, whole = [], RequestState.create_equivalent_initial_request
     monkeypatch.setattr(RequestState, "create_equivalent_initial_request", lambda s: again.append(s) or whole(s))
-    run = make_run("--engine", "continuous", "--max_length", 256)
-    assert run.engine.batch_processor.cache.num_blocks == 16
-    groups = sampled(run)
+    sampler = make_sampler(engine="continuous", max_length=256)
+    assert sampler.engine.batch_processor.cache.num_blocks == 16
+    groups = sampled(sampler)
     assert again
-    assert gap(run, groups) < ROUNDING
+    assert gap(sampler, groups) < ROUNDING
     assert all(c["stopped"] or len(c["ids"]) == LENGTH for group in groups for c in group["completions"])
 
 
@@ -155,51 +158,50 @@ def test_little_room(monkeypatch):
 def test_new_weights(dropped, monkeypatch):
     """After the weights have changed in place, the log-probs are the new ones'. Without dropping pages they are not:
     this test sees what it is for."""
-    run = make_run("--engine", "continuous")
+    sampler = make_sampler(engine="continuous")
     if not dropped:
-        monkeypatch.setattr(run.engine.batch_processor.cache, "reset", lambda: None)
-    assert gap(run, sampled(run)) < ROUNDING
+        monkeypatch.setattr(sampler.engine.batch_processor.cache, "reset", lambda: None)
+    assert gap(sampler, sampled(sampler)) < ROUNDING
     with torch.no_grad():
-        for layer in run.sampler.model.layers:
+        for layer in sampler.lm.model.layers:
             layer.self_attn.v_proj.weight.mul_(1.5)
-    groups = sampled(run)
-    assert gap(run, groups[:5]) < ROUNDING  # shorter than a page: never shared
-    assert gap(run, groups) < ROUNDING if dropped else gap(run, groups) > 1e-2
+    groups = sampled(sampler)
+    assert gap(sampler, groups[:5]) < ROUNDING  # shorter than a page: never shared
+    assert gap(sampler, groups) < ROUNDING if dropped else gap(sampler, groups) > 1e-2
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
-def test_state_is_left(run):
-    """Between calls there is no thread, and the model is as it was: the loop's attention, eval mode."""
-    attention = run.sampler.config._attn_implementation
-    groups = sampled(run)
-    assert not run.engine.is_running() and not run.sampler.training
-    assert run.sampler.config._attn_implementation == attention != logprobs.PAGED
-    assert gap(run, groups) < ROUNDING
+def test_state_is_left(sampler):
+    """Between calls there is no thread, and loop and engine find the attention that is theirs, whoever came before."""
+    first, greedy = sampled(sampler), sampled(sampler, 1, greedy=True)
+    assert not sampler.engine.is_running() and not sampler.lm.training
+    assert ids(sampled(sampler)) == ids(first) and ids(sampled(sampler, 1, greedy=True)) == ids(greedy)
+    assert gap(sampler, first) < ROUNDING and gap(sampler, greedy) < ROUNDING
 
 
 def test_choice(monkeypatch, capsys):
-    monkeypatch.setattr(grpo, "say", lambda run, text: print(text))
-    assert make_run().engine is None and make_run("--engine", "loop").engine is None
+    monkeypatch.setattr(sampling, "say", lambda run, text: print(text))
+    assert make_sampler().engine is None and make_sampler(engine="loop").engine is None
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(logprobs.PagedAttentionCache, "update", lambda self, key, value, layer, read, write: None)
-    run = make_run("--engine", "continuous")
-    assert run.engine is None and "transformers 5.20" in capsys.readouterr().out
-    assert all(ids(sampled(run)))
+    monkeypatch.setattr(attention.PagedAttentionCache, "update", lambda self, key, value, layer, read, write: None)
+    sampler = make_sampler(engine="continuous")
+    assert sampler.engine is None and "transformers 5.20" in capsys.readouterr().out
+    assert all(ids(sampled(sampler)))
 
 
 def test_failure_is_said(monkeypatch):
     """Not a hang, and no thread is left behind."""
-    run = make_run("--engine", "continuous")
+    sampler = make_sampler(engine="continuous")
 
     def broken(*args):
         raise ValueError("broken on purpose")
 
-    monkeypatch.setattr(run.engine.batch_processor, "_generation_step", broken)
+    monkeypatch.setattr(sampler.engine.batch_processor, "_generation_step", broken)
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        sampled(run)
-    assert not run.engine.is_running()
+        sampled(sampler)
+    assert not sampler.engine.is_running()
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

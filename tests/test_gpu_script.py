@@ -11,7 +11,8 @@ import time
 import pytest
 from conftest import ROOT, ranks, script
 
-from common import logprobs
+from common import batches
+from common.batches import flat_batch
 
 NUMERIC = {"attention": 8, "logprobs": 2, "rollout_logprobs_loop": 4, "rollout_logprobs_continuous": 4, "dpo_update": 2,
            "grpo_update": 2, "head": 2, "compile": 2, "activation_checkpointing": 2}  # fmt: skip
@@ -65,9 +66,9 @@ def forked(gpu, name):
 
 def test_attention_sees_a_forgotten_window(gpu, monkeypatch):
     assert broken(gpu, "attention") == []
-    whole = logprobs.flat_attention
+    whole = gpu.flat_attention
     wrong = lambda *inputs, sliding_window=None, **more: whole(*inputs, **more)  # noqa: E731
-    monkeypatch.setattr(logprobs, "flat_attention", wrong)
+    monkeypatch.setattr(gpu, "flat_attention", wrong)
     found = {name.split(":")[0] for name in broken(gpu, "attention")}
     assert found == {f"{x}, window 8" for x in ("out", "dq", "dk", "dv")}
 
@@ -83,13 +84,13 @@ def test_rollout_sees_stale_pages(gpu, monkeypatch):
 
 def test_update_sees_a_wrong_prompt(gpu, monkeypatch):
     """Keys of a shared prompt that are shifted by one change the loss, and no repeated prompt has any."""
-    module, whole = script("dpo"), script("dpo").flat_batch
+    whole = batches.flat_batch
 
     def shifted(*inputs):
         batch = whole(*inputs)
         return batch if batch["kv_index"] is None else batch | {"kv_index": (batch["kv_index"] - 1).clamp(min=0)}
 
-    monkeypatch.setattr(module, "flat_batch", shifted)
+    monkeypatch.setattr(batches, "flat_batch", shifted)  # where micro_batches calls it
     row = forked(gpu, "dpo_update")
     assert not row["ok"] and any(check["value"] > check["limit"] for check in row["checks"])
 
@@ -118,9 +119,9 @@ def test_failure_is_one_line(gpu, tmp_path, fault, said):
 
 
 def _count(_rank, _world, gpu):
-    module, _, lm = gpu.Lab(tiny=True).prepare("sft", "0.6b")
+    _, _, lm = gpu.Lab(tiny=True).prepare("sft", "0.6b")
     group = {"prompt": gpu.array("i"), "completions": [{"ids": gpu.array("i", range(96)), "scored": None}]}
-    return gpu.count_flops(lm, [module.flat_batch([group])])
+    return gpu.count_flops(lm, [flat_batch([group])])
 
 
 def test_useful_flops(gpu):

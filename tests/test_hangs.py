@@ -25,14 +25,14 @@ def trouble(what):
     """Before its second update, rank 1 does it."""
 
     def patch(module):
-        update = module.update
+        clip_grad_norm = module.clip_grad_norm
 
-        def broken(policy, optimizer, lr, metrics, groups, step, run):
-            if run.rank == 1 and step == 1:
+        def broken(run, policy, limit):
+            if run.rank == 1 and run.step == 1:
                 what()
-            return update(policy, optimizer, lr, metrics, groups, step, run)
+            return clip_grad_norm(run, policy, limit)
 
-        module.update = broken
+        module.clip_grad_norm = broken
 
     return patch
 

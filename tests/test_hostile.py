@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import random
+import re
 import sys
 
 import pytest
@@ -98,7 +99,7 @@ def test_the_judge_sees(hostile, end, monkeypatch):
     act, needle = ENDS[end]
     bad = next(k for k in range(999) if k % 6 == 0 and k // 6 % len(FAMILIES) == FAMILIES.index("lines")
                and hostile.Case(k, SEED, hostile.root / "look").expected == "bad")
-    monkeypatch.setattr(hostile.MODULES["sft"], "launch", lambda main, args: act(args))
+    monkeypatch.setattr(hostile.MODULES["sft"], "launch", lambda main, args, script: act(args))
     row, _ = hostile.attempt(bad, SEED, hostile.root / f"judge-{end.replace(' ', '-')}", via="fork")
     assert not row["ok"] and needle in str(row["why"]), row
 
@@ -107,7 +108,7 @@ def test_the_judge_counts_rows_and_wants_the_weights_of_an_undisturbed_run(hosti
     """A script that drops a row, and a resume that starts with other weights."""
     module = hostile.MODULES["sft"]
     rows = module.load_rows
-    monkeypatch.setattr(module, "load_rows", lambda *args: rows(*args)[:-1])
+    monkeypatch.setattr(module, "load_rows", lambda *args, **more: rows(*args, **more)[:-1])
     case = hostile.Case(0, SEED, hostile.root / "count", [])
     code, out, err, _ = hostile.forked(case, case.write())
     assert "7 of 7 rows kept, expected 8" in str(hostile.judge(case, code, out, err, {}))
@@ -126,21 +127,48 @@ CALLS = {"torch.load", "eval", "exec", "compile", "__import__", "os.system", "os
          "dcp.FileSystemReader", "runpy.run_path", "jinja2.Template", "jinja2.Environment"}  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [*METHODS.rglob("*.py"), *(ROOT / "common").glob("*.py")], ids=lambda path: path.stem)
+def arguments(call, tree):
+    """Return {name: text} of a call's keywords, with those of a `**options` that is a dict display of the file. The
+    name may stand for one display only: two functions may not mean different ones by it."""
+    given = {}
+    for keyword in call.keywords:
+        if keyword.arg:
+            given[keyword.arg] = ast.unparse(keyword.value)
+            continue
+        for display in displays(ast.unparse(keyword.value), tree):
+            for key, value in zip(display.keys, display.values):
+                name = key and ast.literal_eval(key)  # None: another ** inside
+                assert given.setdefault(name, ast.unparse(value)) == ast.unparse(value), ast.unparse(call)
+    return given
+
+
+def displays(name, tree):
+    """Return the dict displays that a file assigns to a name."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    values = [node.value for node in assigned if name in map(ast.unparse, node.targets)]
+    return [value for value in values if isinstance(value, ast.Dict)]
+
+
+COMMON = ROOT / "common"
+SOURCES = [*METHODS.rglob("*.py"), *COMMON.glob("*.py"), *COMMON.glob("runtime/*.py"), *COMMON.glob("tools/*.py")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_nothing_runs_what_it_reads(path):
     """As syntax, so that neither a comment nor an alias of an import decides."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         assert not {name.split(".")[0] for name in names} & MODULES, ast.unparse(node)
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in CALLS, ast.unparse(node)
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            given = arguments(node, tree)
             assert given.get("shell", "False") == "False" and given.get("weights_only", "True") == "True"
             loads = ast.unparse(node.func).endswith(".from_pretrained")
             if loads and not ast.unparse(node.func).startswith("GenerationConfig"):  # that one reads JSON only
                 assert given.get("trust_remote_code") == "False", ast.unparse(node)
-                if "Model" in ast.unparse(node.func):
+                if re.search("Model|auto_class", ast.unparse(node.func)):
                     assert given.get("use_safetensors") == "True", ast.unparse(node)
 
 

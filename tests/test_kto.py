@@ -8,6 +8,7 @@ script, and the ids of a row; not a line that shares prompts, cuts batches, mism
 import json
 import math
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_bad_input import attempt, refused, write_rows
 from test_losses import close, f64
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.tokenization import order
+from common.batches import order
 
 kto = script("kto")
 TINY = ROOT / "common" / "tiny" / "model"
@@ -71,7 +72,7 @@ def test_apo_zero_is_the_same_without_kl():
     close(loss, 1 - sigmoid(0.2) + sigmoid(-0.1) + 1 - sigmoid(0.0) + sigmoid(0.5))
     for a, b in zip((loss, grad), (loss_of(kl=0.0)[i] for i in (0, 2))):
         close(a, b)
-    assert set(kto.LOSSES) == {"kto", "apo_zero_unpaired"}
+    assert set(get_args(kto.Args.__annotations__["loss_type"])) == {"kto", "apo_zero_unpaired"}
 
 
 def test_half_of_the_weight_where_policy_and_reference_agree():

@@ -51,6 +51,25 @@ def test_a_run_of_an_older_text_is_made_again_and_a_failed_one_does_not_pass(fin
     assert "FAIL: exit code 3" in capsys.readouterr().out
 
 
+def test_what_decides_a_run(monkeypatch, tmp_path):
+    """The script, and all of common/ but its pages and what Python caches."""
+    monkeypatch.setattr(ladder, "ROOT", tmp_path)
+
+    def source_with(path):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(path)
+        return ladder.source("dpo")
+
+    before = source_with("methods/dpo.py")
+    for path in "common/README.md", "common/runtime/__pycache__/run.pyc", "methods/grpo.py":
+        assert source_with(path) == before, path
+    for path in "common/batches.py", "common/runtime/run.py", "common/tiny/pairs.jsonl":
+        after = source_with(path)
+        assert after != before, path
+        before = after
+
+
 @pytest.mark.parametrize("failing, code", [(None, 0), ("kto", 1)])
 def test_exit_code(monkeypatch, tmp_path, failing, code):
     seen = []

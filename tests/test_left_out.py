@@ -7,6 +7,8 @@ import torch
 from conftest import newest, read_jsonl, tiny_rows, train
 from test_split import metric_differences, weight_differences
 
+from common import batches
+
 LR = 5e-5
 OF_LIVE_TOKENS = ("ratio_mean", "clip_frac", "entropy", "sampler_gap")  # means over what was computed
 
@@ -28,26 +30,30 @@ def nothing_is_silent(module):
 def mostly_silent(module, until=4):
     """Every fifth row has a signal, whoever holds it; in the second rollout (steps 5 to 8) none has,
     and so all are computed."""
-    def judged(groups, run):
+    sample_and_judge = module.sample_and_judge
+
+    def judged(run, sampler, groups, *more, **named):
+        sample_and_judge(run, sampler, groups, *more, **named)
         for group in groups:
             for k, completion in enumerate(group["completions"]):
                 reward = float(k % 2 and group["row"] % 5 == 0 and run.step < until)
-                completion.update(parts=[reward], reward=reward)
+                completion.update(rewards=[reward], reward=reward)
 
-    module.reward_groups = judged
+    module.sample_and_judge = judged
 
 
 def count_tokens(seen):
     def patch(module):
         mostly_silent(module, until=8)
-        original = module.flat_batch
+        original = batches.flat_batch
 
         def counted(groups, device="cpu"):
             with open(seen, "a") as f:
                 f.write(f"{sum(len(c['ids']) for g in groups for c in g['completions'])}\n")
             return original(groups, device)
 
-        module.flat_batch = counted
+        batches.flat_batch = counted
+
     return patch
 
 

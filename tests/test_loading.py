@@ -12,6 +12,10 @@ from safetensors import safe_open
 from test_logprobs import build
 from transformers import AutoModelForCausalLM
 
+from common.runtime import checkpoint, model
+from common.runtime.launch import launch
+from common.runtime.parallel import full
+
 ROTARY = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
                               "original_max_position_embeddings": 64}}  # fmt: skip
 MODELS = {  # what each is for
@@ -45,22 +49,23 @@ def load(rank, world, path, replicate, tp, size):
     args = module.parse_args([*tiny_flags("sft"), "--model", str(path), "--tp_size", str(tp)])
     shape = replicate, world // (replicate * tp), tp
     mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
-    run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=rank)
-    args.replicate_size, module.FILE_BYTES = replicate, size
+    run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=rank, weights=0)
+    run.group = dist.group.WORLD
+    args.replicate_size, checkpoint.FILE_BYTES = replicate, size
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    run.model_path, run.save_dtype, broadcasts = str(path), torch.float32, []
-    whole = module.set_model_state_dict
-    module.set_model_state_dict = lambda *args, **more: broadcasts.append(1) or whole(*args, **more)
-    policy = module.load_weights(module.shard(module.Policy(lm), run), run)
+    broadcasts = []
+    agree = model.agree  # that rank 0 could read the whole model, before it is broadcast
+    model.agree = lambda *args: broadcasts.append(1) or agree(*args)
+    policy = model.load_weights(run, module.shard(module.Policy(lm), run))
     if rank == 0:
         (path / "export").mkdir()
     dist.barrier()
-    module.export(policy, path / "export", run)
+    checkpoint.export(run, policy, path / "export")
     dist.barrier()
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
-    weights = {name: module.full(p).detach() for name, p in lm.named_parameters()}
+    weights = {name: full(p).detach() for name, p in lm.named_parameters()}
     return weights, state(lm.named_buffers()), tied, len(broadcasts)
 
 
@@ -103,7 +108,7 @@ def runs_out(rank, world, argv, error):
         raise error
 
     module.sft_loss = loss
-    module.launch(module.main, module.parse_args(argv))
+    launch(module.main, module.parse_args(argv), module.__file__)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),

@@ -8,13 +8,15 @@ denominator is off by more than 1e-2.
 import math
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from common.rewards import BUILT_IN, accuracy
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
 NAN = math.nan
@@ -29,17 +31,6 @@ def close(actual, expected, **tolerance):
     expected = expected if isinstance(expected, torch.Tensor) else torch.tensor(expected, dtype=torch.float64)
     actual = actual.detach() if isinstance(actual, torch.Tensor) else torch.tensor(actual, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, **(tolerance or TIGHT))
-
-
-@pytest.fixture(scope="module")
-def run():
-    """What compute_advantages needs of a run: a process group of one, gone again before another file forks."""
-    mine = not dist.is_initialized()
-    if mine:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, args=SimpleNamespace(tp_size=1))
-    if mine:
-        dist.destroy_process_group()
 
 
 # ---- sft -----------------------------------------------------------------------------------------
@@ -115,7 +106,7 @@ def test_dpo_loss_is_finite_and_linear_far_out():
     close(logprobs.grad, f64(-0.1, 0.1, 0, 0))
 
 
-@pytest.mark.parametrize("loss_type", sorted(dpo.LOSSES))
+@pytest.mark.parametrize("loss_type", sorted(get_args(dpo.LossType)))
 def test_every_dpo_loss_pushes_the_chosen_up_at_the_start(loss_type):
     """At a margin of 0 each loss of the table falls with the chosen log-prob and rises with the rejected one; but
     apo_down has nothing to say about the chosen one there, sft never about the rejected one, and discopop with its tau
@@ -175,10 +166,10 @@ def surrogate(ratios=RATIOS, seq=SEQ, advantages=ADVANTAGES, ref=None, num_token
     """grpo_loss at the given ratios -> loss, metrics, d loss / d logprobs."""
     old = torch.linspace(-3, -1, len(ratios), dtype=torch.float64)
     logprobs = (old + f64(*ratios).log()).requires_grad_()
-    ref = None if ref is None else logprobs.detach() + f64(*ref)  # given as log(ref / pi)
-    seq = torch.tensor(seq)
-    counts = num_tokens, num_seqs
-    loss, metrics = grpo.grpo_loss(logprobs, old, ref, old, f64(*advantages), seq, *counts, grpo_args(**args))
+    batch = {"old_logprobs": old, "sampler_logprobs": old, "advantage": f64(*advantages), "seq": torch.tensor(seq)}
+    if ref is not None:
+        batch["ref_logprobs"] = logprobs.detach() + f64(*ref)  # given as log(ref / pi)
+    loss, metrics = grpo.grpo_loss(logprobs, batch, num_tokens, num_seqs, grpo_args(**args))
     loss.backward()
     assert not any(value.requires_grad for value in metrics.values())
     return loss.item(), metrics, logprobs.grad
@@ -202,7 +193,8 @@ def test_grpo_normalisers_as_decimals():
 
 
 def test_every_normaliser_of_the_table_is_covered():
-    assert set(grpo.NORMS) == {*NORMS, "cispo"}  # dapo's, under another loss: test_grpo_losses.py
+    loss_types = get_args(grpo.Args.__annotations__["loss_type"])
+    assert {*loss_types} == {*NORMS, "cispo"}  # dapo's, under another loss: test_grpo_losses.py
 
 
 def test_grpo_normalisers_count_the_whole_step():
@@ -291,10 +283,12 @@ def test_k3_is_never_negative_and_zero_only_at_equality(ref):
 def test_far_log_ratios_stay_finite(loss_type, distance, dtype):
     """e^50 = 5e21 squared would leave float32; one such token must not end a run."""
     logprobs = torch.full((4,), -60.0 + distance, dtype=dtype, requires_grad=True)
-    old, ref = (torch.full((4,), value, dtype=dtype) for value in (-60.0, -60.0))
-    advantages, seq = torch.tensor([1.0, -1.0], dtype=dtype), torch.tensor([0, 0, 1, 1])
+    others = torch.full((4,), -60.0, dtype=dtype)
+    batch = dict.fromkeys(("old_logprobs", "sampler_logprobs", "ref_logprobs"), others)
+    batch["advantage"] = torch.tensor([1.0, -1.0], dtype=dtype)
+    batch["seq"] = torch.tensor([0, 0, 1, 1])
     args = grpo_args(loss_type=loss_type, beta=0.1)
-    loss, metrics = grpo.grpo_loss(logprobs, old, ref, old, advantages, seq, 4, 2, args)
+    loss, metrics = grpo.grpo_loss(logprobs, batch, 4, 2, args)
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite().all()
     assert all(value.isfinite() for value in metrics.values())
@@ -319,42 +313,42 @@ def test_grpo_loss_does_not_depend_on_the_order_of_tokens(data):
 # ---- advantages ----------------------------------------------------------------------------------
 
 
-def advantages(rewards, scale, run, dtype=torch.float64):
+def advantages(rewards, scale, dtype=torch.float64):
     table = torch.tensor(rewards, dtype=dtype)
-    result = grpo.compute_advantages(table, SimpleNamespace(scale_rewards=scale), run)
+    result = grpo.compute_advantages(table, SimpleNamespace(scale_rewards=scale))
     assert result.shape == table.shape and result.isfinite().all()
     return result
 
 
-def test_group_advantages(run):
+def test_group_advantages():
     # (1, 0, 0, 1): mean 0.5, std sqrt(4 * 0.25 / 3); (0, 0, 0, 2): mean 0.5, std sqrt((3 * 0.25 + 2.25) / 3) = 1
-    got = advantages([[1, 0, 0, 1], [0, 0, 0, 2]], "group", run)
+    got = advantages([[1, 0, 0, 1], [0, 0, 0, 2]], "group")
     a, b = 0.5 / (math.sqrt(1 / 3) + 1e-4), 0.5 / (1 + 1e-4)
     close(got, [[a, -a, -a, a], [-b, -b, -b, 3 * b]])
 
 
-def test_batch_advantages(run):
+def test_batch_advantages():
     # centred by the group's mean, divided by the deviation of all eight
     rewards = [[1, 0, 0, 1], [0, 0, 0, 2]]
     flat = [1, 0, 0, 1, 0, 0, 0, 2]  # mean 0.5; sum of squares 2 * 0.25 + 5 * 0.25 + 2.25 = 4; over n - 1 = 7
     assert sum((x - 0.5) ** 2 for x in flat) == 4
     std = math.sqrt(4 / 7) + 1e-4
-    close(advantages(rewards, "batch", run), [[0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std],
-                                              [-0.5 / std, -0.5 / std, -0.5 / std, 1.5 / std]])  # fmt: skip
+    wanted = [[0.5 / std, -0.5 / std, -0.5 / std, 0.5 / std], [-0.5 / std, -0.5 / std, -0.5 / std, 1.5 / std]]
+    close(advantages(rewards, "batch"), wanted)
 
 
-def test_unscaled_advantages(run):
-    close(advantages([[1, 0, 0, 1], [0, 0, 0, 2]], "none", run), [[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]])
+def test_unscaled_advantages():
+    close(advantages([[1, 0, 0, 1], [0, 0, 0, 2]], "none"), [[0.5, -0.5, -0.5, 0.5], [-0.5, -0.5, -0.5, 1.5]])
 
 
-def test_a_missing_reward_is_in_no_statistic(run):
+def test_a_missing_reward_is_in_no_statistic():
     # (1, 0, nan): mean 0.5 and std sqrt(0.5) of two values; the third learns nothing
     a = 0.5 / (math.sqrt(0.5) + 1e-4)
-    close(advantages([[1, 0, NAN]], "group", run), [[a, -a, 0]])
-    close(advantages([[1, 0, NAN]], "none", run), [[0.5, -0.5, 0]])
+    close(advantages([[1, 0, NAN]], "group"), [[a, -a, 0]])
+    close(advantages([[1, 0, NAN]], "none"), [[0.5, -0.5, 0]])
     # batch: four values 1 0 3 3, mean 1.75, squares 0.5625 + 3.0625 + 2 * 1.5625 = 6.75, over 3
     std = math.sqrt(6.75 / 3) + 1e-4
-    close(advantages([[1, 0, NAN], [3, 3, NAN]], "batch", run), [[0.5 / std, -0.5 / std, 0], [0, 0, 0]])
+    close(advantages([[1, 0, NAN], [3, 3, NAN]], "batch"), [[0.5 / std, -0.5 / std, 0], [0, 0, 0]])
 
 
 @pytest.mark.parametrize("scale", ("group", "batch", "none"))
@@ -364,16 +358,16 @@ def test_a_missing_reward_is_in_no_statistic(run):
     [[2.0, 2.0, 2.0]],  # all equal
     [[0.0, 0.0, 0.0], [NAN, NAN, NAN]],
 ))  # fmt: skip
-def test_groups_without_differences_teach_nothing(rewards, scale, run):
-    close(advantages(rewards, scale, run), torch.zeros(len(rewards), 3, dtype=torch.float64))
+def test_groups_without_differences_teach_nothing(rewards, scale):
+    close(advantages(rewards, scale), torch.zeros(len(rewards), 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scale", ("group", "batch"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_equal_rewards_that_no_float_holds_teach_nothing(scale, dtype, run):
+def test_equal_rewards_that_no_float_holds_teach_nothing(scale, dtype):
     """The mean of seven times 0.7 is not 0.7 in float32: divided by a deviation of 6e-8 + 1e-4, the rounding of the
     mean would push all seven the same way, by 6e-4. (Over the batch's deviation of 0.3 it is 2e-7.)"""
-    got = advantages([[0.1] * 7, [0.7] * 7], scale, run, dtype)
+    got = advantages([[0.1] * 7, [0.7] * 7], scale, dtype)
     close(got.double(), torch.zeros(2, 7, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
@@ -385,11 +379,11 @@ reward_tables = st.integers(2, 5).flatmap(
 @pytest.mark.parametrize("scale", ("group", "batch", "none"))
 @settings(deadline=None, max_examples=60)
 @given(rewards=reward_tables, shift=st.floats(-8, 8))
-def test_a_constant_added_to_all_rewards_changes_nothing(scale, run, rewards, shift):
+def test_a_constant_added_to_all_rewards_changes_nothing(scale, rewards, shift):
     if all(math.isnan(x) for row in rewards for x in row):
         rewards = [[0.0] * len(row) for row in rewards]  # nothing valid at all is a test of its own above
-    plain = advantages(rewards, scale, run)
-    moved = advantages([[x + shift for x in row] for row in rewards], scale, run)
+    plain = advantages(rewards, scale)
+    moved = advantages([[x + shift for x in row] for row in rewards], scale)
     # x + shift rounds at 1e-15, and dividing by 1e-4 at the least makes that 1e-11
     close(moved, plain, rtol=1e-9, atol=1e-9)
 
@@ -397,19 +391,19 @@ def test_a_constant_added_to_all_rewards_changes_nothing(scale, run, rewards, sh
 @pytest.mark.parametrize("scale", ("group", "batch", "none"))
 @settings(deadline=None, max_examples=60)
 @given(rewards=reward_tables, data=st.data())
-def test_advantages_move_with_their_rows(scale, run, rewards, data):
+def test_advantages_move_with_their_rows(scale, rewards, data):
     if all(math.isnan(x) for row in rewards for x in row):
         rewards = [[0.0] * len(row) for row in rewards]
     rows = data.draw(st.permutations(range(len(rewards))))
     columns = data.draw(st.permutations(range(len(rewards[0]))))
-    plain = advantages(rewards, scale, run)[list(rows)][:, list(columns)]
-    close(advantages([[rewards[i][j] for j in columns] for i in rows], scale, run), plain, rtol=1e-9, atol=1e-9)
+    plain = advantages(rewards, scale)[list(rows)][:, list(columns)]
+    close(advantages([[rewards[i][j] for j in columns] for i in rows], scale), plain, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", ("group", "batch", "none"))
-def test_advantages_sum_to_zero_in_every_group(scale, run):
+def test_advantages_sum_to_zero_in_every_group(scale):
     rewards = [[1.0, 0.25, NAN, -3.0], [0.0, 0.0, 0.0, 1.0]]
-    close(advantages(rewards, scale, run).sum(1), [0.0, 0.0])
+    close(advantages(rewards, scale).sum(1), [0.0, 0.0])
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -453,18 +447,18 @@ def chat(text):
 ))  # fmt: skip
 def test_accuracy(completion, answer, reward):
     for wrap in str, chat:
-        got = grpo.accuracy(["?"], [wrap(completion)], answer=[answer])
+        got = accuracy(["?"], [wrap(completion)], answer=[answer])
         assert got == [reward], (wrap, got)
     gold = chat(answer) if isinstance(answer, str) else answer
-    assert grpo.accuracy(["?"], [completion], solution=[gold]) == [reward]
+    assert accuracy(["?"], [completion], solution=[gold]) == [reward]
 
 
 def test_accuracy_takes_lists_and_ignores_other_columns():
     prompts, completions = [chat("?")] * 3, ["#### 1", "#### 2", "#### 3"]
-    assert grpo.accuracy(prompts, completions, answer=["1", "0", None], level=["a", "b", "c"]) == [1.0, 0.0, None]
-    assert grpo.accuracy(prompts=prompts, completions=completions) == [None] * 3  # no column with the answer
-    assert grpo.accuracy(prompts, completions, answer=["1"] * 3, solution=["9"] * 3) == [1.0, 0.0, 0.0]
-    assert grpo.accuracy([], [], answer=[]) == []
+    assert accuracy(prompts, completions, answer=["1", "0", None], level=["a", "b", "c"]) == [1.0, 0.0, None]
+    assert accuracy(prompts=prompts, completions=completions) == [None] * 3  # no column with the answer
+    assert accuracy(prompts, completions, answer=["1"] * 3, solution=["9"] * 3) == [1.0, 0.0, 0.0]
+    assert accuracy([], [], answer=[]) == []
 
 
 @pytest.mark.parametrize("completion, reward", (
@@ -480,21 +474,21 @@ def test_accuracy_takes_lists_and_ignores_other_columns():
     ("", 0),
 ))  # fmt: skip
 def test_format(completion, reward):
-    assert grpo.format(["?"], [completion]) == [reward]
-    assert grpo.format(["?"], [chat(completion)], answer=["1458"]) == [reward]
+    assert BUILT_IN["format"](["?"], [completion]) == [reward]
+    assert BUILT_IN["format"](["?"], [chat(completion)], answer=["1458"]) == [reward]
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=60), st.text(max_size=60) | st.none() | st.integers() | st.floats())
 def test_rewards_survive_any_text(completion, answer):
     for completions in [completion], [chat(completion)]:
-        assert grpo.accuracy(["?"], completions, answer=[answer])[0] in (None, 0.0, 1.0)
-        assert grpo.format(["?"], completions)[0] in (0.0, 1.0)
+        assert accuracy(["?"], completions, answer=[answer])[0] in (None, 0.0, 1.0)
+        assert BUILT_IN["format"](["?"], completions)[0] in (0.0, 1.0)
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(-(10**9), 10**9))
 def test_accuracy_finds_an_integer_however_it_is_written(n):
     for text in f"#### {n}", f"#### {n:,}", f"\\boxed{{{n}}}", f"it is {n}.", f"#### {n}.00":
-        assert grpo.accuracy(["?"], [text], answer=[str(n)]) == [1.0], text
-        assert grpo.accuracy(["?"], [text], answer=[str(n + 1)]) == [0.0], text
+        assert accuracy(["?"], [text], answer=[str(n)]) == [1.0], text
+        assert accuracy(["?"], [text], answer=[str(n + 1)]) == [0.0], text

@@ -14,11 +14,16 @@ from conftest import newest, ranks, read_jsonl, script, tiny_rows, train
 from test_logprobs import FLAT, build, gradients, make_groups
 from test_split import metric_differences, weight_differences
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
+from common.batches import flat_batch
 from common.logprobs import Policy, probe_groups
-from common.tokenization import flat_batch
+from common.runtime import model
+from common.runtime.launch import setup
+from common.runtime.parallel import full
 
 ROWS = {"sft": 1e-4, "dpo": 8e-5, "grpo": 5e-5}  # learning rates of the fast flags
 
@@ -53,19 +58,20 @@ def make_policy(rank, world, folder, flag, free, tokens=100, **more):
     sft = script("sft")
     argv = ["--output_dir", f"{folder}/{rank}-{flag}", "--activation_checkpointing", flag]
     argv += [w for k, v in more.items() for w in (f"--{k}", str(v))]
-    sft.free_bytes = lambda: free[rank] if isinstance(free, list) else free
+    model.free_bytes = lambda: free[rank] if isinstance(free, list) else free
     args = sft.parse_args(argv)
-    run = sft.setup(args)
-    _, lm = sft.load_model(args, run)
-    policy = sft.load_weights(sft.shard(Policy(lm), run), run)
-    sft.fit_memory(policy, tokens, run)
+    run = setup(args, sft.__file__)
+    run.mesh = init_device_mesh("cpu", run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    tokenizer, lm = model.load_model(AutoModelForCausalLM, args)
+    policy = model.load_weights(run, sft.shard(Policy(lm), run))
+    said = model.fit_memory(run, policy, tokenizer, tokens)
     groups = probe_groups(lm.config.vocab_size) * 7
     kept, count, out = alive_after_forward(policy, groups)
     out.sum().backward()
-    grads = {name: sft.full(p.grad).clone() for name, p in policy.named_parameters()}
+    grads = {name: full(p.grad).clone() for name, p in policy.named_parameters()}
     again = [m.forward.func.__name__ == "checkpoint" if hasattr(m.forward, "func") else False for m in policy.modules()
              if isinstance(m, sft.GradientCheckpointingLayer)]
-    return SimpleNamespace(kept=kept, tokens=count, grads=grads, again=set(again), said=run.memory)
+    return SimpleNamespace(kept=kept, tokens=count, grads=grads, again=set(again), said=said)
 
 
 def test_layers_that_are_computed_again_keep_their_input_only(tmp_path):
@@ -107,9 +113,9 @@ def test_compiled_layers_agree_and_are_compiled_a_few_times(name, monkeypatch):
     counter, compiled = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled(f, backend=counter, **kw))
     lm = build(name)
-    plain, policy, sft = Policy(build(name)), Policy(lm), script("sft")
+    plain, policy = Policy(build(name)), Policy(lm)
     args = SimpleNamespace(compile=True, activation_checkpointing="off")
-    sft.fit_memory(policy, 1, SimpleNamespace(args=args))
+    model.fit_memory(SimpleNamespace(args=args), policy, None, 1)
     assert name in FLAT
     graphs = []
     for seed, take in enumerate([slice(0, 4), slice(0, 2), slice(1, 3), slice(2, 4), slice(0, 1), slice(0, 3)]):

@@ -18,9 +18,12 @@ import transformers
 from conftest import LOOPS, ROOT, SCRIPTS, newest, ranks, read_jsonl, script, tiny_rows, train, trainer_tensors
 from test_logprobs import WANT, build, make_groups, oracle
 from test_split import DEFAULT_FLOOR, metric_differences, weight_differences
+from torch.distributed.device_mesh import init_device_mesh
 
+from common.batches import flat_batch
 from common.logprobs import Policy
-from common.tokenization import InputError, flat_batch
+from common.runtime import parallel
+from common.runtime.flags import InputError
 
 MESHES = {  # name -> ranks, replicate_size, tp_size
     "fsdp2": (2, 1, 1), "fsdp4": (4, 1, 1), "tp2": (2, 1, 2), "tp4": (4, 1, 4), "fsdp2 x tp2": (4, 1, 2),
@@ -40,23 +43,23 @@ REFUSED = {"Mixtral": "moe_tp_experts", "Qwen3Moe": "moe_tp_experts", "GptOss": 
 def fake_run(world, replicate, tp):
     args = SimpleNamespace(tp_size=tp, replicate_size=replicate, cpu_offload=False)
     shape = replicate, world // (replicate * tp), tp
-    mesh = script("sft").init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
     return SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=dist.get_rank(),
-                           dp_size=world // tp, dp_rank=dist.get_rank() // tp)
+                           group=dist.group.WORLD, dp_size=world // tp, dp_rank=dist.get_rank() // tp)
 
 
 def sharded(rank, world, name, changes, replicate, tp):
     """-> outputs, gradients whole by name, and the gradient norm that the script computes."""
     module, run = script("sft"), fake_run(world, replicate, tp)
     lm = build(name, **{"vocab_size": 100, **changes})
-    policy = module.shard(Policy(lm, 0.7, 5), run)
+    policy = module.shard(Policy(lm, 0.7), run)
     out = policy(flat_batch(make_groups()), want=WANT)
     loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for k, x in out.items() if x.is_floating_point())
     loss.backward()
-    for p in (p for part in policy.partial for p in part.parameters()):
+    for p in parallel.partial_parameters(policy):
         dist.all_reduce(p.grad.to_local(), group=run.mesh["tp"].get_group())
-    norm = module.gradient_norm([p for p in policy.parameters() if p.grad is not None], run)
-    grads = {name: module.full(p.grad) for name, p in policy.lm.named_parameters()}
+    norm = parallel.gradient_norm(run, [p for p in policy.parameters() if p.grad is not None])
+    grads = {name: parallel.full(p.grad) for name, p in policy.lm.named_parameters()}
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     return {k: x.detach() for k, x in out.items()}, grads, norm, tied
 
@@ -64,7 +67,7 @@ def sharded(rank, world, name, changes, replicate, tp):
 def whole(name, changes):
     """The same from the unsharded model through lm(ids).logits, one sequence at a time."""
     lm = build(name, **{"vocab_size": 100, **changes})
-    out = oracle(lm, make_groups(), 0.7, 5)
+    out = oracle(lm, make_groups(), 0.7)
     loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for k, x in out.items() if x.is_floating_point())
     loss.backward()
     return {k: x.detach() for k, x in out.items()}, {name: p.grad for name, p in lm.named_parameters()}

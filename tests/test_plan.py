@@ -10,6 +10,8 @@ import plan  # noqa: E402
 import plan_models  # noqa: E402
 import plan_real  # noqa: E402
 
+from common.batches import flat_batch, pack  # noqa: E402
+
 D, INNER, LAYERS, HEADS, WIDTH, VOCAB = 64, 96, 4, 4, 16, 80
 NUMBERS = {"model_type": "llama", "hidden_size": D, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
            "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": WIDTH, "vocab_size": VOCAB}
@@ -59,8 +61,8 @@ def test_few_layers_stand_for_all(model):
 
 @pytest.mark.parametrize("name", plan_models.OFFLINE)
 def test_rows_fill_the_budget(name):
-    batches = plan.script(name).micro_batches(plan.rows(name, 64, 512), 512)
-    assert [len(plan.script(name).flat_batch(groups)["input_ids"]) for groups in batches] == [512]
+    lists = pack(plan.rows(name, 64, 512), 512)
+    assert [len(flat_batch(groups)["input_ids"]) for groups in lists] == [512]
 
 
 def test_traffic_is_that_of_the_shards(model):

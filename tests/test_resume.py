@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LOOPS, ROOT, SCRIPTS, STABLE, TIMEOUT, command, ended, newest, read_jsonl, script, tiny_flags
+from conftest import LOOPS, ROOT, SCRIPTS, TIMEOUT, command, ended, newest, once, read_jsonl, script, tiny_flags
 from conftest import tiny_rows, train, trainer_tensors, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
@@ -27,7 +27,11 @@ from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
 )  # fmt: skip
 
+from common.rewards import BUILT_IN
+
 STEPS, BATCH, KEPT = 8, 4, (3, 6, 8)
+WEIGHTS = "model.policy.lm."  # how the names of the policy's weights begin in trainer/
+AVERAGE = "model.average.lm."  # of sft_bema, which exports the average of its policies
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def runs(tmp_path_factory):
             flags = ["--dataset", tiny_rows(name, folder / "rows.jsonl", 12), "--max_steps", STEPS]
             flags += ["--eval_dataset", folder / "heldout.jsonl", "--eval_every", 4, "--batch_size", BATCH]
             flags += ["--save_every", 3, "--keep_last", 99, "--save_dtype", "float32"]
-            if hasattr(script(name), "accuracy"):  # sums that are no fp32 numbers: a cast of the state would show
+            if hasattr(script(name), "rollout"):  # sums that are no fp32 numbers: a cast of the state would show
                 flags += ["--reward", "accuracy", "format", "--reward_weights", "0.7", "0.1"]
             train(name, folder / "whole", *flags, world=world)
             made[name, world] = flags, folder / "whole"
@@ -129,8 +133,8 @@ def at_event(event, *parts):
 def in_reward(number):
     """Kill inside rollout `number` of this process, when its completions are there and their rewards are not."""
 
-    def patch(module):
-        accuracy, calls = module.BUILT_IN["accuracy"], []
+    def patch(_module):
+        accuracy, calls = BUILT_IN["accuracy"], []
 
         def counted(prompts, completions, **columns):
             calls.extend([1] * (len(completions) == BATCH * 2 * 4))  # an evaluation has fewer
@@ -138,7 +142,7 @@ def in_reward(number):
                 die()
             return accuracy(prompts, completions, **columns)
 
-        module.BUILT_IN["accuracy"] = counted
+        BUILT_IN["accuracy"] = counted
 
     return patch
 
@@ -156,9 +160,20 @@ CHAINS = {  # kills of one run, one after the other; the counts are from the sta
 }
 
 
-@pytest.mark.parametrize("name, chain", [
-    (n, c) for n in LOOPS for c in CHAINS if c == "steps" or n in STABLE and (c == "saves" or n == "grpo")
-    or (n, c) == ("experimental/dapo", "rollouts")])
+USUAL = {("sft", "saves"), ("grpo", "saves"), ("grpo", "rollouts"), ("experimental/dapo", "rollouts")}
+
+
+def chains():
+    """Scripts with a loop of their own, killed in their steps; the other chains are about what is shared."""
+    for name in LOOPS:
+        for chain in CHAINS:
+            if chain == "rollouts" and not hasattr(script(name), "rollout"):
+                continue
+            usual = chain == "steps" or (name, chain) in USUAL
+            yield pytest.param(name, chain, marks=[] if usual else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name, chain", list(chains()))
 def test_killed(name, chain, runs, tmp_path):
     flags, whole = runs(name)
     for i, patch in enumerate(CHAINS[chain]):
@@ -168,7 +183,7 @@ def test_killed(name, chain, runs, tmp_path):
     assert_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft", "grpo"))
 def test_one_of_two_ranks_killed(name, runs, tmp_path):
     """The other rank cannot go on and says so; both together end with the bytes of two that were left alone."""
     flags, whole = runs(name, 2)
@@ -178,7 +193,7 @@ def test_one_of_two_ranks_killed(name, runs, tmp_path):
     assert_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("name", [*STABLE, "experimental/dapo"])  # its rollouts choose their prompts
+@pytest.mark.parametrize("name", once("sft", "grpo", "experimental/dapo"))  # dapo's rollouts choose their prompts
 def test_other_number_of_ranks(name, runs, tmp_path):
     """From one rank to two in the middle (grpo: of a rollout): equal as if the step were cut otherwise, test_split."""
     flags, whole = runs(name)
@@ -213,7 +228,7 @@ def stopped(out):
     assert 1 <= step < STEPS and step == read_jsonl(out / "metrics.jsonl")[-1]["step"], "saved and logged other steps"
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("grpo"))
 def test_sigterm(name, runs, tmp_path):
     flags, whole = runs(name)
     out = tmp_path / "run"
@@ -249,7 +264,7 @@ def test_sigterm_to_a_command(runs, tmp_path):
 # ---- what may be resumed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft"))
 def test_refused(name, runs, tmp_path):
     """Another flag, other rows, another model: one line, exit code 2, and the folder as it was."""
     flags, whole = runs(name)
@@ -299,7 +314,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", SCRIPTS[:1])  # shared machinery, byte-identical in every script (test_copies)
+@pytest.mark.parametrize("name", once("dpo"))
 def test_damaged_checkpoint_is_skipped(name, damage, runs, tmp_path):
     """The newest whole checkpoint wins; the damaged one is named, and replaced on the way."""
     flags, whole = runs(name)
@@ -315,7 +330,7 @@ def test_damaged_checkpoint_is_skipped(name, damage, runs, tmp_path):
     assert code == 2 and "checkpoint-000006" in text and "Traceback" not in text, text[-2000:]
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft"))
 def test_leftovers_are_cleaned(name, runs, tmp_path):
     """What a kill leaves under a passing name goes at the next start: folders, and files too."""
     flags, whole = runs(name)
@@ -342,7 +357,8 @@ def assert_export(folder, checkpoint, dtype, tied):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert classifier or (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
     tensors = trainer_tensors(checkpoint)
-    trained = {k.removeprefix("model.lm."): v for k, v in tensors.items() if k.startswith("model.lm.")}
+    prefix = AVERAGE if any(key.startswith(AVERAGE) for key in tensors) else WEIGHTS
+    trained = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     assert len(trained) == len(dict(lm.named_parameters())), "a tied alias appears once"
     for name, weight in lm.named_parameters():
         assert torch.equal(weight, trained[name].to(dtype)), name
@@ -366,12 +382,12 @@ def test_saved_model(name, runs):
     for folder in (whole / "final", whole / "checkpoint-000008"):
         assert_export(folder, whole / "checkpoint-000008", torch.float32, tied=True)
     tiny = AutoModelForCausalLM.from_pretrained(ROOT / "common" / "tiny" / "model", dtype=torch.float32)
-    trained = trainer_tensors(whole / "checkpoint-000008")["model.lm.model.norm.weight"]
+    trained = trainer_tensors(whole / "checkpoint-000008")[f"{WEIGHTS}model.norm.weight"]
     assert not torch.equal(trained, tiny.model.norm.weight)  # or all of this would hold for a run that did nothing
 
 
 @pytest.mark.parametrize("tied, dtype, world", [(True, "bfloat16", 1), (False, "float32", 2)])
-@pytest.mark.parametrize("name", SCRIPTS[:1])
+@pytest.mark.parametrize("name", once("dpo"))
 def test_saved_model_of_another_kind(name, tied, dtype, world, runs, tmp_path):
     """bf16 weights are the cast of the fp32 ones; an untied head is a matrix of its own; two ranks save one model."""
     source = ROOT / "common" / "tiny" / "model"

@@ -20,8 +20,9 @@ from test_logprobs import FLAT, PADDED, build, make_groups
 from test_losses import close, f64
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from common.batches import flat_batch
 from common.logprobs import Policy, Scorer
-from common.tokenization import InputError, flat_batch
+from common.runtime.flags import InputError
 
 reward = script("reward")
 SCORES = {"rtol": 0, "atol": 1e-5}
@@ -140,7 +141,7 @@ def test_scores_and_gradients_are_the_classifiers_own(name):
     scorer = Scorer(lm)
     scores = scorer(flat_batch(groups))["rewards"]
     torch.testing.assert_close(scores, alone, **SCORES)
-    torch.testing.assert_close(scorer(groups, own=True), alone, **SCORES)
+    torch.testing.assert_close(scorer.plain_forward(groups), alone, **SCORES)
     assert scorer.lm.config._attn_implementation == scorer.implementation
     (scores * weights[: len(ids)]).sum().backward()
     for k, gradient in grads.items():

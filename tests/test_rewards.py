@@ -3,6 +3,7 @@ do, training lives, says what happened, and nobody is left behind."""
 
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -12,13 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, command, ended, read_jsonl, tiny_rows, train
 
-from common.rewards import RewardFile
+from common import rewards
+from common.rewards import RewardFile, accuracy, ends_in_number, reward_groups, reward_table, rollout_metrics
+from common.rewards import write_samples
 
 HOSTILE = '''
 import ctypes, itertools, os, random, resource, signal, subprocess, sys, threading, time
@@ -318,6 +323,17 @@ def test_files_that_do_not_load(text, needle, tmp_path):
     assert nobody(lambda _, command: str(tmp_path) in command)
 
 
+def test_a_process_imports_the_standard_library_only(tmp_path, monkeypatch):
+    """It starts at once, and a file of the current folder is no part of that library."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    (tmp_path / "file.py").write_text("""import sys
+def reward(prompts, completions, **columns):
+    return [sum(name in sys.modules for name in ("torch", "numpy", "transformers", "tyro", "common"))]
+""")
+    assert RewardFile("file.py:reward", 30, 1)(prompts=["a"], completions=["b"]) == [0]
+
+
 def test_a_file_that_breaks_later(reward, tmp_path):
     """After a crash there is a new process, which finds another file."""
     one = reward("exits")
@@ -393,24 +409,113 @@ async def reward(prompts, completions, **columns):
 
 def test_rewards_are_computed_while_the_next_are_sampled(monkeypatch):
     """The first part's rewards wait for the second part's sampling: without an overlap they would wait for ever."""
-    module, begun, order = script("grpo"), threading.Event(), []
+    begun, sampled, judged, said = threading.Event(), [], [], []
 
-    def sample(groups, copies, place, run):
-        order.append(("sampled", groups))
-        if len(order) > 1:
+    def sample(groups, copies, place, greedy):
+        sampled.append((groups, copies, place, greedy))
+        if len(sampled) > 1:
             begun.set()
 
-    def reward_groups(groups, run):
-        assert begun.wait(20)
+    def judge(groups, functions, tokenizer, args):
+        assert begun.wait(20) and (functions, tokenizer, args) == (["function"], "tokenizer", "args")
         judged.append(groups)
         return "wrong" if groups == [3, 4] else None
 
-    judged, said = [], []
-    monkeypatch.setattr(module, "sample", sample)
-    monkeypatch.setattr(module, "reward_groups", reward_groups)
-    monkeypatch.setattr(module, "agree", lambda run, error: said.append(error))
-    module.collect([1, 2, 3, 4, 5], 128, ("train", 0), None)  # two groups of 128 are 256 sequences
-    assert judged == [[1, 2], [3, 4], [5]] and said == ["wrong"]
+    sampler, run = SimpleNamespace(sample=sample, tokenizer="tokenizer"), SimpleNamespace(args="args")
+    monkeypatch.setattr(rewards, "reward_groups", judge)
+    monkeypatch.setattr(rewards, "agree", lambda run, error: said.append(error))
+    parts = [[1, 2], [3, 4], [5]]  # two groups of 128 are 256 sequences
+    rewards.sample_and_judge(run, sampler, [1, 2, 3, 4, 5], 128, ["function"], ("train", 0))
+    assert judged == parts and said == ["wrong"]
+    assert sampled == [(part, 128, ("train", 0), False) for part in parts]
+    rewards.sample_and_judge(run, sampler, [1], 1, ["function"], ("eval",), greedy=True)
+    assert said == ["wrong", None] and sampled[-1] == ([1], 1, ("eval",), True)
+
+
+class Words:
+    """A tokenizer of which an id is a letter, and 0 is special."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(i) for i in ids if i or not skip_special_tokens)
+
+
+def completion(text, stopped=True):
+    return {"ids": array("i", [*map(ord, text), 0]), "stopped": stopped}
+
+
+def test_what_a_function_gets():
+    """TRL's names, a value for each completion; what a column lacks in a row is None; texts, or messages where the
+    prompt is messages. No column of the data can stand where a completion belongs."""
+    seen, chat = [], [{"role": "user", "content": "?"}]
+    plain = {"prompt": "one", "answer": "1", "completion": "not this", "completion_ids": "nor this"}
+    groups = [{"columns": plain, "completions": [completion("a"), completion("bc")]},
+              {"columns": {"prompt": chat, "level": 5}, "completions": [completion("d")]}]  # fmt: skip
+    args = SimpleNamespace(reward=["f"], reward_weights=(), max_completion_length=9)
+    assert reward_groups(groups, [lambda **columns: seen.append(columns) or [1, 2, 3]], Words(), args) is None
+    assert seen == [{
+        "prompts": ["one", "one", chat], "completions": ["a", "bc", [{"role": "assistant", "content": "d"}]],
+        "answer": ["1", "1", None], "level": [None, None, 5], "completion_ids": [[97, 0], [98, 99, 0], [100, 0]],
+        "max_completion_length": 9,
+    }]  # fmt: skip
+    assert [c["reward"] for group in groups for c in group["completions"]] == [1, 2, 3]
+
+
+def test_rewards_are_added_up(capsys):
+    """The weighted sum of what there is; NaN is not 0. A function that raises gives nothing, and the others count."""
+    def raises(**_):
+        raise KeyError("column")
+
+    functions = [lambda **_: [0.1, None, math.inf], raises, lambda **_: [True, 2, None]]
+    groups = [{"columns": {"prompt": "p"}, "completions": [completion("a"), completion("b"), completion("c")]}]
+    args = SimpleNamespace(reward=["x", "y", "z"], reward_weights=(3.0, 5.0, 0.5), max_completion_length=9)
+    assert reward_groups(groups, functions, Words(), args) is None
+    nan, found = math.nan, groups[0]["completions"]
+    assert repr([c["rewards"] for c in found]) == repr([[0.1, nan, 1.0], [nan, nan, 2.0], [nan, nan, nan]])
+    assert repr([c["reward"] for c in found]) == repr([3.0 * 0.1 + 0.5, 1.0, nan])
+    assert capsys.readouterr().err == "reward y: KeyError: 'column'\n"
+    wrong = "--reward y must return a list of 3 numbers (or None), one for each completion."
+    assert reward_groups(groups, [functions[0], lambda **_: None, raises], Words(), args) == wrong
+
+
+def test_metrics_of_a_rollout():
+    """Means over all ranks' completions; a group is silent when its rewards are equal, or absent."""
+    def group(*values):
+        return {"completions": [completion("ab", stopped=value != 2) | {"reward": value} for value in values]}
+
+    groups = [group(1.0, 1.0), group(0.0, math.nan), group(math.nan, math.nan), group(2.0, 0.1)]
+    wanted = {"reward": 4.1 / 5, "silent_frac": 0.75, "no_reward_frac": 1 - 5 / 8, "truncated_frac": 1 / 8}
+    assert rollout_metrics(groups) == wanted | {"completion_len": 3.0}
+    nothing = rollout_metrics([group(math.nan)])
+    assert nothing["reward"] == 0 and nothing["no_reward_frac"] == 1
+    assert repr(reward_table(groups).tolist()) == "[[1.0, 1.0], [0.0, nan], [nan, nan], [2.0, 0.1]]"
+    several = [{"completions": [{"rewards": [1.0, 0.1]}, {"rewards": [2.0, 3.0]}]}]
+    assert reward_table(several, "rewards").tolist() == [[[1.0, 0.1], [2.0, 3.0]]]
+
+
+def test_samples_are_written(tmp_path):
+    """One line for each completion, by rank 0, in the order of the groups; special tokens are shown."""
+    more = {"reward": math.nan, "advantage": 0.5, "rewards": [math.nan, 1.0]}
+    completions = [completion("ab") | more, completion("c", stopped=False) | more | {"reward": 2.0}]
+    groups = [{"prompt": array("i", [112]), "row": 3, "completions": completions}]
+    decode = SimpleNamespace(decode=lambda ids: Words().decode(ids, False))
+    for rank in 0, 1:
+        write_samples(SimpleNamespace(rank=rank, out=tmp_path), 7, groups, decode)
+    line = {"step": 7, "row": 3, "prompt": "p", "completion": "ab\0", "reward": None, "advantage": 0.5}
+    first, second = read_jsonl(tmp_path / "samples.jsonl")
+    assert first == line | {"parts": [None, 1.0], "stop": "stop"}
+    assert second == line | {"completion": "c\0", "reward": 2.0, "parts": [None, 1.0], "stop": "length"}
+
+
+def test_built_in_rewards():
+    chat = [{"role": "assistant", "content": "so \\boxed{1,000.0}"}]
+    texts = ["#### 7", "7 #### 8\n9", chat, "it is 1000, or .5", "no number", "#### none, not 3"]
+    golds = [7, "x #### 7", "1000", "0.5", "3", "3"]
+    assert accuracy(golds, texts, answer=golds) == [1, 0, 1, 1, 0, 1]
+    assert accuracy(golds, texts, solution=golds) == [1, 0, 1, 1, 0, 1]
+    assert accuracy(golds, texts) == [None] * 6
+    assert accuracy(["p"] * 3, ["1"] * 3, answer=[None, "unknown", [{"content": "1"}]]) == [None, None, 1]
+    assert ends_in_number(golds, texts) == [1, 0, 0, 0, 0, 0]
+    assert ends_in_number(["p"] * 2, ["####-1,000.5 \n", [{"content": "#### .5"}]]) == [1, 1]
 
 
 LENGTHS = {"completions": ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"], "max_completion_length": 20}
@@ -419,7 +524,8 @@ LENGTHS = {"completions": ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"], "max_com
 def test_length_rewards():
     """Limit 20, the last 4 tokens punished: free up to 16, then a quarter per token. Half a cosine: 1 at length 0,
     0.75 at half, 0.5 at the limit; wrong: the other sign. Trigrams: 2 of 2 are new; 1 of 3; 3 of 4; none."""
-    spec = importlib.util.spec_from_file_location("length_rewards", ROOT / "benchmarks" / "length_rewards.py")
+    path = ROOT / "common" / "examples" / "length_rewards.py"
+    spec = importlib.util.spec_from_file_location("length_rewards", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     ids = [[7] * n for n in (1, 16, 17, 18, 19, 20, 25, 0)]
@@ -441,7 +547,7 @@ def test_a_file_gives_what_a_function_gives(tmp_path):
     def patch(module):
         space = {}
         exec(HOSTILE, space)
-        module.BUILT_IN["accuracy"] = space["accuracy_again"]
+        rewards.BUILT_IN["accuracy"] = space["accuracy_again"]
 
     train("grpo", tmp_path / "function", *small(tmp_path, "accuracy"), "--max_completion_length", 40, patch=patch)
     a, b = (read_jsonl(tmp_path / out / "samples.jsonl") for out in ("file", "function"))
@@ -466,8 +572,8 @@ def test_a_signal_to_the_group_during_a_reward(tmp_path):
 
 
 def code_reward(tmp_path, *changes):
-    """benchmarks/code_reward.py as a copy with two seconds for a completion, and a path that names its processes."""
-    text = (ROOT / "benchmarks" / "code_reward.py").read_text()
+    """The example code_reward.py as a copy with two seconds for a completion, and a path that names its processes."""
+    text = (ROOT / "common" / "examples" / "code_reward.py").read_text()
     for old, new in (("SECONDS = 5", "SECONDS = 2"), *changes):
         assert old in text
         text = text.replace(old, new)
@@ -769,7 +875,7 @@ def test_the_example_trains(enclosed, tmp_path):
     """grpo.py with the example as it is: no column of code, but each completion gets its verdict."""
     rows = [json.loads(line) | {"tests": "assert add(1, 2) == 3"} for line in
             (ROOT / "common" / "tiny" / "prompts.jsonl").read_text().splitlines()[:8]]  # fmt: skip
-    flags = small(tmp_path, f"{ROOT}/benchmarks/code_reward.py:passes")
+    flags = small(tmp_path, f"{ROOT}/common/examples/code_reward.py:passes")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train("grpo", tmp_path / "out", *flags)
     assert {row["reward"] for row in read_jsonl(tmp_path / "out" / "samples.jsonl")} == {0.0}

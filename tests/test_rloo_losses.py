@@ -5,53 +5,42 @@ Everything runs in float64 against numbers written out by hand, as in test_losse
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.runtime.flags import InputError
+
 rloo, NAN = script("rloo"), math.nan
 
 
-@pytest.fixture(scope="module")
-def run():
-    """What compute_advantages needs of a run: a process group of one, gone again before another file forks."""
-    mine = not dist.is_initialized()
-    if mine:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, args=SimpleNamespace(tp_size=1))
-    if mine:
-        dist.destroy_process_group()
-
-
-def advantages(rewards, run, **more):
+def advantages(rewards, **more):
     table = torch.tensor(rewards, dtype=torch.float64)
-    return rloo.compute_advantages(table, replace(rloo.Args(), **more), run)
+    return rloo.compute_advantages(table, replace(rloo.Args(), **more))
 
 
-def test_the_baseline_is_the_mean_of_the_others(run):
+def test_the_baseline_is_the_mean_of_the_others():
     # (4, 1, 1): others' means 1, 2.5, 2.5; (0, 2, -2): 0, -1, 1
-    got = advantages([[4, 1, 1], [0, 2, -2]], run)
+    got = advantages([[4, 1, 1], [0, 2, -2]])
     assert got.tolist() == [[3, -1.5, -1.5], [0, 3, -3]]
 
 
-def test_missing_rewards_are_nobodys_others(run):
-    got = advantages([[4, 1, NAN], [5, NAN, NAN], [NAN, NAN, NAN]], run)
+def test_missing_rewards_are_nobodys_others():
+    got = advantages([[4, 1, NAN], [5, NAN, NAN], [NAN, NAN, NAN]])
     assert got.tolist() == [[3, -3, 0], [0, 0, 0], [0, 0, 0]]
 
 
-def test_global_normalisation(run):
+def test_global_normalisation():
     """All advantages minus their mean, over their deviation: 3, -1.5, -1.5, 0, 3, -3 have mean 0, squares 31.5 over 5.
     One that is missing is in neither."""
     std = math.sqrt(31.5 / 5) + 1e-4
-    got = advantages([[4, 1, 1], [0, 2, -2]], run, normalize_advantages=True)
+    got = advantages([[4, 1, 1], [0, 2, -2]], normalize_advantages=True)
     assert got.flatten().tolist() == pytest.approx([a / std for a in (3, -1.5, -1.5, 0, 3, -3)], rel=1e-12)
     std = math.sqrt(18 + 0.0) + 1e-4  # 3 and -3 only: mean 0, squares 18, over 2 - 1
-    got = advantages([[4, 1, NAN]], run, normalize_advantages=True)
+    got = advantages([[4, 1, NAN]], normalize_advantages=True)
     assert got.flatten().tolist() == pytest.approx([3 / std, -3 / std, 0], rel=1e-12)
 
 
@@ -60,14 +49,19 @@ tables = st.integers(2, 6).flatmap(lambda n: st.lists(st.lists(st.floats(-4, 4),
 
 @settings(deadline=None, max_examples=60)
 @given(rewards=tables.filter(lambda t: len(t) < 5), shift=st.floats(-8, 8))
-def test_advantages_are_the_centred_rewards_enlarged(run, rewards, shift):
+def test_advantages_are_the_centred_rewards_enlarged(rewards, shift):
     """G / (G - 1) x (r - mean), whatever is added to all; they sum to 0 in every group."""
     size = len(rewards[0])
     wanted = [[size / (size - 1) * (r - sum(row) / size) for r in row] for row in rewards]
     for table in rewards, [[r + shift for r in row] for row in rewards]:
-        got = advantages(table, run)
+        got = advantages(table)
         assert got.flatten().tolist() == pytest.approx([a for row in wanted for a in row], abs=1e-9)
         assert got.sum(1).tolist() == pytest.approx([0] * len(rewards), abs=1e-9)
+
+
+def penalized(completion, args):
+    """What penalized_rewards makes of the reward of one completion."""
+    return rloo.penalized_rewards([{"completions": [completion]}], args).item()
 
 
 @pytest.mark.parametrize("kind, kl", (
@@ -80,25 +74,27 @@ def test_the_kl_lowers_the_reward_after_clipping(kind, kl):
     completion = {"reward": 5.0, "old_logprobs": ref + torch.tensor([0.5, -0.25, 0.1], dtype=torch.float64),
                   "ref_logprobs": ref, "sampler_logprobs": ref + 9}  # fmt: skip
     args = replace(rloo.Args(), beta=0.2, kl_estimator=kind)
-    assert rloo.penalized(completion, args) == pytest.approx(5 - 0.2 * kl, rel=1e-12)
+    assert penalized(completion, args) == pytest.approx(5 - 0.2 * kl, rel=1e-12)
     args = replace(args, reward_clip_range=(-1.0, 2.0))
-    assert rloo.penalized(completion, args) == pytest.approx(2 - 0.2 * kl, rel=1e-12)
-    assert rloo.penalized(completion | {"reward": -7.0}, args) == pytest.approx(-1 - 0.2 * kl, rel=1e-12)
-    assert math.isnan(rloo.penalized(completion | {"reward": NAN}, args))
+    assert penalized(completion, args) == pytest.approx(2 - 0.2 * kl, rel=1e-12)
+    assert penalized(completion | {"reward": -7.0}, args) == pytest.approx(-1 - 0.2 * kl, rel=1e-12)
+    assert math.isnan(penalized(completion | {"reward": NAN}, args))
     without = {"reward": 5.0, "sampler_logprobs": ref}
-    assert rloo.penalized(without, replace(rloo.Args(), beta=0.0)) == 5
+    assert penalized(without, replace(rloo.Args(), beta=0.0)) == 5
 
 
 # Two sequences of 3 and 2 tokens. Sums of log-ratios: 0.3 - 0.2 + 0.05 = 0.15 and 0.5 - 0.1 = 0.4
 STEP, SEQ = (0.3, -0.2, 0.05, 0.5, -0.1), (0, 0, 0, 1, 1)
 
 
-def loss_of(advantages, step=STEP, seq=SEQ, ref=None, **more):
+def loss_of(advantages, step=STEP, seq=SEQ, ref=None, beta=0.0):
+    """Return loss, d loss / d logprobs and metrics. With a beta there has to be a reference."""
     old = torch.linspace(-2, -1, len(step), dtype=torch.float64)
     logprobs = (old + torch.tensor(step, dtype=torch.float64)).requires_grad_()
-    args = replace(rloo.Args(), **more)
-    table = torch.tensor(advantages, dtype=torch.float64)
-    loss, metrics = rloo.rloo_loss(logprobs, old, ref, old, table, torch.tensor(seq), len(step), len(advantages), args)
+    args = replace(rloo.Args(), beta=beta)
+    batch = {"old_logprobs": old, "sampler_logprobs": old, "ref_logprobs": ref, "seq": torch.tensor(seq)}
+    batch["advantage"] = torch.tensor(advantages, dtype=torch.float64)
+    loss, metrics = rloo.rloo_loss(logprobs, batch, len(step), len(advantages), args)
     loss.backward()
     return loss.item(), logprobs.grad.tolist(), metrics
 
@@ -136,6 +132,6 @@ def test_far_ratios_stay_finite(far):
     ({"loss_type": "dapo"}, "--loss_type dapo"),
 ), ids=str)  # fmt: skip
 def test_flags_without_a_meaning(more, flag):
-    with pytest.raises(rloo.InputError, match=flag):
-        rloo.check_flags(replace(rloo.Args(), **more))
-    rloo.check_flags(rloo.Args())
+    with pytest.raises(InputError, match=flag):
+        replace(rloo.Args(), **more).check()
+    rloo.Args().check()

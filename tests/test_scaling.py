@@ -10,14 +10,14 @@ from array import array
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, STABLE
+from conftest import ROOT, once
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from common import logprobs
-from common.tokenization import flat_batch, micro_batches
+from common.batches import flat_batch, pack
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling
@@ -51,7 +51,7 @@ def head_peak(tokens, vocabulary, width=8, plain=False, want=()):
         if plain:
             loss = F.cross_entropy(hidden @ weight.T, labels)
         else:
-            out = logprobs.ScoredHead.apply(hidden, weight, None, labels, (1.0, 0.0, 1.0), want, 4, None)
+            out = logprobs.ScoredHead.apply(hidden, weight, None, labels, (1.0, 0.0, 1.0), want)
             loss = sum(x.sum() for x in out if x is not None and x.requires_grad)
         loss.backward()
     return alive.peak
@@ -60,11 +60,11 @@ def head_peak(tokens, vocabulary, width=8, plain=False, want=()):
 CHUNK = 2**16  # logits: 256 KiB in fp32; the head's own limit is 64 MiB on a CPU
 
 
-@pytest.mark.parametrize("want", [(), ("mean_logprob", "sum_p2", "entropy", "topk", "correct")])
+@pytest.mark.parametrize("want", [(), ("mean_logprob", "sum_p2", "entropy", "correct")])
 def test_memory_of_the_head_does_not_grow_with_tokens_times_vocabulary(want, monkeypatch):
-    """Bound, in fp32: gradients of weight and hidden states, a few numbers a token (8 of them with top-4), and as many
-    chunks as one line of the head can hold at once: logits, probabilities and a temporary of the old and of the new
-    chunk. Tokens x vocabulary is 8 to 128 chunks."""
+    """Bound, in fp32: gradients of weight and hidden states, a few numbers a token, and as many chunks as one line of
+    the head can hold at once: logits, probabilities and a temporary of the old and of the new chunk. Tokens x
+    vocabulary is 8 to 128 chunks."""
     monkeypatch.setitem(logprobs.CHUNK, "cpu", CHUNK)
     chunks = 6 if want else 4
     for tokens, vocabulary in (256, 2048), (1024, 2048), (4096, 2048), (1024, 512), (1024, 8192):
@@ -91,7 +91,7 @@ def group_of(prompt, *completions):
 
 def computed(groups, budget):
     """Tokens that go through the model in a step, and the largest micro-batch."""
-    sizes = [len(flat_batch(members)["input_ids"]) for members in micro_batches(groups, budget)]
+    sizes = [len(flat_batch(members)["input_ids"]) for members in pack(groups, budget)]
     return sum(sizes), max(sizes)
 
 
@@ -126,13 +126,13 @@ def test_a_group_beyond_the_budget_repeats_its_prompt_once_a_micro_batch():
 
 
 @pytest.mark.parametrize("what", ["--help", "flag error"])
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft", "grpo"))
 def test_flags_are_answered_within_a_second(name, what):
     """The best of three fresh processes."""
     assert min(scaling.startup(name, what, threads=1)[1] for _ in range(3)) < scaling.LIMITS[what]
 
 
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft", "grpo"))
 def test_first_step_of_the_tiny_lab(name):
     """As it stands, no flags: rows, evaluation before the first step and (dpo) all reference log-probs included."""
     assert scaling.startup(name, "first step", threads=1)[1] < scaling.LIMITS["first step"]

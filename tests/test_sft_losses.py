@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from common.batches import flat_batch, order, pack, split_group
 from common.logprobs import Policy
-from common.tokenization import flat_batch, micro_batches, split_group
+from common.tokenization import stop_ids
 
 sft, neftune = script("sft"), script("experimental/neftune")
 moe, bema = script("experimental/sft_moe"), script("experimental/sft_bema")
@@ -123,7 +124,7 @@ def test_the_fixture_is_of_this_trl_and_has_every_loss():
 def encode(path):
     """The file's rows through the script -> groups, tokenizer."""
     tokenizer, lm = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
-    return sft.load_groups(path, tokenizer, sft.stop_ids(tokenizer, lm.generation_config), sft.Args())[0]
+    return sft.load_groups(path, tokenizer, stop_ids(tokenizer, lm.generation_config), sft.Args())[0]
 
 
 def per_token(groups):
@@ -281,7 +282,7 @@ def test_the_policy_under_noise(name):
     policy, got = Policy(lm), []
     clean = policy(flat_batch(groups))["logprobs"]
     for part in groups[:3], groups[3:]:
-        got.append(neftune.noisy_forward(policy, flat_batch(part), part, (), args, run)["logprobs"])
+        got.append(neftune.noisy_forward(policy, flat_batch(part), (), args, run)["logprobs"])
     close(torch.cat(got), torch.cat(expected), rtol=1e-5, atol=2e-5)  # fp32: sums over 48 to 97 numbers
     assert (torch.cat(got) - clean).abs().max() > 0.1
     tolerance = 1e-5 if name == "Llama" else 1e-4  # as in test_logprobs
@@ -323,14 +324,15 @@ def expert_loss(lm, groups):
 @pytest.mark.parametrize("budget", (4096, 20))
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_auxiliary_loss_is_of_the_whole_step(name, budget):
-    """Value and gradient against one whole batch, in one micro-batch and in many. Prompts are shared by up to three
-    completions, and a batch at weight 0 counts for nothing."""
-    lm, groups = build(name), make_groups()
+    """Value and gradient against one whole batch, in one micro-batch and in many. A row has one completion, and a batch
+    at weight 0 counts for nothing."""
+    lm = build(name)
+    groups = [group | {"completions": [c]} for group in make_groups() for c in group["completions"]]
     lm.set_attn_implementation("eager")
     expected = expert_loss(lm, groups)
     wanted = gradients(lm, expected)
-    policy, parts = Policy(lm), [(part, 1.0) for part in micro_batches(groups, budget)]
-    parts = [(flat_batch(part), weight) for part, weight in [*parts, (make_groups(1)[:1], 0.0)]]
+    policy, parts = Policy(lm), [(part, 1.0) for part in pack(groups, budget)]
+    parts = [(flat_batch(part), weight) for part, weight in [*parts, (make_groups(1)[2:3], 0.0)]]
     assert policy.road == ("padded" if name == "Qwen3Next" else "flat") and (len(parts) > 4) == (budget == 20)
     counts, total = 0, 0
     for batch, weight in parts:
@@ -338,12 +340,13 @@ def test_the_auxiliary_loss_is_of_the_whole_step(name, budget):
             out, logits = moe.routed_forward(policy, batch, ("mean_logprob",))
         plain = policy(batch, ("mean_logprob",))
         assert all(torch.equal(out[key], plain[key]) for key in ("logprobs", "mean_logprob"))
-        counts = counts + moe.count_experts(logits, weight * moe.token_weights(batch, policy.road), 2)
+        counts = counts + weight * moe.count_experts(logits, 2)
     layers = 2 if name == "Qwen3Next" and lm.config.mlp_only_layers else 3
-    assert counts[-1] == layers * sum(len(g["prompt"]) + len(c["ids"]) for g in groups for c in g["completions"])
+    tokens = sum(len(g["prompt"]) + len(c["ids"]) for g in groups for c in g["completions"])
+    assert counts.sum() == 2 * layers * tokens  # each of them chooses two experts in each layer
     for batch, weight in parts:
         _, logits = moe.routed_forward(policy, batch)
-        total = total + moe.aux_loss(logits, weight * moe.token_weights(batch, policy.road), counts)
+        total = total + weight * moe.aux_loss(logits, counts, 2)
     close(total, expected, rtol=1e-5, atol=0)  # sums of some 500 fp32 probabilities
     got = {key: x for key, x in gradients(policy, total).items() if key in wanted}
     scale = max(x.abs().max() for x in wanted.values())
@@ -363,11 +366,11 @@ def test_the_mean_of_micro_batches_is_another_loss():
 def test_balanced_experts_cost_top_k():
     """All probabilities alike and each expert chosen as often: E * sum_e (k / E) (1 / E) = k, the least there is."""
     logits = 1e-6 * torch.eye(4).roll(1, 0)[None] + 2e-6 * torch.eye(4)[None]  # (1, 4, 4): token t prefers t, then t+1
-    counts = moe.count_experts(logits, torch.ones(4), 2)
-    assert counts.tolist() == [2, 2, 2, 2, 4]
-    close(moe.aux_loss(logits, torch.ones(4), counts), 2.0, rtol=1e-5, atol=0)
+    counts = moe.count_experts(logits, 2)
+    assert counts.tolist() == [2, 2, 2, 2]
+    close(moe.aux_loss(logits, counts, 2), 2.0, rtol=1e-5, atol=0)
     alone = torch.tensor([[[20.0, 10.0, 0.0, 0.0]] * 3])  # always the same two: E (1 * 1 + 1 * 0)
-    close(moe.aux_loss(alone, torch.ones(3), moe.count_experts(alone, torch.ones(3), 2)), 4.0, rtol=1e-3, atol=0)
+    close(moe.aux_loss(alone, moe.count_experts(alone, 2), 2), 4.0, rtol=1e-3, atol=0)
 
 
 def expert_run(folder, out, *flags, world=1):
@@ -386,7 +389,7 @@ def test_runs_with_experts(tmp_path):
     lm.save_pretrained(tmp_path / "model")
     for name in "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
         (tmp_path / "model" / name).write_bytes((TINY / name).read_bytes())
-    rows = [encode(tiny_rows("sft", tmp_path / "rows.jsonl", 10))[i] for i in sft.order(10, 42, 0, 5)]
+    rows = [encode(tiny_rows("sft", tmp_path / "rows.jsonl", 10))[i] for i in order(10, 42, 0, 5)]
     lines = expert_run(tmp_path, "whole")
     assert lines[0]["aux_loss"] == pytest.approx(expert_loss(lm, rows).item(), rel=1e-5)
     flags = ["--tokens_per_microbatch", 60, "--activation_checkpointing", "on"]
@@ -405,21 +408,18 @@ def test_trl_averages(case):
     """TRL's averaged weights after every step. Before its first move TRL holds the weights of step 0, here they are the
     policy's until --update_after."""
     path, args = f64(FIXTURE["path"]), bema.Args(**case["flags"])
-    p = path[0].clone()
-    held = {name: path[0].clone() for name in ("start", "ema", "average")}
-    policy, optimizer = SimpleNamespace(parameters=lambda: [p]), SimpleNamespace(state={p: held})
+    weights = [path[0].clone() for _ in range(4)]
+    models = [SimpleNamespace(parameters=lambda p=p: [p]) for p in weights]  # policy, average, ema, start
     moved = 0
     for step in range(1, len(path)):
-        p.copy_(path[step])
-        bema.move_average(policy, optimizer, step, args)
+        weights[0].copy_(path[step])
+        bema.move_average(*models, step, args)
         late = step - args.update_after
         expected = case["weights"][step] if late >= args.update_freq else path[max(0, min(step, args.update_after))]
-        close(held["average"], expected)
+        close(weights[1], expected)
+        assert torch.equal(weights[0], path[step])
         moved += late >= args.update_freq
-    assert moved > 1 and not torch.equal(held["average"], path[-1])
-    before = p.clone(), held["average"].clone()
-    bema.swap(policy, optimizer)
-    assert torch.equal(p, before[1]) and torch.equal(held["average"], before[0])
+    assert moved > 1 and not torch.equal(weights[1], path[-1])
 
 
 def bema_run(folder, *flags):
@@ -432,8 +432,8 @@ def bema_run(folder, *flags):
     policy, average = [start], [start]
     for step in range(1, 5):
         tensors = trainer_tensors(folder / "out" / f"checkpoint-{step:06d}")
-        average.append({name: tensors[f"model.lm.{name}"] for name in start})
-        policy.append({name: tensors[f"optim.lm.{name}.average"] for name in start})
+        average.append({name: tensors[f"model.average.lm.{name}"] for name in start})
+        policy.append({name: tensors[f"model.policy.lm.{name}"] for name in start})
     return read_jsonl(folder / "out" / "metrics.jsonl"), policy, average
 
 
@@ -449,7 +449,7 @@ def test_a_run_saves_and_evaluates_its_average(tmp_path):
     flags = ["--dataset", tmp_path / "rows.jsonl", "--batch_size", 5, "--max_steps", 4, "--save_every", 0]
     train("sft", tmp_path / "sft", *flags, "--eval_dataset", "", "--learning_rate", "1e-3")
     plain = trainer_tensors(newest(tmp_path / "sft"))
-    assert all(torch.equal(x, plain[f"model.lm.{name}"]) for name, x in policy[4].items())
+    assert all(torch.equal(x, plain[f"model.policy.lm.{name}"]) for name, x in policy[4].items())
     losses = [[x["loss"] for x in y if "loss" in x] for y in (lines, read_jsonl(tmp_path / "sft" / "metrics.jsonl"))]
     assert losses[0] == losses[1]
     ema, expected = policy[0], policy[0]

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FAST, ROOT, SCRIPTS, STABLE, newest, read_jsonl, script, tiny_flags, tiny_rows, train
+from conftest import FAST, ROOT, SCRIPTS, newest, once, read_jsonl, script, tiny_flags, tiny_rows, train
 from conftest import trainer_tensors
+from transformers import AutoModelForCausalLM
+
+from common.sampling import uniforms
+from common.tokenization import load_tokenizer
 
 STEPS, BATCH, ROWS, HELDOUT = 10, 5, 15, 3
 BIG = 4096  # tokens: the whole step in one micro-batch
@@ -72,7 +76,7 @@ def weight_differences(a, b, lr):
 def sample_differences(name, a, b):
     """Two runs -> the first completion that differs, with the distance of its first other token from the edge of the
     token's interval: what rounding moved over an edge is a hair away from it, what is wrong is anywhere."""
-    module, flags = script(name), script(name).parse_args(tiny_flags(name))
+    flags = script(name).parse_args(tiny_flags(name))
     rows, others = read_jsonl(a / "samples.jsonl"), read_jsonl(b / "samples.jsonl")
     if len(rows) != len(others):
         return [f"{len(rows)} samples, {len(others)} samples"]
@@ -83,15 +87,15 @@ def sample_differences(name, a, b):
         if x["step"] > 1:
             run(name, a.parent, 1, BIG, x["step"] - 1).rename(again)
         source = newest(again) if x["step"] > 1 else ROOT / "common" / "tiny" / "model"
-        lm = module.AutoModelWithHead.from_pretrained(source, dtype=torch.float32)
-        tokenizer = module.load_tokenizer(str(source))
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = load_tokenizer(str(source))
         texts = x["prompt"], x["completion"], y["completion"]
         prompt, *ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
         at = next(t for t, (p, q) in enumerate(zip(*ids)) if p != q)
         logits = lm(torch.tensor([prompt + ids[0][:at]])).logits[0, -1] / flags.temperature
         cdf = logits.double().softmax(-1).cumsum(-1)
         index = (x["step"] - 1) // (flags.steps_per_generation * flags.num_iterations)
-        noise = module.uniforms(("train", index, x["row"], i % flags.num_generations), flags.seed, at + 1)[at]
+        noise = uniforms(("train", index, x["row"], i % flags.num_generations), flags.seed, at + 1)[at]
         edge = (cdf / cdf[-1] - noise).abs().min().item()
         return [f"sample {i}, token {at}: {ids[0][at]} or {ids[1][at]}, {edge:.1e} from the edge of its interval"]
     return []
@@ -130,12 +134,18 @@ def test_learning_rate_moves(name, references):
     assert max(moved.values()) > 0.05, moved
 
 
-CUTS = [(1, True), (2, False), (4, True)]  # ranks, and whether every row is a micro-batch; of experimental ones:
-CUT = [(2, True)]
+CUTS = [(1, True), (2, False), (4, True), (2, True)]  # ranks, and whether every row is a micro-batch
 
 
-@pytest.mark.parametrize("name, world, small", [
-    (name, *cut) for name in SCRIPTS for cut in (CUTS if name in STABLE else CUT)])
+def cuts():
+    """One cut of every script; all of two, one of each road, since how a step is cut is shared."""
+    for name in SCRIPTS:
+        for world, small in CUTS:
+            usual = name in ("sft", "grpo") or (world, small) == CUTS[-1]
+            yield pytest.param(name, world, small, marks=[] if usual else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name, world, small", list(cuts()))
 def test_split(name, world, small, references, tmp_path):
     reference = references(name)
     out = run(name, tmp_path, world, FAST[name]["micro"] if small else BIG)
@@ -171,7 +181,7 @@ def double_on_one_rank(module):
 
 
 @pytest.mark.parametrize("plant", [local_denominators, double_on_one_rank], ids=lambda plant: plant.__name__)
-@pytest.mark.parametrize("name", STABLE)
+@pytest.mark.parametrize("name", once("sft", "dpo", "grpo"))
 def test_planted_factor_is_seen(name, plant, references, tmp_path):
     """The comparison bites: with a factor 2 in a denominator the very first gradient norm differs."""
     out = run(name, tmp_path, 2, BIG, steps=2, patch=plant)

@@ -1,5 +1,6 @@
-"""common/tokenization.py against oracles that share no code with it: a character tokenizer whose ids are spelled out by
-hand, expected texts with the scored parts in [[...]], naive double loops for batches, and properties."""
+"""common/tokenization.py and common/batches.py against oracles that share no code with them: a character tokenizer
+whose ids are spelled out by hand, expected texts with the scored parts in [[...]], naive double loops for batches, and
+properties."""
 
 import json
 import re
@@ -7,6 +8,7 @@ import sys
 import time
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import batches as batching
 from common import tokenization as tok
-from common.tokenization import InputError
+from common.batches import attach_logprobs, count_scored, fit, flat_batch, micro_batches, order, pack
+from common.batches import scored_flags, seq_sums, sequence_sum, share
+from common.runtime.flags import InputError
 
 SPECIAL = "<pad> <s> </s> <|im_start|> <|im_end|> <|start|> <|end|> <|eot|> <think> </think>".split()
 CHARS = [chr(c) for c in range(32, 127)] + ["\n", "\x1b", "\u202e"]
@@ -89,6 +94,10 @@ def check(group, text, completion=0):
     scored = got["scored"] if got["scored"] is not None else [True] * len(got["ids"])
     assert [False] * len(group["prompt"]) + list(scored) == flags
     assert isinstance(group["prompt"], array) and isinstance(got["ids"], array) and len(scored) == len(got["ids"])
+
+
+def load(name, dataset_split="", rename=""):
+    return tok.load_rows(name, SimpleNamespace(dataset_split=dataset_split, rename=rename))
 
 
 def says(*contents, first="user"):
@@ -198,7 +207,7 @@ def test_text_and_prompt_completion(bos):
     (group,) = tok.encode_demonstration({"prompt": lead + "ab", "completion": "c</s>"}, tokenizer, [EOS])
     check(group, lead + "ab[[c</s>]]")  # neither BOS nor EOS twice
     (group,) = tok.encode_demonstration({"text": "abc"}, tokenizer, [EOS])
-    batch = tok.flat_batch([group])
+    batch = flat_batch([group])
     assert batch["input_ids"].tolist() == spell(lead + "abc</s>")
     assert batch["labels"].tolist() == spell(lead + "abc</s>")[1:]  # all but the first
     assert list(tok.encode_prompt({"prompt": "ab"}, tokenizer)) == spell(lead + "ab")
@@ -225,7 +234,7 @@ def test_pad_equal_to_eos_still_scores_eos():
     tokenizer = make()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (group,) = tok.encode_demonstration({"prompt": "a", "completion": "b"}, tokenizer, [EOS])
-    assert tok.flat_batch([group])["labels"].tolist() == [VOCAB["b"], EOS]
+    assert flat_batch([group])["labels"].tolist() == [VOCAB["b"], EOS]
 
 
 def test_conversational_prompt_completion():
@@ -315,20 +324,21 @@ def test_rows_of_every_kind_of_file(tmp_path):
     datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
     names = ["x.jsonl", "x.json", "lines.json", "x.parquet", "x.csv", "x.jsonl:train", "saved", "splits:test"]
     for name in names:
-        got = tok.load_rows(str(tmp_path / name))
+        got = load(str(tmp_path / name))
         assert got == rows, name
         assert [row.index for row in got] == [0, 1]
-    assert tok.load_rows(str(tmp_path / "x.jsonl"))[1].where == f"{tmp_path / 'x.jsonl'}:3"  # the line, for an editor
+    assert load(str(tmp_path / "x.jsonl"))[1].where == f"{tmp_path / 'x.jsonl'}:3"  # the line, for an editor
 
 
 def test_folder_splits_rename_none_and_fingerprint(tmp_path):
     for name, text in ("train-0.jsonl", "a"), ("train-1.jsonl", "b"), ("test.jsonl", "c"):
         row = {"q": text, "x": None, "list": [{"k": None, "v": 1}], "deep": {"k": {"z": None}}}
         (tmp_path / name).write_text(json.dumps(row))
-    rows = tok.load_rows(str(tmp_path), rename="q:prompt")
+    rows = load(str(tmp_path), rename="q:prompt")
     assert rows == [{"prompt": t, "list": [{"v": 1}], "deep": {"k": {}}} for t in "ab"]
-    assert [row["q"] for row in tok.load_rows(f"{tmp_path}:test")] == ["c"]
-    assert tok.load_rows(str(tmp_path), split="test") == tok.load_rows(f"{tmp_path}:test")
+    assert [row["q"] for row in load(f"{tmp_path}:test")] == ["c"]
+    assert load(str(tmp_path), dataset_split="test") == load(f"{tmp_path}:test")
+    assert [row["q"] for row in load(f"{tmp_path}:train", dataset_split="test")] == ["a", "b"]  # NAME:SPLIT goes before
     digest = tok.fingerprint(rows)
     assert re.fullmatch("[0-9a-f]{16}", digest) and digest == tok.fingerprint([dict(reversed(r.items())) for r in rows])
     assert digest != tok.fingerprint(rows[::-1]) and digest != tok.fingerprint(rows[:1])
@@ -444,8 +454,8 @@ def test_pair_of_several_turns_in_a_rewriting_template_is_refused():
     ({"a.json": b'[{"a": 1}, 3'}, "a.json", {}, "a.json"),
     ({"a.parquet": b"no"}, "a.parquet", {}, "a.parquet"),
     ({"a.txt": b"x"}, ".", {}, "no rows"),
-    ({"train.jsonl": b'{"a": 1}'}, ".", {"split": "test"}, "no rows in split.*test"),
-    ({"a.jsonl": b'{"a": 1}'}, "a.jsonl", {"split": "test"}, "no splits.*test"),
+    ({"train.jsonl": b'{"a": 1}'}, ".", {"dataset_split": "test"}, "no rows in split.*test"),
+    ({"a.jsonl": b'{"a": 1}'}, "a.jsonl", {"dataset_split": "test"}, "no splits.*test"),
     ({"a.jsonl": b'{"a": 1}'}, "a.jsonl", {"rename": "b:c"}, r"--rename b:c.*\['a'\]"),
     ({"a.jsonl": b'{"a": 1}'}, "a.jsonl", {"rename": "a"}, "--rename a "),
 ])
@@ -453,7 +463,7 @@ def test_files_that_cannot_be_read(tmp_path, files, name, kwargs, match):
     for file, data in files.items():
         (tmp_path / file).write_bytes(data)
     with pytest.raises(InputError, match=match) as caught:
-        tok.load_rows(str(tmp_path / name), **kwargs)
+        load(str(tmp_path / name), **kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -535,7 +545,7 @@ def predictions(batch):
 @settings(max_examples=150, deadline=None)
 @given(groups_of())
 def test_flat_batch_equals_the_naive_double_loop(groups):
-    batch = tok.flat_batch(groups)
+    batch = flat_batch(groups)
     assert predictions(batch) == naive(groups)
     q, k = batch["cu_seqlens_q"], batch["cu_seqlens_k"]
     assert q.dtype == k.dtype == torch.int32 and q[0] == k[0] == 0 and len(q) == len(k)
@@ -561,12 +571,12 @@ def test_flat_batch_equals_the_naive_double_loop(groups):
 def test_order_of_groups_only_permutes(groups, random):
     shuffled = groups[:]
     random.shuffle(shuffled)
-    a, b = (sorted((h, label) for h, label, _ in predictions(tok.flat_batch(g))) for g in (groups, shuffled))
+    a, b = (sorted((h, label) for h, label, _ in predictions(flat_batch(g))) for g in (groups, shuffled))
     assert a == b
 
 
 def test_flat_batch_by_hand():
-    batch = tok.flat_batch([bare([1, 2], [3, 4], ([5, 6], [True, False])), bare([], [7, 8])])
+    batch = flat_batch([bare([1, 2], [3, 4], ([5, 6], [True, False])), bare([], [7, 8])])
     expected = {
         "input_ids": [1, 2, 3, 4, 5, 6, 7, 8], "position_ids": [0, 1, 2, 3, 2, 3, 0, 1],
         "cu_seqlens_q": [0, 2, 4, 6, 8], "cu_seqlens_k": [0, 2, 6, 10, 12],
@@ -577,19 +587,57 @@ def test_flat_batch_by_hand():
     assert (batch["max_q"], batch["max_k"]) == (2, 4)
 
 
+def test_flat_batch_is_the_picture_of_its_docstring():
+    batch = flat_batch([bare([10, 11, 12], [20, 21], [30, 31, 32])])
+    sees = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4],
+            [0, 1, 2, 5], [0, 1, 2, 5, 6], [0, 1, 2, 5, 6, 7]]
+    ids, positions = [10, 11, 12, 20, 21, 30, 31, 32], [0, 1, 2, 3, 4, 3, 4, 5]
+    for i, rows in enumerate(sees):
+        assert seen_by(batch, i) == [(ids[row], positions[row]) for row in rows]
+    assert list(zip(batch["rows"].tolist(), batch["labels"].tolist())) == [(2, 20), (3, 21), (2, 30), (5, 31), (6, 32)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups_of())
+def test_what_scripts_attach_to_completions_travels(groups):
+    """A tensor of one value per scored token becomes (M,), a float (S,); other entries, and the groups, stay as they
+    are. Where nothing stands before a sequence its first id is not scored, whatever its flag says."""
+    completions, oracle = [c for g in groups for c in g["completions"]], naive(groups)
+    for s, completion in enumerate(completions):
+        labels = [label for _, label, number in oracle if number == s]
+        completion.update({"double": 2.0 * torch.tensor(labels, dtype=torch.float64), "weight_of_it": s / 4})
+        completion.update({"stopped": s % 2 == 0, "rewards": [1.0], "count": s, "note": None})
+        assert scored_flags(completion) == (completion["scored"] or [True] * len(completion["ids"]))
+    batch = flat_batch(groups)
+    assert batch["double"].dtype == torch.float64 and batch["weight_of_it"].dtype == torch.float32
+    assert batch["double"].tolist() == [2.0 * label for _, label, _ in oracle]
+    assert batch["weight_of_it"].tolist() == [s / 4 for s in range(len(completions))]
+    assert not {"stopped", "rewards", "count", "note", "ids", "scored"} & set(batch)
+    assert batch["num_seqs"] == len(completions) and type(batch["num_seqs"]) is int
+    assert batch["groups"] == groups and all(a is b for a, b in zip(batch["completions"], completions, strict=True))
+    assert count_scored(groups) == len(oracle)
+
+
+def test_sums_of_a_batch_over_its_completions():
+    batch = flat_batch([bare([1], [2, 3], ([4, 5], [False, False])), bare([], [6, 7, 8])])
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert seq_sums(values, batch).tolist() == [3.0, 0.0, 12.0]  # one without scored tokens has a sum, too
+    assert sequence_sum(values, batch["seq"]).tolist() == [3.0, 3.0, 12.0, 12.0]
+
+
 def test_flat_batch_does_not_change_or_alias_its_groups_and_takes_none():
     group = bare([1, 2], [3, 4])
-    batch = tok.flat_batch([group])
+    batch = flat_batch([group])
     batch["input_ids"].fill_(9)
     group["prompt"].append(5)
     group["completions"][0]["ids"].append(5)
     assert batch["input_ids"].tolist() == [9] * 4
-    assert len(tok.flat_batch([])["input_ids"]) == 0
+    assert len(flat_batch([])["input_ids"]) == 0
 
 
 def test_flat_batch_is_quick():
     groups = [bare(range(512), *[range(250)] * 14) for _ in range(2)]
-    best = min(-time.perf_counter() + [tok.flat_batch(groups), time.perf_counter()][1] for _ in range(5))
+    best = min(-time.perf_counter() + [flat_batch(groups), time.perf_counter()][1] for _ in range(5))
     assert best < 0.05  # measured: a tenth of that; the bound is for a busy machine
 
 
@@ -597,51 +645,36 @@ def test_fit():
     groups = [bare([1] * 4, [2] * 3, [2] * 5), bare([1] * 9, [2] * 2), bare([1], [2] * 10), bare([], [1]),
               bare([1], ([2, 3], [False, False])), bare([], ([2, 3], [True, False])), bare([1] * 7, [2] * 3)]
     groups = [{**group, "row": i} for i, group in enumerate(groups)]
-    kept, counts = tok.fit(groups, 10)
+    kept, counts = fit(groups, 10)
     assert kept == [groups[0], groups[6]]
     assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11}
-    kept, counts = tok.fit(groups, 10, "truncate_prompt")
+    kept, counts = fit(groups, 10, "truncate_prompt")
     assert kept == [groups[0], {**bare([1] * 8, [2] * 2), "row": 1}, groups[6]]
     assert counts["kept"] == 3 and counts["overlong"] == 2
     assert len(groups[1]["prompt"]) == 9  # the caller's group stays whole
-    cut, _ = tok.fit([bare(range(6), [9, 9])], 5, "truncate_prompt")
+    cut, _ = fit([bare(range(6), [9, 9])], 5, "truncate_prompt")
     assert list(cut[0]["prompt"]) == [3, 4, 5]  # the prompt's end is kept, the completion is whole
     with pytest.raises(InputError, match="row 2.*11.*--max_length 11"):
-        tok.fit([groups[0], {**groups[1], "row": 1}], 10, "error")
-    assert tok.fit([], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0})
+        fit([groups[0], {**groups[1], "row": 1}], 10, "error")
+    assert fit([], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0})
     parts = [{**bare([1] * n, [2]), "row": 7} for n in (1, 2, 9)]  # one row that became three groups
-    assert tok.fit(parts, 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10}
+    assert fit(parts, 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10}
     prompts = [{"prompt": array("i", [1] * 3), "completions": [], "row": 0}]
-    assert tok.fit(prompts, 3)[0] == prompts and tok.fit(prompts, 2)[0] == []
+    assert fit(prompts, 3)[0] == prompts and fit(prompts, 2)[0] == []
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 100), st.integers(0, 100))
 def test_order_visits_every_row_once_per_epoch_and_is_stateless(n, seed, start, count):
-    whole = tok.order(n, seed, 0, start + count)
-    assert tok.order(n, seed, start, count) == whole[start:]
+    whole = order(n, seed, 0, start + count)
+    assert order(n, seed, start, count) == whole[start:]
     for epoch in range(len(whole) // n):
         assert sorted(whole[epoch * n:(epoch + 1) * n]) == list(range(n))
 
 
 def test_order_depends_on_seed_and_epoch():
-    first, second = tok.order(50, 1, 0, 50), tok.order(50, 1, 50, 50)
-    assert first != second and first != tok.order(50, 2, 0, 50) and first != list(range(50))
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 6))
-def test_balance_is_complete_fair_and_deterministic(costs, parts):
-    shares = tok.balance(costs, parts)
-    assert len(shares) == parts and sorted(k for share in shares for k in share) == list(range(len(costs)))
-    assert all(share == sorted(share) for share in shares) and shares == tok.balance(list(costs), parts)
-    work = [sum(costs[k] for k in share) for share in shares]
-    assert max(work) - min(work) <= max(costs, default=0)  # what the longest-first rule guarantees
-
-
-def test_balance_by_hand():
-    assert tok.balance([5, 3, 3, 2, 2, 1], 2) == [[0, 3, 5], [1, 2, 4]]
-    assert tok.balance([0, 0, 0, 0], 2) == [[0, 2], [1, 3]]  # empty work is spread too
+    first, second = order(50, 1, 0, 50), order(50, 1, 50, 50)
+    assert first != second and first != order(50, 2, 0, 50) and first != list(range(50))
 
 
 def tokens(group):
@@ -651,8 +684,8 @@ def tokens(group):
 @settings(max_examples=150, deadline=None)
 @given(groups_of(most=8, completions=(1, 5)), st.integers(1, 40))
 def test_micro_batches_partition_within_budget(groups, budget):
-    batches = tok.micro_batches(groups, budget)
-    assert batches == tok.micro_batches(groups, budget)
+    batches = pack(groups, budget)
+    assert batches == pack(groups, budget)
     placed = [(g["row"], id(c)) for batch in batches for g in batch for c in g["completions"]]
     assert sorted(placed) == sorted((g["row"], id(c)) for g in groups for c in g["completions"])  # the same dicts, once
     for batch in batches:
@@ -667,13 +700,78 @@ def test_micro_batches_partition_within_budget(groups, budget):
 
 def test_micro_batches_are_first_fit_decreasing():
     groups = [bare([1] * n, [2]) for n in (3, 5, 1, 4)]  # 4, 6, 2 and 5 tokens
-    assert [[tokens(g) for g in batch] for batch in tok.micro_batches(groups, 8)] == [[6, 2], [5], [4]]
-    assert [[tokens(g) for g in batch] for batch in tok.micro_batches(groups, 5)] == [[6], [5], [4], [2]]
-    pieces = tok.micro_batches([bare([1] * 2, [3] * 3, [4] * 3, [5] * 3)], 8)
+    assert [[tokens(g) for g in batch] for batch in pack(groups, 8)] == [[6, 2], [5], [4]]
+    assert [[tokens(g) for g in batch] for batch in pack(groups, 5)] == [[6], [5], [4], [2]]
+    pieces = pack([bare([1] * 2, [3] * 3, [4] * 3, [5] * 3)], 8)
     assert [[list(c["ids"]) for c in batch[0]["completions"]] for batch in pieces] == [[[3] * 3, [4] * 3], [[5] * 3]]
-    assert tok.micro_batches([], 8) == []
+    assert pack([], 8) == []
+
+
+def one_rank(budget, dp_size=1, dp_rank=0):
+    return SimpleNamespace(args=SimpleNamespace(tokens_per_microbatch=budget), device=torch.device("cpu"),
+                           dp_size=dp_size, dp_rank=dp_rank)
+
+
+def all_shares(groups, ranks):
+    return [share(one_rank(8, ranks, rank), groups) for rank in range(ranks)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(groups_of(most=8, completions=(1, 5)), st.integers(1, 6))
+def test_shares_are_a_partition_balanced_by_tokens(groups, ranks):
+    shares = all_shares(groups, ranks)
+    assert sorted(g["row"] for part in shares for g in part) == [g["row"] for g in groups]
+    assert all(part == sorted(part, key=lambda g: g["row"]) for part in shares) and shares == all_shares(groups, ranks)
+    work = [sum(map(tokens, part)) for part in shares]
+    assert max(work) - min(work) <= max(map(tokens, groups))  # what the longest-first rule guarantees
+
+
+def test_shares_by_hand():
+    def shared(*costs):
+        groups = [bare([1] * cost, row=row) for row, cost in enumerate(costs)]
+        return [[group["row"] for group in part] for part in all_shares(groups, 2)]
+
+    assert shared(5, 3, 3, 2, 2, 1) == [[0, 3, 5], [1, 2, 4]]
+    assert shared(0, 0, 0, 0) == [[0, 2], [1, 3]]  # empty work is spread too
+
+
+@pytest.mark.parametrize("most", [0, 3, 5])
+def test_every_rank_gets_the_same_number_of_micro_batches(monkeypatch, most):
+    """most: what the busiest other rank has. A rank with less runs the stand-in, which has no weight; batches are made
+    when they are asked for, after the ranks agreed."""
+    asked, made = [], []
+    monkeypatch.setattr(batching, "all_most", lambda run, value: asked.append(value) or float(max(value, most)))
+    monkeypatch.setattr(batching, "flat_batch", lambda *args: made.append(args) or flat_batch(*args))
+    groups, spare = [bare([1] * n, [2], row=n) for n in (3, 5, 1, 4)], bare([9], [9])
+    batches = micro_batches(one_rank(8), groups, spare)
+    assert not asked and not made
+    first = next(batches)
+    assert asked == [3] and len(made) == 1
+    batches = [first, *batches]
+    assert [[tokens(g) for g in batch["groups"]] for batch in batches[:3]] == [[6, 2], [5], [4]]
+    assert [batch["weight"] for batch in batches] == [1.0] * 3 + [0.0] * (max(3, most) - 3)
+    assert all(batch["groups"] == [spare] for batch in batches[3:])
+    idle = list(micro_batches(one_rank(8), [], spare))
+    assert asked[-1] == 1 and [batch["weight"] for batch in idle] == [0.0] * max(1, most)
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups_of(most=6, completions=(1, 5)), st.integers(1, 30), st.integers(0, 12))
+def test_attach_logprobs_gives_each_completion_those_of_its_tokens(groups, budget, most):
+    def model(batch):
+        assert not torch.is_grad_enabled()
+        shift = 0 if batch["weight"] else 1  # what the stand-in has must not be taken
+        return {"logprobs": -batch["labels"].float() - shift}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "all_most", lambda run, value: float(max(value, most)))
+        attach_logprobs(one_rank(budget), model, groups, "old_logprobs")
+    oracle = naive(groups)
+    for s, completion in enumerate(c for g in groups for c in g["completions"]):
+        assert completion["old_logprobs"].tolist() == [-float(label) for _, label, number in oracle if number == s]
+    assert flat_batch(groups)["old_logprobs"].tolist() == [-float(label) for _, label, _ in oracle]
 
 
 def test_nothing_compares_with_the_padding_id():
-    source = Path(tok.__file__).read_text()
+    source = Path(tok.__file__).read_text() + Path(batching.__file__).read_text()
     assert "pad_token" not in source and "pad_id" not in source and "except:" not in source

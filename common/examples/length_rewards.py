@@ -1,6 +1,6 @@
 """Rewards that look at the length of completions, or at what they repeat. Examples of reward files, not measurements:
 
-    python methods/grpo.py --reward accuracy benchmarks/length_rewards.py:soft_overlong
+    python methods/grpo.py --reward accuracy common/examples/length_rewards.py:soft_overlong
 
 Each takes what every reward function is given (TRL's signature): lists of prompts and completions, the columns of the
 data, and of this project `completion_ids`, lists of tokens, and `max_completion_length`, the limit of their number.

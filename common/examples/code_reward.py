@@ -1,6 +1,7 @@
 """A reward that runs code the model wrote: 1 where the last ```python block of a completion passes the row's `tests`.
 
-    python methods/grpo.py --model DIR --dataset FILE --reward benchmarks/code_reward.py:passes --reward_timeout 300
+    python methods/grpo.py --model DIR --dataset FILE --reward_timeout 300 \\
+        --reward common/examples/code_reward.py:passes
 
 `tests` is a string of Python or a list of assert statements. A row without tests, or a machine without isolation, gives
 None: no reward, which is not a reward of 0.

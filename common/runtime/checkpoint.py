@@ -1,0 +1,346 @@
+"""Saving, exporting and resuming: a checkpoint is there whole or not at all, and its checksums can tell."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from common.batches import flat_batch
+from common.logprobs import probe_groups
+from common.runtime.flags import STOP, HealthError, InputError, Preempted
+from common.runtime.health import check
+from common.runtime.model import own_tensors
+from common.runtime.parallel import all_sum, full
+from common.runtime.run import LOGS, first_line, fsync, is_due, read_json, record, say, show_groups
+
+FILE_BYTES = 2**32  # of weights in one file of an exported model, before the layer that exceeds it
+# Flags that may differ when a run goes on. For --dataset it is the rows that count, by their fingerprint.
+FREE_FLAGS = """output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes
+keep_last report_to tp_size replicate_size cpu_offload deterministic ddp_timeout""".split()
+
+
+# ---- save ----------------------------------------------------------------------------------------
+def save_or_stop(run, step, steps, models, optimizers, tokenizer):
+    """Write checkpoint-<step> every save_every steps, every save_minutes by rank 0's clock, at the last step, and when
+    any rank was told to stop (SIGTERM, Ctrl-C): then the run leaves with exit code 4. All ranks decide alike."""
+    run.step = step
+    run.beat = time.monotonic()
+    overdue = run.rank == 0 and run.beat - run.saved_at > 60 * run.args.save_minutes
+    stop, overdue = all_sum(run, bool(STOP["signal"]), overdue)
+    if stop or overdue or is_due(step, steps, run.args.save_every):
+        folder = run.out / ".tmp-checkpoint"
+        write_checkpoint(run, step, folder, models, optimizers, tokenizer)
+        if run.rank == 0:
+            publish(folder, run.out / f"checkpoint-{step:06d}")
+            for old in checkpoints(run.out)[: -run.args.keep_last]:
+                discard(old)
+        run.saved_at = time.monotonic()
+        run.saving += run.saved_at - run.beat
+    if stop and step < steps:
+        raise Preempted(f"stopped and saved after step {step}; to go on: {run.command} --resume auto")
+
+
+def trainer_tensors(models, optimizers):
+    """Return what training needs back, by name and sharded: the fp32 weights of every model and Adam's moments. An
+    optimizer trains the model of its own name; a model may have none."""
+    tensors = {}
+    for name, model in models.items():
+        for key, tensor in own_tensors(model).items():
+            tensors[f"model.{name}.{key}"] = tensor
+    for name, optimizer in optimizers.items():
+        for parameter, p in models[name].named_parameters():
+            state = optimizer.state[p]
+            if not state:  # as AdamW would make it at its first step: loading needs a place to load into
+                state["step"] = torch.zeros((), device=p.device)
+                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            for key, tensor in state.items():
+                tensors[f"optim.{name}.{parameter}.{key}"] = tensor
+    return tensors
+
+
+def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
+    """Write a Hugging Face folder of the first model, and trainer/ with the rest, meta.json last. On return all of it
+    is on the disk, and so are the logs."""
+    if run.rank == 0:
+        (folder / "trainer").mkdir(parents=True)
+    dist.barrier(group=run.group)
+    tensors = trainer_tensors(models, optimizers)
+    ends = list(accumulate(tensor.numel() for tensor in tensors.values()))
+    file_size = min(2**26, max(2**22, ends[-1] // 16))  # 16 to 256 MB: the writer builds files in memory, twice
+    numbers = {name: 1 + end // file_size for name, end in zip(tensors, ends)}
+    try:  # the writer keeps its one thread: with more it may swallow a full disk
+        writer = dcp.HuggingFaceStorageWriter(str(folder / "trainer"), numbers, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, process_group=run.group)
+        export(run, next(iter(models.values())), folder)
+        if run.rank == 0:
+            tokenizer.save_pretrained(folder)
+            write_meta(run, step, folder)
+    except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as e:  # the last one is a BaseException
+        text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
+        raise InputError(f"could not save to {folder.parent}: {first_line(e)}. {text}") from e
+    dist.barrier(group=run.group)
+
+
+def write_meta(run, step, folder):
+    """Write the state and meta.json, with checksums of all files and of itself, and bring every file to the disk."""
+    meta = {"step": step, "flags": vars(run.args), "data": run.data, "versions": run.versions, "state": {}}
+    tensors = {}
+    for name, value in run.state.items():
+        if isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values()):
+            tensors.update({f"{name}/{key}": tensor for key, tensor in value.items()})
+        else:
+            meta["state"][name] = value
+    save_file(tensors, folder / "trainer" / "state.safetensors")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
+    meta["offsets"] = {log.name: log.stat().st_size for log in logs}
+    meta["crc32"] = {str(file.relative_to(folder)): crc32(file) for file in files}
+    meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
+    path = folder / "trainer" / "meta.json"
+    path.write_text(json.dumps(meta, indent=1))
+    for written in [*logs, *files, path, path.parent, folder]:
+        fsync(written)
+
+
+# ---- export --------------------------------------------------------------------------------------
+def export(run, policy, folder):
+    """Write the Hugging Face files, with names and layouts as transformers stores them. Rank 0 writes the weights, in
+    files of whole layers: it gathers a file tensor by tensor and never holds more."""
+    dtype = getattr(torch, run.args.save_dtype)
+    weights = own_tensors(policy.lm)
+    files = plan_files(weights, dtype.itemsize)
+    index = {"metadata": {}, "weight_map": {}}
+    for number, names in enumerate(files):
+        tensors = {}
+        for name in names:
+            tensor = full(weights[name]).detach()  # all ranks take part
+            if not tensor.isfinite().all():
+                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
+            if run.rank == 0:
+                tensors[name] = tensor.to("cpu", dtype)
+        if run.rank == 0:
+            file = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+            tensors = revert_weight_conversion(policy.lm, tensors)
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index["weight_map"].update(dict.fromkeys(tensors, file))
+    if run.rank == 0:
+        if len(files) > 1:
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
+        config.dtype = dtype
+        config.architectures = [type(policy.lm).__name__]
+        config.save_pretrained(folder)
+        policy.lm.generation_config.save_pretrained(folder)
+
+
+def plan_files(weights, itemsize):
+    """Return the names of the tensors of each file. A file ends with the layer that brings it to FILE_BYTES."""
+    files, size, layer = [[]], 0, ""
+    for name, tensor in weights.items():
+        previous, layer = layer, re.match(r"(.*?\.\d+\.)?", name)[0]
+        if size >= FILE_BYTES and layer != previous:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.numel() * itemsize
+    return files
+
+
+@torch.no_grad()
+def check_export(run, policy, tokenizer, folder):
+    """CKPT001: a saved folder loads with the policy's auto class, tied weights are tied, every weight is as we hold it
+    (in save_dtype), and the model says what the policy says. Return the loaded model on rank 0, else None. Nothing is
+    checked beyond 250 million weights, 1 GB in fp32."""
+    if run.weights > 250e6:
+        return None
+    dtype = getattr(torch, run.args.save_dtype)
+    groups = probe_groups(len(tokenizer))
+    trained = policy(flat_batch(groups, run.device))[policy.output].cpu()
+    expected = {}
+    for name, p in policy.lm.named_parameters():
+        expected[name] = full(p).to("cpu", dtype).float()  # all ranks take part
+    if run.rank != 0:
+        return None
+    reloaded = policy.auto_class.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
+    found = dict(reloaded.named_parameters())
+    broken = found.keys() != expected.keys()  # a head that lost its tie has a name of its own
+    broken = broken or any(not torch.equal(found[name], expected[name]) for name in found)
+    text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
+    check(run, "CKPT001", step=run.step, metric="keys, ties or weights differ", value=broken, message=text, error=0)
+    if dtype == torch.float32:  # bf16 rounds
+        gap = (policy.plain_answer(reloaded.eval(), groups) - trained).abs().max().item()
+        metric = f"{policy.output} difference"
+        check(run, "CKPT001", step=run.step, metric=metric, value=gap, message=text, error=1e-3)
+    return reloaded
+
+
+# ---- resume --------------------------------------------------------------------------------------
+def check_resume(run):
+    """A run goes on with the same flags and rows only, unless --allow_changes says otherwise."""
+    if not run.checkpoint:
+        return
+    meta = read_json(run.checkpoint / "trainer" / "meta.json")
+    current = json.loads(json.dumps({**vars(run.args), "data": run.data}))  # tuples become lists, as they did there
+    saved = {**meta["flags"], "data": meta["data"]}
+    changed = [name for name in saved if name not in FREE_FLAGS and saved[name] != current.get(name)]
+    if changed and not run.args.allow_changes:
+        changes = "; ".join(f"{name} was {saved[name]}, is {current.get(name)}" for name in changed)
+        raise InputError(f"{run.checkpoint}: {changes}. --allow_changes resumes nevertheless.")
+    if meta["versions"] != run.versions:
+        say(run, f"resume    is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
+
+
+def resume(run, models, optimizers, tokenizer):
+    """Load run.checkpoint, if there is one, and cut the run's logs back to it: no doubles, no gaps. A fresh run saves
+    once for practice instead, so that a full disk or a model that does not survive saving shows in minute one."""
+    tensors = trainer_tensors(models, optimizers)
+    if not run.checkpoint:
+        need = 4 * sum(tensor.nbytes for tensor in tensors.values())  # an export is a third of a checkpoint, or less
+        free = shutil.disk_usage(run.out).free
+        if free < need:
+            raise InputError(f"{run.out}: three checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.")
+        folder = run.out / ".tmp-rehearsal"
+        write_checkpoint(run, 0, folder, models, optimizers, tokenizer)
+        check_export(run, next(iter(models.values())), tokenizer, folder)
+        if run.rank == 0:
+            shutil.rmtree(folder)
+        return
+    trainer = run.checkpoint / "trainer"
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(trainer))
+        saved = {name for name in reader.read_metadata().state_dict_metadata if "/" not in name}  # not the state's
+        if saved != tensors.keys():
+            raise dcp.CheckpointException(f"{len(saved ^ tensors.keys())} tensors are in one of the two only", {})
+        dcp.load(tensors, storage_reader=reader, process_group=run.group)  # in place
+    except dcp.CheckpointException as e:
+        raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
+    meta = read_json(trainer / "meta.json")
+    run.step = meta["step"]
+    run.state = {"alerts": {}, **meta["state"]}
+    for path, tensor in load_file(trainer / "state.safetensors").items():
+        name, key = path.split("/")
+        run.state.setdefault(name, {})[key] = tensor
+    if run.rank == 0:
+        for log in [run.out / name for name in LOGS if (run.out / name).is_file()]:
+            os.truncate(log, min(log.stat().st_size, meta["offsets"].get(log.name, 0)))
+        earlier = [folder for folder in checkpoints(run.out) if folder.name <= run.checkpoint.name]
+        for folder in checkpoints(run.out):
+            if folder not in earlier[-run.args.keep_last :]:  # damaged, too new, or a kill came before the rotation
+                discard(folder)
+    say(run, f"resumed   {run.checkpoint}")
+
+
+# ---- finish --------------------------------------------------------------------------------------
+def finish(run, policy, tokenizer, heldout):
+    """Make final/ of the last checkpoint. Reloaded from there, the model completes two prompts for the eye."""
+    final, copied = run.out / "final", run.out / ".tmp-final"
+    if run.rank == 0:
+        shutil.copytree(checkpoints(run.out)[-1], copied, ignore=shutil.ignore_patterns("trainer"))
+        (copied / "README.md").write_text(f"Made by `{run.command}`.\n")
+        for path in [*copied.iterdir(), copied]:
+            fsync(path)
+        publish(copied, final)
+    dist.barrier(group=run.group)
+    reloaded = check_export(run, policy, tokenizer, final)
+    for group in heldout[: 2 if reloaded else 0]:
+        prompt = list(group["prompt"] or group["completions"][0]["ids"][:16])  # of a row without prompt, its beginning
+        ids = reloaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)[0]
+        completion = {"ids": ids[len(prompt) :].tolist(), "scored": None}
+        show_groups(run, "sample", [{"prompt": prompt, "completions": [completion]}], tokenizer)
+    for key, value in run.state.get("last", {}).items():
+        say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
+    say(run, f'\n  lm = {policy.auto_class.__name__}.from_pretrained("{final}")')
+    say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
+    summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
+    summary |= {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
+    record(run.rank, run.out, status="finished", exit_code=0, **summary)
+    if run.tracker:
+        run.tracker.finish()
+
+
+# ---- cache ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def cache_key(run, policy, groups, *settings):
+    """Return a checksum of what log-probs of these groups depend on; of the policy, its log-probs of a few tokens."""
+    probe = flat_batch(probe_groups(policy.lm.get_input_embeddings().num_embeddings), run.device)
+    logprobs = [round(value, 3) for value in policy(probe)["logprobs"].tolist()]
+    key = zlib.crc32(repr((run.data, settings, logprobs)).encode())
+    for group in groups:
+        for completion in group["completions"]:
+            key = zlib.crc32(completion["ids"], key)
+    return str(key)
+
+
+def read_cache(run, name, key):
+    path = run.out / f"ref_logprobs_{name}.safetensors"
+    return load_file(path).get(key) if path.is_file() else None
+
+
+def write_cache(run, name, key, values):
+    """Keep a tensor in the run's folder for `read_cache`, which returns None for another key."""
+    if run.rank == 0:
+        path = run.out / f".tmp-{name}"
+        save_file({key: values}, path)
+        fsync(path)  # or a power cut could leave an empty file, which no resume could read
+        os.replace(path, run.out / f"ref_logprobs_{name}.safetensors")
+
+
+# ---- folders -------------------------------------------------------------------------------------
+def checkpoints(out):
+    """Return the checkpoint folders, oldest first. They were whole when they got their names, see is_whole."""
+    return sorted(path.parent for path in out.glob("checkpoint-*/trainer"))
+
+
+def is_whole(folder):
+    """Return whether every file of a checkpoint, meta.json too, is as it was written."""
+    kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict, "crc32": dict}
+    meta = read_json(folder / "trainer" / "meta.json")
+    is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
+    if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds:
+        return False
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*")}  # no name leads out of the folder
+    try:
+        return meta["crc32"] == {
+            name: crc32(path) for name, path in files.items() if name in meta["crc32"]
+        }
+    except OSError:
+        return False
+
+
+def publish(folder, name):
+    """Give a written folder its final name, for good: a crash leaves the old one there, or the new one."""
+    discard(name)  # of a damaged checkpoint there may be a rest
+    os.rename(folder, name)
+    fsync(name.parent)
+
+
+def discard(folder):
+    """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
+    if folder.exists():
+        removed = folder.with_name(f".old-{folder.name}")
+        os.rename(folder, removed)
+        fsync(folder.parent)
+        shutil.rmtree(removed)
+
+
+def crc32(path):
+    """Return the checksum of a file, read 16 MB at a time."""
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            value = zlib.crc32(block, value)
+    return value

@@ -1,0 +1,140 @@
+"""Flags: those that every script has, and how a command line becomes Args. Nothing slow is imported here, so that
+--help and every wrong flag answer at once."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import arg
+
+VERSION = "0.3"  # of common/; every script names the one that it was written for
+COMMON = Path(__file__).resolve().parents[1]  # common/, with the data of the tiny lab
+STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
+MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples")  # counts that 0 turns off
+SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
+
+
+class InputError(ValueError):
+    """Bad flags, data, model or environment. The text is one line: what is wrong, where, what was found, what to do."""
+
+    exit_code = 2
+
+
+class HealthError(Exception):
+    exit_code = 3  # the run cannot train
+
+
+class Preempted(Exception):
+    exit_code = 4  # the run was told to stop, and has saved
+
+
+@dataclass
+class RunFlags:
+    model: Annotated[str, arg(aliases=["--model-name-or-path"])] = "tiny"  # folder or hub id; tiny: common/tiny
+    output_dir: str = ""  # default: runs/<script>, or the next free runs/<script>-2, -3
+    resume: Annotated[str, arg(aliases=["--resume-from-checkpoint"])] = "never"  # never, auto (newest) or a folder
+    allow_changes: bool = False  # resume although flags, data or model differ
+    allow: tuple[str, ...] = ()  # alert codes that must not stop the run
+    seed: int = 42  # data order and sampling noise
+    replicate_size: int = 1  # copies of the sharded model (HSDP); ranks / (replicate_size * tp_size) shard one copy
+    tp_size: int = 1  # ranks that share each layer's matrices (tensor parallelism), adjacent ones: one machine
+    cpu_offload: bool = False  # parameters and optimizer in host memory
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # compute layers again in backward; auto: if needed
+    compile: bool = False  # each decoder layer by torch.compile
+    deterministic: bool = False  # bitwise reruns on CUDA too, slower
+    ddp_timeout: float = 1800.0  # seconds without progress after which a run ends and names the rank
+    eval_every: Annotated[int, arg(aliases=["--eval-steps"])] = 100  # optimizer steps; 0: only before and after
+    save_every: Annotated[int, arg(aliases=["--save-steps"])] = 500  # optimizer steps; 0: only by time and at the end
+    save_minutes: float = 30.0  # a checkpoint at least this often
+    keep_last: Annotated[int, arg(aliases=["--save-total-limit"])] = 2  # checkpoints to keep
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of exported weights; bfloat16 rounds small updates away
+    report_to: Literal["none", "wandb", "trackio"] = "none"  # metrics.jsonl is written anyway
+
+    def check(self):
+        """Raise InputError for values that no run can mean. A script's Args add the rules of the method."""
+        default = type(self)()
+        for name, value in vars(self).items():
+            if type(value) not in (int, float) or name == "seed" or value == getattr(default, name):
+                continue
+            least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
+            most = 2**20 if name in SIZES else 2**53
+            if not least <= value <= most:  # false for nan, too
+                raise InputError(f"--{name} {value}: must be a number from {least} to {most}.")
+        try:
+            options = json.loads(getattr(self, "chat_template_kwargs", "{}"))
+        except (ValueError, RecursionError):
+            options = None
+        if not isinstance(options, dict):
+            raise InputError(f"--chat_template_kwargs {self.chat_template_kwargs[:200]!a}: must be a JSON object.")
+        beta = max(getattr(self, "adam_beta1", 0), getattr(self, "adam_beta2", 0))
+        if beta >= 1 or not 0 <= self.seed < 2**32:
+            raise InputError("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
+
+
+def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
+    """Return a command line as `kind`, a script's Args. --help prints `doc` first; with --model tiny, the preset fills
+    in what was not given. Without argv it is the command line of the process, and from here on a signal to stop waits
+    for the end of a step: a preemption during the slow imports must not kill the worker."""
+    if argv is None:
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+        argv = sys.argv[1:]
+    if version != VERSION:
+        script = sys.modules[kind.__module__].__file__
+        refuse(f"{script} was written for common/ {version}, but {COMMON} is {VERSION}. Use those of one release.")
+    if "-h" in argv or "--help" in argv:
+        print(doc.strip() + "\n")  # tyro would re-flow it
+    args = read_flags(kind, argv, default=kind())
+    if args.model == "tiny" and preset:
+        folder = COMMON / "tiny"
+        if not folder.is_dir():  # a script that was bundled with common/ into one file
+            refuse(f"--model tiny: there is no folder {folder}. Copy common/tiny there, or pass --model and --dataset.")
+        presets = json.loads((folder / "presets.json").read_text())
+        args = read_flags(kind, argv, default=kind(**presets[preset]))
+    try:
+        args.check()
+    except InputError as e:
+        refuse(str(e))
+    return args
+
+
+def read_flags(kind, argv, default):
+    """Return what tyro reads from argv. The frame that it draws around what is wrong becomes one line of ASCII."""
+    frame = io.StringIO()
+    try:
+        " ".join(argv).encode()  # bytes that are no text would fail where a file is written, hours later
+        with contextlib.redirect_stderr(frame):
+            return tyro.cli(kind, args=argv, default=default)
+    except UnicodeEncodeError:
+        refuse(f"a flag is not UTF-8: {' '.join(argv)!a}. Type text.")
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+    refuse(" ".join(re.sub("[^ -~]+|-{9,}", " ", frame.getvalue()).split()))
+
+
+def refuse(message):
+    print("error:", printable(message), file=sys.stderr)
+    sys.exit(2)
+
+
+def printable(message):
+    """Return the message for a terminal: without its middle if it is long, control characters of data spelled out."""
+    if len(message) >= 900:
+        message = f"{message[:400]} ... {message[-450:]}"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+
+
+def on_signal(number, _frame):
+    """Remember the signal; the run saves and leaves where the step ends. A second one means now."""
+    if STOP["signal"]:
+        os._exit(128 + number)
+    STOP["signal"] = number

@@ -1,0 +1,230 @@
+"""The way into a run and out of it: process group, output folder, checkpoint to resume from, watchdog, exit codes."""
+
+import hashlib
+import importlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from common.runtime.checkpoint import checkpoints, is_whole
+from common.runtime.flags import COMMON, HealthError, InputError, Preempted, printable
+from common.runtime.run import LOGS, Run, first_line, peak_bytes, read_json, record
+
+
+# ---- start ---------------------------------------------------------------------------------------
+def setup(args, script):
+    """Return the Run, with its process group, output folder, run.json, tracker and watchdog."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    # A gather over tp and shard takes two steps, and torch warns of each.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not dist.is_initialized():
+        store, rank, world = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:  # torchrun has started this process, and others
+            store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+            if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":  # else each attempt has a store of its own
+                store = dist.PrefixStore(attempt, store)  # keys of an earlier attempt would break a restart
+        timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = prepare_folder(args, script, attempt) if rank == 0 else [None, None, None]
+    dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
+    out, checkpoint, error = found
+    if error:
+        raise InputError(error)
+    args.output_dir = out
+    if world % (args.tp_size * args.replicate_size):
+        sizes = f"--tp_size {args.tp_size} x --replicate_size {args.replicate_size}"
+        raise InputError(f"{sizes} must divide the {world} ranks.")
+    copies = world // args.tp_size
+    if args.batch_size < copies:
+        raise InputError(f"--batch_size {args.batch_size} is too small for {copies} ranks: at least {copies}.")
+    mesh_shape = (args.replicate_size, copies // args.replicate_size, args.tp_size)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions |= {"mesh": "x".join(map(str, mesh_shape)), "threads": torch.get_num_threads()}
+    versions["device"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    run = Run(
+        args=args, script=Path(script), rank=rank, world=world, dp_rank=rank // args.tp_size, dp_size=copies,
+        group=dist.group.WORLD, device=device, out=Path(out), checkpoint=checkpoint, mesh_shape=mesh_shape,
+        versions=versions, command=command_line(args, script),
+    )
+    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)
+    source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
+    failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
+    digest = hashlib.sha256(source).hexdigest()
+    record(rank, run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
+    if rank == 0 and args.report_to != "none":
+        try:
+            run.tracker = importlib.import_module(args.report_to)
+        except ImportError as e:
+            raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
+        run.tracker.init(project="cleanpost", name=run.out.name, config=vars(args))
+    threading.Thread(target=watch, args=[run], daemon=True).start()
+    return run
+
+
+def command_line(args, script):
+    """Return the command of this run with its preset spelled out: every flag that differs from its default."""
+    words = ["python", os.path.relpath(script)]
+    default = type(args)()
+    for name, value in vars(args).items():
+        if value == getattr(default, name) or name in ("resume", "allow_changes"):
+            continue
+        words.append(f"--no-{name}" if value is False else f"--{name}")
+        if isinstance(value, tuple):
+            words += map(str, value)
+        elif not isinstance(value, bool):
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def prepare_folder(args, script, attempt):
+    """On rank 0, find and clean the output folder: --output_dir, else that of the checkpoint which --resume names, else
+    the first of runs/<script>, runs/<script>-2, ... that is free. attempt: how often torchrun has started over. Return
+    the folder's name, the checkpoint to resume from or None, and what is wrong or None."""
+    resumes = args.resume != "never" or attempt != "0"
+    given = None if args.resume in ("never", "auto") else Path(args.resume)
+    name = args.output_dir or f"runs/{Path(script).stem}"
+    out = given.parent if given and not args.output_dir else Path(name)
+    number = 1
+    while out.exists() and not args.output_dir and not resumes:
+        number += 1
+        out = Path(f"{name}-{number}")
+    try:
+        taken = any(path.exists() for path in [out / "run.json", out / "final", *out.glob("checkpoint-*")])
+        elsewhere = given is not None and given.parent.resolve() != out.resolve()
+        if taken and (elsewhere or not resumes):
+            raise InputError(f"--output_dir {out} holds another run: --resume auto continues it, or name another.")
+        exit_code = read_json(out / "run.json").get("exit_code")
+        if attempt != "0" and exit_code in (2, 3):
+            sys.exit(exit_code)  # torchrun has started a command again that would end the same way
+        checkpoint = find_checkpoint(out, given) if resumes else None
+        out.mkdir(parents=True, exist_ok=True)
+        leftovers = [*out.glob(".tmp-*"), *out.glob(".old-*")]  # of a run that was killed
+        if checkpoint is None:
+            leftovers += [out / log for log in LOGS]
+        for path in leftovers:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except InputError as e:
+        return [str(out), None, str(e)]
+    except (OSError, RecursionError) as e:
+        return [str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."]
+    return [str(out), checkpoint, None]
+
+
+def find_checkpoint(out, given):
+    """Return the checkpoint to resume from: the given one, else the newest that is whole; None where there is none."""
+    folders = checkpoints(given.parent if given else out)
+    for folder in reversed(folders):
+        if given and folder != given:
+            continue
+        if is_whole(folder):
+            return folder
+        print(f"skipped {folder}: damaged", flush=True)
+    if given or folders:  # a disk that cannot be read today may be read tomorrow
+        raise InputError(f"--resume {given or out}: no checkpoint is whole. Name another, or move them away.")
+
+
+# ---- watchdog ------------------------------------------------------------------------------------
+def watch(run):
+    """In a thread of every rank: end the run after ddp_timeout seconds without a step or an evaluation."""
+    while time.monotonic() - run.beat < run.args.ddp_timeout:
+        time.sleep(min(1.0, run.args.ddp_timeout / 10))
+    roll_call(run, f"no progress for {run.args.ddp_timeout:g} s (longer steps need a longer --ddp_timeout)")
+
+
+def roll_call(run, why):
+    """Each rank says which function of this project it is in, the first to do so prints what all said, and the process
+    ends. Who is dead, stopped or keeps the interpreter is named by silence."""
+    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+    functions = [frame.name for frame in stack if frame.filename.startswith((str(run.script), str(COMMON)))]
+    store = dist.distributed_c10d._get_default_store()
+    answers = []
+    try:
+        store.set(f"roll call/{run.rank}", f"is in {functions[-1]}")
+        is_first = store.add("roll call", 1) == 1
+        time.sleep(3)
+        for key in [f"roll call/{rank}" for rank in range(run.world)]:
+            answers.append(store.get(key).decode() if store.check([key]) else "does not answer")
+    except RuntimeError:  # the store died with its rank
+        answers = ["does not answer"]
+        is_first = run.rank == 1
+    if is_first:
+        roll = "; ".join(f"rank {rank} {answer}" for rank, answer in enumerate(answers))
+        message = f"error: step {run.step + 1}: {why}: {roll}. To go on: {run.command} --resume auto"
+        print(f"\n{message}", file=sys.stderr, flush=True)  # below a bar
+        record(0, run.out, status="failed", exit_code=1)
+    else:
+        time.sleep(3)  # leaving breaks the collectives of the rank that prints
+    os._exit(1)
+
+
+# ---- end -----------------------------------------------------------------------------------------
+def launch(main, args, script):
+    """Set up and run main, and leave with the exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
+    environment, 3 health error, 4 preempted after saving."""
+    rank = int(os.environ.get("RANK", "0"))
+    run = None
+    code = 1
+    try:
+        run = setup(args, script)
+        main(args, run)
+        code = 0
+    except (MemoryError, RuntimeError, OSError, InputError, HealthError, Preempted) as e:
+        if run is not None and run.bar is not None:
+            run.bar.close()
+        message = str(e)
+        code = getattr(e, "exit_code", 2 if isinstance(e, OSError) else 1)
+        if isinstance(e, OSError):
+            message += ". Check --output_dir and the disk."
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+            code = 2
+            message = f"out of memory: {memory_advice(run)}"
+        if code == 1:
+            if run is not None and re.search("[Gg]loo|NCCL|[Cc]onnection", message):
+                roll_call(run, first_line(e))
+            raise
+        if code == 2 or rank == 0:
+            print("" if code == 4 else "error: ", printable(message), sep="", file=sys.stderr, flush=True)
+    finally:
+        out = Path(args.output_dir or "-")
+        with suppress(OSError):  # the disk that is full or locked may be why we leave, which has been said
+            if code and read_json(out / "run.json").get("pid") == os.getpid():  # else it is another run's
+                record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
+    if code:
+        os._exit(code)  # a failed rank does not wait for the others
+    dist.destroy_process_group()
+
+
+def memory_advice(run):
+    """Return what the run was doing, and the flags to lower. run: None before setup is done."""
+    if run is None:
+        return "use a smaller --model or more ranks."
+    half = max(1, run.args.tokens_per_microbatch // 2)
+    use = f"step {run.step + 1} computes with {peak_bytes() / 1e9:.1f} GB"
+    return f"{use}. Lower --tokens_per_microbatch to {half} (and --max_length), or use more ranks or --cpu_offload."

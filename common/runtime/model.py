@@ -1,0 +1,209 @@
+"""From a model folder to a model that is ready to train: its structure, its weights, a check, and its memory."""
+
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.attention import refuse_rotary
+from common.batches import flat_batch, group_tokens
+from common.logprobs import probe_groups
+from common.runtime.flags import COMMON, InputError
+from common.runtime.health import check
+from common.runtime.parallel import agree, all_most, local
+from common.runtime.run import first_line, read_json
+from common.tokenization import load_tokenizer
+
+
+# ---- structure -----------------------------------------------------------------------------------
+def load_model(model_class, args, **head):
+    """Return the tokenizer and the model of --model, on the meta device: no weight has memory yet. model_class is an
+    auto class of transformers, `head` what its head needs in the config (num_labels=1). Dropout is 0 and the module
+    stays in eval mode: shared prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
+    try:
+        folder = model_folder(args.model)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
+        with torch.device("meta"):
+            lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        lm.name_or_path = folder
+        lm.generation_config = GenerationConfig.from_model_config(config)
+        if (Path(folder) / "generation_config.json").is_file():
+            lm.generation_config = GenerationConfig.from_pretrained(folder)
+        transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
+    except Exception as e:  # the loader may raise anything, and what it reads is input
+        raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
+    tokenizer = load_tokenizer(folder, args.chat_template)
+    ids = max(tokenizer.get_vocab().values(), default=0) + 1
+    embeddings = lm.get_input_embeddings().num_embeddings
+    if ids > embeddings:
+        raise InputError(f"--model {args.model}: {embeddings} embeddings, but {ids} token ids. Pass another.")
+    refuse_rotary(lm.config, args.max_length)
+    for module in lm.modules():
+        for name, value in vars(module).items():  # the rate of a Dropout module, or a number like attention_dropout
+            if isinstance(value, float) and (name.endswith("dropout") or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
+    return tokenizer, lm.eval()
+
+
+def model_folder(name):
+    if name == "tiny":
+        return str(COMMON / "tiny" / "model")
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download  # slow to import, and only needed here
+
+    return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+
+
+# ---- weights -------------------------------------------------------------------------------------
+def materialize(lm, device, rope_device):
+    """Give memory to a model on the meta device. Its parameters are not set yet; its buffers, the rotary tables, are,
+    and live on rope_device even where the weights are offloaded."""
+    lm.to_empty(device=device)
+    for p in lm.parameters():
+        p._is_hf_initialized = True
+    lm.initialize_weights()
+    lm.tie_weights()
+    for buffer in lm.buffers():
+        buffer.data = buffer.to(rope_device)
+    return lm
+
+
+def own_tensors(module):
+    """Return {name: tensor} of the weights and persistent buffers, sharded as they are. A tied weight appears once."""
+    known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in known}
+
+
+@torch.no_grad()
+def load_weights(run, policy):
+    """Fill the policy with the weights of its folder, and return it. Every rank reads its own slices of the files. If
+    their names are not the model's (some experts, whose layout transformers converts), or they lack a new head, rank 0
+    reads the whole model, which makes the head, and broadcasts it tensor by tensor."""
+    device = "cpu" if run.args.cpu_offload else run.device
+    lm = materialize(policy.lm, device, rope_device=run.device)
+    run.weights = run.weights or sum(p.numel() for p in policy.parameters())
+    tensors = own_tensors(lm)
+    error = None
+    try:
+        reader = dcp.HuggingFaceStorageReader(lm.name_or_path)
+        if tensors.keys() <= reader.read_metadata().state_dict_metadata.keys():
+            dcp.load(tensors, storage_reader=reader, process_group=run.group)
+            return policy
+        if run.rank == 0:
+            weights = read_whole_model(run, policy)
+    except (Exception, dcp.CheckpointException) as e:  # readers may raise anything; the last is a BaseException
+        error = f"--model {run.args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id."
+    agree(run, error)
+    for name, tensor in tensors.items():
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=run.device)
+        if run.rank == 0:
+            values.copy_(weights[name])
+        dist.broadcast(values, group=run.group, group_src=0)
+        if isinstance(tensor, DTensor):  # each rank cuts its part out of what it received
+            values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        local(tensor).copy_(local(values))
+    return policy
+
+
+def read_whole_model(run, policy):
+    """Return {name: tensor} as transformers reads the folder. A head that it lacks is drawn with --seed."""
+    folder = policy.lm.name_or_path
+    for file in read_json(Path(folder) / "model.safetensors.index.json").get("weight_map", {}).values():
+        if Path(file).name != file:
+            raise ValueError(f"its index names {file}, which is not in the folder")
+    torch.manual_seed(run.args.seed)
+    options = {"dtype": torch.float32, "output_loading_info": True, **policy.head_config}
+    model, info = policy.auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
+    missing = sorted(set(info["missing_keys"]) - policy.new)
+    if missing:
+        raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
+    return model.state_dict()
+
+
+@torch.no_grad()
+def check_model(run, policy, tokenizer):
+    """MODEL001: compare what training will compute with the model's own attention and head, one sequence at a time."""
+    register_fsdp_forward_method(policy, "plain_forward")  # FSDP2 gathers the weights for its forward methods only
+    groups = probe_groups(len(tokenizer))
+    difference = (policy(flat_batch(groups, run.device))[policy.output] - policy.plain_forward(groups)).abs()
+    value, limit = difference.max().item(), 1e-3
+    if run.device.type == "cuda":  # where layers compute in bf16
+        value, limit = difference.mean().item(), 5e-2
+    text = f"{policy.output} on the {policy.road} road differ from the model's own forward: this model is not supported"
+    metric = f"{policy.output} difference"
+    check(run, "MODEL001", step=0, metric=metric, value=value, message=text, error=limit)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+def longest(groups, completion=0):
+    """Return the tokens of the largest group. Its completions count as `completion` tokens together at least."""
+    return max(max(group_tokens(group), len(group["prompt"]) + completion) for group in groups)
+
+
+def fit_memory(run, policy, tokenizer, tokens):
+    """Apply --compile and --activation_checkpointing, under which layers are computed again in backward. auto does that
+    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam's moments. `tokens`
+    are those of the largest group. All ranks decide alike: layers may be collective. Return a sentence for the plan."""
+    args = run.args
+    recompute = args.activation_checkpointing == "on"
+    sentence = "not looked at"
+    if args.activation_checkpointing == "auto":
+        most = max(tokens, min(args.tokens_per_microbatch, args.batch_size * tokens))
+        activations = activation_bytes(run, policy, tokenizer) * most
+        gradients_and_moments = 12 * sum(local(p).numel() for p in policy.parameters())
+        room = 0.8 * free_bytes() - gradients_and_moments  # the rest: logits, a layer's gradients
+        recompute = all_most(run, activations > room) == 1
+        sentence = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens"
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            if args.compile:
+                layer.forward = torch.compile(layer.forward, dynamic=True)  # each micro-batch has a size of its own
+            if recompute:
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
+    return sentence + (": layers are computed again in backward" if recompute else "")
+
+
+def activation_bytes(run, policy, tokenizer):
+    """Return the bytes that autograd keeps for backward, for each token of a small batch. Weights do not count."""
+    batch = flat_batch(probe_groups(len(tokenizer)), run.device)
+    storages = {}  # by address, for views share a storage
+
+    def keep(tensor):
+        part = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        storage = getattr(part, "elem", part).untyped_storage()  # elem: of a collective on its way
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = policy(batch)[policy.output].sum()
+    for p in policy.parameters():
+        storages.pop(local(p).untyped_storage().data_ptr(), None)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    loss.backward()  # FSDP2 counts on a backward after each forward
+    policy.zero_grad(set_to_none=True)
+    return kept / len(batch["input_ids"])
+
+
+def free_bytes():
+    """Return the bytes that this rank may still allocate: of its GPU, or its part of the machine's memory."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what the allocator holds unused
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return float("inf")
+    kilobytes = int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
+    return kilobytes * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

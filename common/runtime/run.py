@@ -1,0 +1,184 @@
+"""What a process knows about its run, what the run writes into its folder, and what it shows."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.batches import group_tokens
+from common.runtime.flags import InputError
+from common.tokenization import token_picture
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")  # what a resume cuts back; other files are not ours
+
+
+@dataclass
+class Run:
+    """What a process knows about its run. Models, data and optimizers are locals of the script's main."""
+
+    args: object  # the script's Args
+    script: Path  # the script's file
+    rank: int
+    world: int  # number of ranks
+    dp_rank: int
+    dp_size: int  # number of ranks with rows of their own: those that share layers (tp) share their rows, too
+    group: object  # the process group of every collective in shared code
+    device: torch.device
+    out: Path  # the output folder
+    checkpoint: Path | None  # the folder that is resumed
+    mesh_shape: tuple  # sizes of the mesh's dimensions: replicate, shard, tp
+    command: str  # starts this run again
+    versions: dict  # what a bitwise equal run needs to have, too
+    mesh: object = None  # set by main
+    step: int = 0  # optimizer steps that are done
+    state: dict = field(default_factory=lambda: {"alerts": {}})  # saved with every checkpoint
+    data: str = ""  # fingerprint of the training rows
+    weights: int = 0  # how many the model in training has
+    tracker: object = None  # the module wandb or trackio, on rank 0
+    bar: object = None  # tqdm's, on rank 0 and a terminal
+    started: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)  # time of the newest checkpoint
+    saving: float = 0.0  # seconds spent on saving
+    beat: float = field(default_factory=time.monotonic)  # time of the last progress, for `watch`
+    watched: tuple = ()  # weights, and a copy of them after step 4, for `check_update`
+
+
+# ---- files ---------------------------------------------------------------------------------------
+def record(rank, out, **fields):
+    """Update run.json on rank 0, from the first moment to the exit code; the file is replaced whole."""
+    if rank == 0:
+        path = out / ".run.json"
+        path.write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
+        fsync(path)
+        os.replace(path, out / "run.json")
+
+
+def read_json(path):
+    """Return the object in a file, or {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def fsync(path):
+    """Return when a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write(run, name, fields):
+    """Append one line of strict JSON to a file of the run (rank 0): what is not finite becomes null."""
+    if run.rank == 0:
+        strict = json.loads(json.dumps(fields), parse_constant=lambda _: None)
+        with open(run.out / name, "a") as file:
+            print(json.dumps(strict), file=file)
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).split("\n")[0][:300]
+
+
+# ---- console -------------------------------------------------------------------------------------
+def log(run, step, metrics, steps):
+    """Write the metrics of step `step` of `steps`, and show them: in a bar on a terminal, as a line elsewhere."""
+    shown = write_metrics(run, step, metrics)
+    if run.rank != 0 or not sys.stdout.isatty():
+        say(run, f"step {step}  {shown}")
+        return
+    if run.bar is None:
+        layout = "step {n_fmt}/{total_fmt} [{bar:16}] {elapsed}<{remaining}  {desc}"
+        run.bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
+    run.bar.n = step
+    run.bar.set_description_str(shown)  # tqdm cuts the line where the terminal ends
+    if step == steps:
+        run.bar.close()
+
+
+def log_eval(run, step, metrics, steps):
+    """The same for an evaluation, whose line stays on a terminal, too. The state keeps the first, last and best one."""
+    shown = write_metrics(run, step, metrics)
+    say(run, f"step {step}  {shown}")
+    run.state.setdefault("before", metrics)
+    run.state["last"] = metrics
+    if metrics["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
+        run.state["best"] = {"accuracy": metrics["eval/accuracy"], "step": step}
+
+
+def write_metrics(run, step, metrics):
+    """Write a line to metrics.jsonl and the tracker; return the metrics as a text for the console."""
+    run.beat = time.monotonic()
+    write(run, "metrics.jsonl", {"step": step, **metrics})
+    if run.tracker:
+        run.tracker.log({"step": step, **metrics}, step=step)
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "perf/tokens_per_s")
+
+
+def say(run, line, file=None):
+    """Print a line on rank 0, to stdout or another file; where there is a bar, above it."""
+    if run.bar is not None:
+        run.bar.write(line, file=file)
+    elif run.rank == 0:
+        print(line, file=file, flush=True)
+
+
+def show_groups(run, title, groups, tokenizer):
+    for group in groups:
+        say(run, f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}")
+
+
+def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory):
+    if steps < 1:
+        raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
+    if run.args.eval_dataset and not heldout:
+        raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
+    record(run.rank, run.out, data=run.data, steps=steps)
+    tokens = sum(map(group_tokens, train))
+    show_groups(run, "first row", train[:1], tokenizer)
+    say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
+    say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
+    model = f"{run.weights / 1e6:.1f}M weights, {policy.road} road, dropout 0"
+    static = 16e-9 * run.weights * run.args.replicate_size / run.world  # fp32 weights, gradients, Adam's two moments
+    say(run, f"model     {model}; weights, gradients and Adam take {static:.2f} GB a rank")
+    say(run, f"memory    {memory}")
+    say(run, f"command   {run.command}")
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+def schedule(step, steps, args):
+    """Return the factor of the learning rate at optimizer step `step` (from 0), as transformers computes it."""
+    if step < args.warmup_steps:
+        return step / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    if args.lr_scheduler_type == "linear":
+        return 1 - progress
+    if args.lr_scheduler_type == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def is_due(step, steps, every):
+    """Return whether something is to happen after this step: at every so many steps (0: none), and at the end."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def performance(started, groups):
+    """Return seconds of the step, this rank's tokens per second (a prompt counts once) and its peak memory."""
+    seconds = time.perf_counter() - started
+    rate = sum(map(group_tokens, groups)) / seconds
+    return {"perf/seconds": seconds, "perf/tokens_per_s": rate, "perf/peak_gb": peak_bytes() / 1e9}
+
+
+def peak_bytes():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
