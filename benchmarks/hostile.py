@@ -1360,7 +1360,7 @@ def strange_string(case):
     kinds = {f.name: str(f.type) for f in fields(MODULES[case.script].Args)}
     name = case.rng.choice([n for n, kind in kinds.items() if "str" in kind or "Literal" in kind])
     value = case.rng.choice(TEXTS)
-    if name == "output_dir" and value in ("/", "..", "~", "."):
+    if name == "output_dir" and value in ("", "/", "..", "~", "."):  # "" is the default folder, which is not looked at
         value = "out"
     case.argv += [f"--{name}", value]
     case.names = {f"--{name}", f"--{name.replace('_', '-')}", "tokenizer", "memory"}

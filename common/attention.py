@@ -1,13 +1,8 @@
 """Attention without padding: the function that a model's layers call instead of their own.
 
-A batch is one row of tokens cut into segments (`flat_batch` in common/batches.py draws it). The queries of a segment
-attend to its own tokens and, where several completions share a prompt, to the tokens of that prompt. On CUDA in half
-precision a fused kernel takes all segments in one call; everywhere else segments of equal shape are stacked and go
-through torch's scaled_dot_product_attention.
-
-N is the number of tokens, H of heads, H_kv of heads of keys and values, d their width, d_v that of values. Whatever
-this file does not know raises InputError: attention that leaves something out returns wrong numbers without a word.
-"""
+A batch is one row of N tokens cut into segments (`flat_batch` in common/batches.py draws it). There are H heads, H_kv
+of keys and values, of width d, and d_v for values. What this file does not know raises InputError: attention that
+leaves something out returns wrong numbers without a word."""
 import inspect
 from collections import defaultdict
 
@@ -28,51 +23,37 @@ except ImportError:  # It is never required: torch's own kernel lacks only the s
 # and records CUDA graphs.
 ATTENTION = "flash_varlen"
 PAGED = "flash_paged"
-
 # varlen_attn takes heads that share keys without being told in torch 2.11, and wants to be told later.
-GQA = {}
-if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-    GQA["enable_gqa"] = True
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-
-# ---- what the layers call --------------------------------------------------------------------------------------------
 
 def flat_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
                    softcap=None, s_aux=None, cu_seqlens_q=None, cu_seqlens_k=None, max_q=None, max_k=None,
                    kv_index=None, decoder=None, position_ids=None, use_cache=None, output_router_logits=None,
                    **unknown):
-    """Causal attention inside the segments of one flat row, in the form of transformers' AttentionInterface.
-
-    query is (1, H, N, d), key (1, H_kv, N, d), value (1, H_kv, N, d_v). Segment i has the queries cu_seqlens_q[i] to
-    cu_seqlens_q[i + 1] and the keys of the tokens kv_index[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]; without kv_index these
-    are its own tokens. Queries and keys end together: query r of n_q sees the keys up to r + n_k - n_q and, where the
-    layer has a sliding window, only the last `sliding_window` of these. s_aux (H,) are attention sinks: one logit per
-    head that takes probability away and adds nothing. A decoder (common/sampling.py) keeps keys and values itself.
-
-    Returns (1, N, H, d_v) and None, as attention weights are never made. Raises InputError where the layout of the
-    segments is missing, or where the layer asks for something that this function would leave out."""
+    """Causal attention inside segments, as an AttentionInterface: query (1, H, N, d), key (1, H_kv, N, d) and value
+    (1, H_kv, N, d_v) become (1, N, H, d_v) and, in place of weights, None. s_aux (H,): attention sinks, a logit per
+    head that takes probability away and adds nothing. A decoder (common/decoding.py) keeps keys and values itself."""
+    # Segment i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] and the keys of the tokens
+    # kv_index[cu_seqlens_k[i]:cu_seqlens_k[i + 1]], without kv_index its own. Both end together: query r of n_q sees
+    # the keys up to r + n_k - n_q, of which a sliding window leaves the last `sliding_window`.
     unknown = [name for name, argument in unknown.items() if argument is not None]
     has_borders = cu_seqlens_q is not None
     has_mask = attention_mask is not None
-    has_layout = has_borders or decoder is not None
-    if not has_layout or has_mask or dropout or unknown:
+    if not (has_borders or decoder) or has_mask or dropout or unknown:
         raise InputError(f"{type(module).__name__} cannot run on flat batches, use another --model (segment borders: "
                          f"{has_borders}, mask: {has_mask}, {dropout=}, {unknown=})")
-    # (1, heads, tokens, width) becomes (tokens, heads, width)
-    query = query[0].transpose(0, 1)
-    key = key[0].transpose(0, 1)
-    value = value[0].transpose(0, 1)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, width)
     if kv_index is not None:
         key = select_rows(key, kv_index)
         value = select_rows(value, kv_index)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     options = {"scaling": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
-    if decoder is not None:
-        out = decoder.attend_to(module.layer_idx, query, key, value, **options)
-        return out[None], None
     layout = cu_seqlens_q, cu_seqlens_k, max_q, max_k
-    if query.is_cuda and query.dtype != torch.float32:  # Fused kernels exist for half precision only.
+    if decoder:
+        out = decoder.attend_to(module.layer_idx, query, key, value, **options)
+    elif query.is_cuda and query.dtype != torch.float32:  # Fused kernels exist for half precision only.
         out = _fused_attention(query, key, value, layout, **options)
     else:
         out = _segment_attention(query, key, value, layout, **options)
@@ -81,10 +62,8 @@ def flat_attention(module, query, key, value, attention_mask, scaling=None, drop
 
 def paged_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, cache=None,
                     logits_indices=None, logits_processor_args=None, is_causal=None, **layout):
-    """flat_attention in the layout of transformers' continuous batching.
-
-    The cache keeps the new keys and values, and returns those of every sequence from its first token on. Rows past the
-    last segment are padding of the engine and are not computed."""
+    """flat_attention in the layout of transformers' continuous batching. The cache keeps the new keys and values, and
+    returns those of every sequence from its first token on. Rows past the last segment are padding: not computed."""
     names = "cu_seq_lens_k", "max_length_k", "read_index", "write_index", "block_table"
     # update() replaces what is given per kind of layer by what belongs to this layer, so it gets a dict to write into.
     of_this_layer = {name: layout.pop(name) for name in names}
@@ -98,30 +77,25 @@ AttentionInterface.register(PAGED, paged_attention)
 
 
 def select_rows(x, index):
-    """Return x[index], as an embedding: its backward sums repeated rows two to three times as fast as index_select's.
-    """
+    """Return x[index], by an embedding: its backward sums repeated rows faster than that of index_select."""
     return F.embedding(index, x.flatten(1)).view(-1, *x.shape[1:])
 
 
-# ---- on CUDA: one fused kernel ---------------------------------------------------------------------------------------
-
 def _fused_attention(query, key, value, layout, scaling, window, softcap, sinks):
+    """All segments in one kernel, which exists on CUDA in half precision."""
     if sinks is not None or (softcap and flash_attn_varlen_func is None):
         raise InputError("no fused kernel has attention sinks, only flash_attn has soft-caps: use another --model")
     # The kernels want one width for all three, a multiple of 8. Zeros fill it up: they change no score and no sum.
-    value_width = value.shape[-1]
     width = -(-query.shape[-1] // 8) * 8
-    query = _widen(query, width)
-    key = _widen(key, width)
-    value = _widen(value, width)
+    widened = [_widen(x, width) for x in (query, key, value)]
     keys_to_the_left = -1 if window is None else window - 1  # -1: no limit. A kernel does not count the token itself.
     sides = keys_to_the_left, 0
     if softcap:
-        out = flash_attn_varlen_func(query, key, value, *layout, softmax_scale=scaling, causal=True, window_size=sides,
+        out = flash_attn_varlen_func(*widened, *layout, softmax_scale=scaling, causal=True, window_size=sides,
                                      softcap=softcap)
     else:
-        out = varlen_attn(query, key, value, *layout, scale=scaling, window_size=sides, **GQA)
-    return out[..., :value_width]
+        out = varlen_attn(*widened, *layout, scale=scaling, window_size=sides, **GQA)
+    return out[..., :value.shape[-1]]
 
 
 def _widen(x, width):
@@ -129,24 +103,19 @@ def _widen(x, width):
     return F.pad(x, (0, missing)) if missing else x
 
 
-# ---- everywhere else: segments of one shape in one call --------------------------------------------------------------
-
 @torch.compiler.disable  # A loop over segments would be compiled again for every batch.
 def _segment_attention(query, key, value, layout, **options):
-    lengths_q = _lengths(layout[0])
-    lengths_k = _lengths(layout[1])
+    """Everywhere else: the segments of one shape in one call."""
+    lengths_q, lengths_k = map(_lengths, layout[:2])
     # split it is, because the backward of a slice x[a:b] allocates a gradient as large as x for every segment.
-    queries = query.split(lengths_q)
-    keys = key.split(lengths_k)
-    values = value.split(lengths_k)
+    tensors = query.split(lengths_q), key.split(lengths_k), value.split(lengths_k)
     segments_of_shape = defaultdict(list)
     for segment, shape in enumerate(zip(lengths_q, lengths_k)):
         segments_of_shape[shape].append(segment)
-    outputs = [None] * len(queries)
+    outputs = [None] * len(lengths_q)
     for segments in segments_of_shape.values():
-        q = _stack(queries, segments)
-        k = _stack(keys, segments)
-        v = _stack(values, segments)
+        stacks = [torch.stack([pieces[segment] for segment in segments]) for pieces in tensors]
+        q, k, v = (stack.transpose(1, 2) for stack in stacks)  # (segments, heads, tokens, width)
         out = attend(q, k, v, **options).transpose(1, 2)
         for segment, piece in zip(segments, out.unbind()):
             outputs[segment] = piece
@@ -157,16 +126,9 @@ def _lengths(cu_seqlens):
     return cu_seqlens.diff().tolist()
 
 
-def _stack(pieces, segments):
-    """Return the pieces (tokens, heads, d) of these segments as one tensor (segments, heads, tokens, d)."""
-    return torch.stack([pieces[segment] for segment in segments]).transpose(1, 2)
-
-
 def attend(q, k, v, scaling, window, softcap, sinks):
-    """Attention of segments of one shape.
-
-    q is (segments, H, n_q, d), k and v are (segments, H_kv, n_k, d or d_v); H is a multiple of H_kv. Returns
-    (segments, H, n_q, d_v). Without a window, a soft-cap or sinks these are None."""
+    """Return the attention (segments, H, n_q, d_v) of segments of one shape: q is (segments, H, n_q, d), k and v are
+    (segments, H_kv, n_k, d or d_v); H is a multiple of H_kv. Without a window, a soft-cap or sinks these are None."""
     n_q, n_k = q.shape[2], k.shape[2]
     window = window or n_k
     explicit = bool(softcap) or sinks is not None  # torch's function knows neither
@@ -202,13 +164,9 @@ def _explicit_attention(q, k, v, visible, scaling, softcap, sinks):
     return probabilities.to(v.dtype) @ v
 
 
-# ---- which models may ------------------------------------------------------------------------------------------------
-
 def runs_flat(lm, device_type):
-    """Return whether tokens meet only inside flat_attention: no recurrent state, no convolution, no chunked mask.
-
-    On CUDA the model must also do without sinks and, where flash_attn is missing, without soft-caps: torch's kernel has
-    no gradient for what could replace them."""
+    """Return whether tokens meet only inside flat_attention: no recurrent state, no convolution, no chunked mask. On
+    CUDA no sinks either and, without flash_attn, no soft-caps: torch's kernel has no gradient for a replacement."""
     config = lm.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     if not set(kinds) <= {"full_attention", "sliding_attention"}:
@@ -233,15 +191,11 @@ def refuse_rotary(config, max_length):
     config = config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
     tables = [table for table in parameters.values() if isinstance(table, dict)]  # one for each kind of layer
-    if not tables:
-        tables = [parameters]  # one for all
-    for table in tables:
+    for table in tables or [parameters]:
+        limits = {"longrope": table.get("original_max_position_embeddings"),
+                  "dynamic": getattr(config, "max_position_embeddings", None)}
         kind = table.get("rope_type")
-        limit = None
-        if kind == "longrope":
-            limit = table.get("original_max_position_embeddings")
-        elif kind == "dynamic":
-            limit = getattr(config, "max_position_embeddings", None)
+        limit = limits.get(kind)
         if limit is not None and max_length > limit:
             raise InputError(f"{kind} rotary embeddings change for a whole batch when one row passes {limit} tokens: "
                              f"--max_length {max_length} must be at most {limit}")

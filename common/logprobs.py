@@ -1,12 +1,12 @@
 """Log-probs of the scored tokens of a flat batch, without padding and without a (tokens, vocabulary) tensor.
 
-`Policy(lm)` wraps a Hugging Face causal language model; `Scorer(lm)` a sequence classifier of one label. The model's
-layers run on one row of tokens (common/attention.py), so the hidden states of a shared prompt are computed once. Only
-scored rows reach the language-model head; logits exist one chunk of rows at a time, and backward computes them again.
-
-There are N tokens, M scored tokens and S completions; V is the vocabulary, D the hidden size. Log-probs are in nats."""
+The model's layers run on one row of tokens (common/attention.py), so the hidden states of a shared prompt are computed
+once. Only scored rows reach the language-model head; logits exist one chunk of rows at a time, and backward computes
+them again. There are M scored tokens and S completions; V is the vocabulary, D the hidden size. Log-probs are in nats.
+"""
 from array import array
 from collections import defaultdict
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.attention import ATTENTION, runs_flat, select_rows
 from common.batches import scored_flags
 from common.runtime.flags import InputError
+from common.runtime.parallel import local
 
 # fp32 logits in a chunk, in numbers: 64 MiB on a CPU; 1 GiB on a GPU, enough rows to keep its matrix units busy.
 CHUNK = {"cpu": 2**24, "cuda": 2**28}
 OUTPUTS = ("logprobs", "mean_logprob", "sum_p2", "entropy", "correct")
 
-
-# ---- head ------------------------------------------------------------------------------------------------------------
 
 class ScoredHead(torch.autograd.Function):
     """hidden (M, D) and labels (M,) become OUTPUTS, each (M,), or None where it is not in `want`.
@@ -38,25 +37,29 @@ class ScoredHead(torch.autograd.Function):
         entropy       H = -sum_v p_v log p_v       -p (log p + H)
         correct       whether y is the arg-max     none
 
-    Under tensor parallelism `group` are the ranks that share the vocabulary: W and b are this rank's V / len(group)
-    rows of it, and only numbers per scored token are exchanged. Gradients of W and b are summed over chunks in fp32."""
+    Under tensor parallelism W and b are this rank's rows of the vocabulary, which the ranks of `group` share; only
+    numbers per scored token are exchanged. Gradients of W and b are summed over chunks in fp32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, transform, want, group=None):
         ctx.rows = max(1, CHUNK.get(hidden.device.type, 2**28) // len(weight))  # of a chunk
-        ctx.first_id = len(weight) * dist.get_rank(group) if group else 0  # the id of this rank's first row of W
         ctx.transform, ctx.group = transform, group
+        if group:
+            labels = labels - len(weight) * dist.get_rank(group)  # the labels' rows of W, where this rank has them
         chunks = defaultdict(list)
         for h, y in zip(hidden.split(ctx.rows), labels.split(ctx.rows)):
             logp = slope = None  # frees the chunk before
             logp, slope = _log_probs(h, weight, bias, transform, group)
-            chunks["logprobs"].append(_label_logprobs(logp, y, ctx.first_id))
+            column, is_here = _label_columns(y, len(weight))
+            log_p_y = logp.gather(1, column) * is_here  # 0 where another rank has the label
+            chunks["logprobs"].append(log_p_y[:, 0])
             if "mean_logprob" in want:
                 chunks["mean_logprob"].append(logp.mean(-1))
             if "sum_p2" in want:
-                chunks["sum_p2"].append(_sum_p2(logp))
+                probabilities = (part.exp() for part in _parts(logp))
+                chunks["sum_p2"] += [torch.linalg.vecdot(p, p) for p in probabilities]
             if "entropy" in want:
-                chunks["entropy"].append(_entropy(logp))
+                chunks["entropy"] += [-torch.linalg.vecdot(part.exp(), part) for part in _parts(logp)]
             if "correct" in want:
                 chunks["highest"].append(logp.amax(-1))
         out = {name: torch.cat(pieces) for name, pieces in chunks.items()}
@@ -91,8 +94,8 @@ class ScoredHead(torch.autograd.Function):
             if logp is None:
                 logp, slope = _log_probs(hidden[chunk], weight, bias, ctx.transform, ctx.group)
             # d loss / d z
-            d_z = _multiple_of_p(logp, grads, sum_p2=sum_p2, entropy=entropy, chunk=chunk)
-            column, is_here = _label_columns(labels[chunk], ctx.first_id, len(weight))
+            d_z = _multiple_of_p(logp, grads, sum_p2, entropy, chunk)
+            column, is_here = _label_columns(labels[chunk], len(weight))
             d_z.scatter_add_(1, column, grads["logprobs"][chunk] * is_here)  # log p_y: the entry of e_y
             if "mean_logprob" in grads:  # 1/V in every column
                 vocabulary = len(weight) * (ctx.group.size() if ctx.group else 1)
@@ -111,16 +114,11 @@ class ScoredHead(torch.autograd.Function):
                 d_weight.addmm_(d_z.T, hidden[chunk].float())
         if ctx.group:
             dist.all_reduce(d_hidden, group=ctx.group)  # each rank has the share of its own rows of W
-        if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
-        if d_bias is not None:
-            d_bias = d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None  # autograd rounds them to the dtypes of the inputs
 
 
 def _log_probs(hidden, weight, bias, transform, group):
-    """Return log p of a chunk, (rows, V) fp32 in memory of its own, and dz / d(h W^T + b): a number, or with a cap
-    one for each logit."""
+    """Return log p of a chunk, (rows, V) fp32 in memory of its own, and dz / d(h W^T + b): a number, or (rows, V)."""
     scale, cap, temperature = transform
     if hidden.is_cuda and hidden.dtype != torch.float32:  # only CUDA's products of half precision can end in fp32
         z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -157,28 +155,11 @@ def _parts(z):
     return z.split(max(1, len(z) // 16))
 
 
-def _label_columns(labels, first_id, num_columns):
+def _label_columns(labels, num_columns):
     """Return the labels' columns among those of this rank, and whether they are among them, both (rows, 1)."""
-    column = labels[:, None] - first_id
+    column = labels[:, None]
     is_here = (column >= 0) & (column < num_columns)
     return column.clamp(0, num_columns - 1), is_here
-
-
-def _label_logprobs(logp, labels, first_id):
-    """Return log p_y, or 0 where another rank has column y: the sum over ranks is log p_y."""
-    column, is_here = _label_columns(labels, first_id, logp.shape[1])
-    return (logp.gather(1, column) * is_here)[:, 0]
-
-
-def _sum_p2(logp):
-    """Return s = sum_v p_v^2 of every row."""
-    probabilities = (part.exp() for part in _parts(logp))
-    return torch.cat([torch.linalg.vecdot(p, p) for p in probabilities])
-
-
-def _entropy(logp):
-    """Return H = -sum_v p_v log p_v of every row."""
-    return torch.cat([-torch.linalg.vecdot(part.exp(), part) for part in _parts(logp)])
 
 
 def _multiple_of_p(logp, grads, sum_p2, entropy, chunk):
@@ -195,14 +176,10 @@ def _multiple_of_p(logp, grads, sum_p2, entropy, chunk):
     return p.mul_(factor)
 
 
-# ---- policy ----------------------------------------------------------------------------------------------------------
-
 class Policy(nn.Module):
-    """A causal language model as a function from a flat batch to log-probs of its scored tokens.
-
-    It is the root module for fully_shard: the head belongs to it, and its weight is gathered once per forward.
-    road is "flat", or "padded" for models that runs_flat refuses: there every completion is a right-padded row with a
-    prompt of its own, in the model's attention; without a mask, since a causal layer never looks to the right."""
+    """A causal language model as a function from a flat batch to log-probs of its scored tokens; the root module for
+    fully_shard, since the head belongs to it. road is "flat", or "padded" for models that runs_flat refuses: there
+    completions are right-padded rows with prompts of their own, in the model's attention, which never looks right."""
 
     output = "logprobs"  # the output that is always there
     new = frozenset()  # weights that a model folder may lack
@@ -215,14 +192,13 @@ class Policy(nn.Module):
         self.temperature = temperature
         if not isinstance(self.head(), nn.Linear):
             raise InputError(f"{type(lm).__name__} has no linear head: --model must be a causal language model")
-        # What ForCausalLM.forward does after the head. One name may mean two things in two families, so it is not this
-        # list that decides but the comparison with plain_forward before step 1. A missing number is None or 0.
+        # What ForCausalLM.forward does after the head. It is not these names that decide, which may mean two things in
+        # two families, but the comparison with plain_forward before step 1. A missing number is None or 0.
         config = lm.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale = scale * (getattr(config, "lm_head_multiplier", None) or 1.0)
-        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+        names = "logit_scale", "lm_head_multiplier", "logits_scaling"
+        factor, multiplier, divisor = [getattr(config, name, None) or 1.0 for name in names]
         cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or 0.0
-        self.transform = scale, cap, temperature
+        self.transform = factor * multiplier / divisor, cap, temperature
         self.plain_implementation = lm.config._attn_implementation
         # lm may move to the GPU after this line: the machine counts, not where the weights are now.
         flat = runs_flat(lm, "cuda" if torch.cuda.is_available() else "cpu")
@@ -244,10 +220,6 @@ class Policy(nn.Module):
         if implementation != self.implementation:
             raise InputError(f"the model's attention became {implementation}, which would ignore where completions "
                              f"end and return wrong numbers: it must stay {self.implementation}")
-        return self.read(self._scored_hidden(batch), batch, want)
-
-    def _scored_hidden(self, batch):
-        """Return the hidden states (M, D) that predict the scored tokens."""
         if self.road == "padded":
             inputs, rows = self._padded(batch)
         else:
@@ -257,7 +229,7 @@ class Policy(nn.Module):
             rows = batch["rows"]
         backbone = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model  # Llama-4's has no name
         hidden = backbone(use_cache=False, **inputs).last_hidden_state
-        return select_rows(hidden.flatten(0, 1), rows)
+        return self.read(select_rows(hidden.flatten(0, 1), rows), batch, want)
 
     def _padded(self, batch):
         """Return the model's inputs, S rows of [prompt + completion + padding], and the rows that predict."""
@@ -275,14 +247,12 @@ class Policy(nn.Module):
 
     def read(self, hidden, batch, want):
         """Return the outputs of the head for hidden states (M, D)."""
-        weight, bias = self.head().weight, self.head().bias
+        head = self.head()
         group = None
-        if isinstance(weight, DTensor):  # tensor parallelism shards it over the vocabulary
-            group = weight.device_mesh.get_group()
-            weight = weight.to_local()
-            if bias is not None:
-                bias = bias.to_local()
-        out = ScoredHead.apply(hidden, weight, bias, batch["labels"], self.transform, tuple(want), group)
+        if isinstance(head.weight, DTensor):  # tensor parallelism shards it over the vocabulary
+            group = head.weight.device_mesh.get_group()
+        weight, bias = local(head.weight), local(head.bias)
+        out = ScoredHead.apply(hidden, weight, bias, batch["labels"], self.transform, want, group)
         return {name: values for name, values in zip(OUTPUTS, out) if values is not None}
 
     def plain_forward(self, groups):
@@ -321,40 +291,36 @@ class Scorer(Policy):
     @torch.no_grad()
     def plain_answer(self, lm, groups):
         """Return lm's scores (S,) of the groups, one sequence at a time."""
-        scores = []
-        for group in groups:
-            for completion in group["completions"]:
-                ids = torch.tensor([[*group["prompt"], *completion["ids"]]], device=lm.device)
-                scores.append(lm(ids, use_cache=False).logits[0].float())  # logits are (1, 1)
-        return torch.cat(scores)
+        return torch.cat([logits for *_, logits in _plain_logits(lm, groups)])
 
-
-# ---- the model's own forward -----------------------------------------------------------------------------------------
 
 def probe_groups(vocab_size):
     """Return two groups of fixed ids with shared prompts, 40 tokens: there Policy meets its plain forward."""
-    ids = array("i", [(7919 * i + 13) % vocab_size for i in range(40)])
-    rows = [(ids[:7], [ids[7:12], ids[12:21], ids[21:24]]), (ids[24:32], [ids[32:38], ids[38:]])]
+    ids = iter([(7919 * i + 13) % vocab_size for i in range(40)])
     groups = []
-    for row, (prompt, answers) in enumerate(rows):
+    for row, lengths in enumerate([(7, 5, 9, 3), (8, 6, 2)]):  # of a prompt and its completions
+        prompt, *answers = [array("i", islice(ids, length)) for length in lengths]
         completions = [{"ids": answer, "scored": None} for answer in answers]
         groups.append({"prompt": prompt, "completions": completions, "row": row})
     return groups
 
 
+def _plain_logits(lm, groups):
+    """Yield (group, completion, ids, logits) from lm(ids) of one sequence at a time: nothing is shared or flat."""
+    for group in groups:
+        for completion in group["completions"]:
+            ids = torch.tensor([*group["prompt"], *completion["ids"]], device=lm.device)
+            yield group, completion, ids, lm(ids[None], use_cache=False).logits[0].float()
+
+
 @torch.no_grad()
 def plain_logprobs(lm, groups, temperature=1.0):
-    """Return log-probs (M,), fp32, in flat_batch's order, from lm(ids).logits of one sequence at a time: nothing is
-    shared or flat. To be called before Policy(lm), which replaces the model's attention."""
+    """Return log-probs (M,), fp32, in flat_batch's order. Call it before Policy(lm), which replaces the attention."""
     out = []
-    for group in groups:
-        prompt = list(group["prompt"])
-        for completion in group["completions"]:
-            ids = torch.tensor([*prompt, *completion["ids"]], device=lm.device)
-            scored = [False] * len(prompt) + scored_flags(completion)
-            # Row i of the logits predicts token i + 1, and nothing predicts the first.
-            rows = torch.tensor(scored[1:], device=lm.device).nonzero()[:, 0]
-            logits = lm(ids[None], use_cache=False).logits[0].float()
-            logp = (logits / temperature).log_softmax(-1)
-            out.append(logp[rows, ids[rows + 1]])
+    for group, completion, ids, logits in _plain_logits(lm, groups):
+        scored = [False] * len(group["prompt"]) + scored_flags(completion)
+        # Row i of the logits predicts token i + 1, and nothing predicts the first.
+        rows = torch.tensor(scored[1:], device=lm.device).nonzero()[:, 0]
+        logp = (logits / temperature).log_softmax(-1)
+        out.append(logp[rows, ids[rows + 1]])
     return torch.cat(out)

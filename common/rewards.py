@@ -5,7 +5,7 @@ None, one for each completion. A reward file runs in a process of its own: `Rewa
 the other, and the two exchange lines of JSON.
 """
 import asyncio
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -74,6 +74,8 @@ def load_rewards(args):
                 functions.append(BUILT_IN[name])
             elif os.path.isdir(name):
                 functions.append(RewardModel(name, args.tokens_per_microbatch))
+            elif ":" not in name:
+                raise ValueError("there is no such reward")
             else:
                 functions.append(RewardFile(name, args.reward_timeout, args.reward_memory))
         except Exception as e:  # files and folders are input, and what loads them raises anything
@@ -262,22 +264,36 @@ def serve(name, memory):
     os.dup2(2, 1)  # what the function prints goes to stderr
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if memory and sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if most == resource.RLIM_INFINITY or memory < most:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     path, _, function_name = name.rpartition(":")
-    folder, file = os.path.split(path)
-    sys.path.insert(0, os.path.abspath(folder))  # as for a script: its neighbours can be imported, too
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as for a script: its neighbours can be imported, too
+    function = None
     os.register_at_fork(after_in_child=wire.close)  # where the function forks and both come back, only one may answer
     for line in wire:
         answer = None
         try:
-            function = getattr(importlib.import_module(file.removesuffix(".py")), function_name)
-            assert callable(function), f"{function_name} is not a function"
+            if function is None:
+                function = load_function(path, function_name)
             columns = json.loads(line)
             if columns:
                 answer = answer_to(columns, function)
         except BaseException as e:  # user code may raise anything
             answer = traceback.format_exception_only(e)[-1]
         print(json.dumps(answer), file=wire, flush=True)
+
+
+def load_function(path, name):
+    """Return the function of a file, which is loaded by its path: its name may be one of the standard library's."""
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function = getattr(module, name)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function
 
 
 def answer_to(columns, function):
@@ -292,6 +308,6 @@ def answer_to(columns, function):
 
 
 # What the process runs, without an import of this project. Taken now, as this file may change before a later start.
-CHILD_IMPORTS = "import asyncio, importlib, inspect, json, numbers, os, resource, signal, socket, sys, traceback\n"
+CHILD_IMPORTS = "import asyncio, importlib.util, inspect, json, numbers, os, resource, signal, socket, sys, traceback\n"
 CHILD_MAIN = "serve(sys.argv[1], int(float(sys.argv[2]) * 2**30))"
-CHILD_PROGRAM = CHILD_IMPORTS + inspect.getsource(serve) + inspect.getsource(answer_to) + CHILD_MAIN
+CHILD_PROGRAM = CHILD_IMPORTS + "\n".join(map(inspect.getsource, (serve, load_function, answer_to))) + CHILD_MAIN

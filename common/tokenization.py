@@ -1,5 +1,4 @@
 """From rows of any supported format to groups of token ids with scored spans (groups: see common/batches.py)."""
-
 import hashlib
 import json
 import re
@@ -46,7 +45,7 @@ def read_rows(name, split):
         if path.suffix in (".jsonl", ".json"):
             content = path.read_bytes()
             if content.lstrip()[:1] == b"[":
-                rows = list(enumerate(json.loads(content), 1))
+                rows = enumerate(json.loads(content), 1)
             else:
                 for line, text in enumerate(content.split(b"\n"), 1):
                     if text.strip():
@@ -63,7 +62,7 @@ def read_rows(name, split):
             else:
                 config, _, split = split.rpartition("/")
                 table = datasets.load_dataset(name, config or None, split=split)
-            rows = list(enumerate(table.to_list(), 1))
+            rows = enumerate(table.to_list(), 1)
     except Exception as error:  # readers share no class of errors; all of them are about the input, and stay chained
         raise problem(f"{name}:{line}" if line else name, "cannot read the data", error.__cause__ or error,
                       "Type --dataset FILE (.jsonl: an object per line), FOLDER, HUB_ID or HUB_ID:SPLIT") from error
@@ -86,12 +85,11 @@ def load_rows(name, args, tiny="demonstrations"):
     if path.suffix in FILES and split != "train":
         raise problem(name, "a single file has no splits", split, "Give the file of that split as --dataset")
     files = [path]
-    if isdir(path) and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+    if isdir(path) and not exists(path / "state.json") and not exists(path / "dataset_dict.json"):
         every_file = sorted(file for file in path.iterdir() if file.suffix in FILES)
         named = [file for file in every_file if file.name.startswith(split)]
         files = every_file if split == "train" and not named else named
-    pairs = [pair.partition(":") for pair in rename.split(",") if pair]
-    names = {old: new for old, _, new in pairs}
+    names = dict(pair.partition(":")[::2] for pair in rename.split(",") if pair)  # old: new
     rows, columns = [], set()
     for file in files:
         for where, value in read_rows(str(file), split):
@@ -170,9 +168,8 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
     if not tokenizer.chat_template:
         raise problem(row, "messages, but the tokenizer has no chat template", messages, "Type --chat_template FILE")
     try:
-        tools, extra = row.get("tools"), row.get("chat_template_kwargs")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        extra = json.loads(extra) if isinstance(extra, str) else extra
+        columns = row.get("tools"), row.get("chat_template_kwargs")
+        tools, extra = [json.loads(value) if isinstance(value, str) else value for value in columns]
         can_limit = threading.current_thread() is threading.main_thread()  # no other thread (rewards) can set an alarm
         if can_limit:
             signal.signal(signal.SIGALRM, expire)
@@ -194,7 +191,7 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
 def column(row, name):
     """Return the column: text, or messages, each with a known role and text as its content."""
     value = row[name]
-    is_chat = isinstance(value, list) and len(value) > 0
+    is_chat = isinstance(value, list) and value != []
     if (name == "text" and is_chat) or (name in ("messages", "conversations") and not is_chat):
         raise problem(row, f"wrong kind of column {name}", value, 'Write text or [{"role": "user", "content": ""}]')
     if not is_chat:
@@ -246,7 +243,7 @@ def make_group(row, prompt, ids, scored=None, **entries):
 def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
     """Return groups with the answer's assistant turns (scope "last": the last one) scored, each to its stop id: one
     group if the template only ever appends, else one a turn, as it is at inference, marked "split"."""
-    messages = prompt + answer
+    messages = answer if answer[: len(prompt)] == prompt else prompt + answer  # some data repeat the prompt
     turns = [k for k in range(max(len(prompt), 1), len(messages)) if messages[k]["role"] == "assistant"]
     if not turns or (prompt and turns[0] != len(prompt)):
         raise problem(row, "no assistant turn after the prompt", messages, "Let an assistant's message follow a user's")
@@ -260,9 +257,10 @@ def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
         end = start
         while end < len(after) and after[end] not in stops:
             end += 1
-        parts.append((before, after[start : end + 1]))
+        ids = after[start : end + 1]
+        parts.append((before, ids))
         only_appends = only_appends and start == len(before)  # else a turn is opened otherwise than it is written
-    sequence = parts[-1][0] + parts[-1][1]
+    sequence = before + ids  # of the last turn
     scored = [False] * len(sequence)
     for before, ids in parts:
         end = len(before) + len(ids)
@@ -275,17 +273,16 @@ def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
 
 
 def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all"):
-    """Return for each answer its groups. prompt and answers: text, or messages."""
+    """Return the groups of all answers, at least one of each. prompt and answers: text, or messages."""
     if isinstance(prompt, str) and isinstance(answers[0], list):
         prompt = [{"role": "user", "content": prompt}]  # a common layout: the question, then whole conversations
     if any(type(answer) is not type(prompt) for answer in answers):
         raise problem(row, "text and messages are mixed", [prompt, *answers], "Write prompt and answers alike")
-    encoded = []
+    groups = []
     if isinstance(prompt, list):
         for answer in answers:
-            new_messages = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
-            encoded.append(encode_chat(row, prompt, new_messages, tokenizer, stops, options, scope))
-        return encoded
+            groups += encode_chat(row, prompt, answer, tokenizer, stops, options, scope)
+        return groups
     prompt_ids = encode_text(tokenizer, prompt)
     for answer in answers:
         ids = encode_text(tokenizer, prompt + answer)  # SentencePiece adds a space to a text that stands alone
@@ -293,15 +290,15 @@ def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all")
         ids = tokenizer.encode(answer, add_special_tokens=False) if straddles else ids[len(prompt_ids) :]
         if not ids or ids[-1] not in stops:
             ids.append(stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
-        encoded.append([make_group(row, prompt_ids, ids)])
-    return encoded
+        groups.append(make_group(row, prompt_ids, ids))
+    return groups
 
 
 def encode_demonstration(row, tokenizer, stops, scope="all", template_kwargs=None):
     """Return groups of one completion. Scored: assistant turns (scope "all" | "last"), the completion, or all text."""
     *before, answer = columns_of(row, ["messages"], ["conversations"], ["prompt", "completion"], ["text"])
     prompt = before[0] if before else type(answer)()  # an empty text, or no messages
-    return encode_answers(row, prompt, [answer], tokenizer, stops, template_kwargs, scope)[0]
+    return encode_answers(row, prompt, [answer], tokenizer, stops, template_kwargs, scope)
 
 
 def encode_preference(row, tokenizer, stops, template_kwargs=None):
@@ -318,12 +315,11 @@ def encode_preference(row, tokenizer, stops, template_kwargs=None):
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if prompt == []:
             raise problem(row, "chosen and rejected begin with no common message", chosen, "Add a column prompt")
-    pair = encode_answers(row, prompt, [chosen, rejected], tokenizer, stops, template_kwargs)
-    if any(len(groups) > 1 for groups in pair):
+    groups = encode_answers(row, prompt, [chosen, rejected], tokenizer, stops, template_kwargs)
+    if len(groups) > 2:
         raise problem(row, "the template rewrites earlier turns of an answer that has several", chosen,
                       "Keep one assistant turn in chosen and rejected, or type --chat_template FILE")
-    (chosen_group,), (rejected_group,) = pair
-    return {**chosen_group, "completions": chosen_group["completions"] + rejected_group["completions"]}
+    return {**groups[0], "completions": groups[0]["completions"] + groups[1]["completions"]}
 
 
 def encode_prompt(row, tokenizer, template_kwargs=None):
@@ -356,5 +352,5 @@ def token_picture(group, tokenizer, color=True):
         flags = predicted_flags(group, completion)
         for is_scored, pairs in groupby(zip(completion["ids"], flags), key=lambda pair: pair[1]):
             text = visible_text(tokenizer, [token for token, _ in pairs], limit=1600)
-            picture += green.format(text) if is_scored else plain.format(text)
+            picture += (green if is_scored else plain).format(text)
     return picture

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 import zlib
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from common.runtime.model import own_tensors
 from common.runtime.parallel import all_sum, full
 from common.runtime.run import LOGS, first_line, fsync, is_due, read_json, record, say, show_groups
 
+META = "trainer/meta.json"  # of a checkpoint, its last file
 FILE_BYTES = 2**32  # of weights in one file of an exported model, before the layer that exceeds it
 # Flags that may differ when a run goes on. For --dataset it is the rows that count, by their fingerprint.
 FREE_FLAGS = """output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes
@@ -70,8 +71,7 @@ def trainer_tensors(models, optimizers):
 
 
 def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
-    """Write a Hugging Face folder of the first model, and trainer/ with the rest, meta.json last. On return all of it
-    is on the disk, and so are the logs."""
+    """Write a Hugging Face folder of the first model, and trainer/ with the rest. On return all is on the disk."""
     if run.rank == 0:
         (folder / "trainer").mkdir(parents=True)
     dist.barrier(group=run.group)
@@ -97,31 +97,29 @@ def write_meta(run, step, folder):
     meta = {"step": step, "flags": vars(run.args), "data": run.data, "versions": run.versions, "state": {}}
     tensors = {}
     for name, value in run.state.items():
-        if isinstance(value, dict) and any(isinstance(item, torch.Tensor) for item in value.values()):
+        if isinstance(value, dict) and any(map(torch.is_tensor, value.values())):
             tensors.update({f"{name}/{key}": tensor for key, tensor in value.items()})
         else:
             meta["state"][name] = value
     save_file(tensors, folder / "trainer" / "state.safetensors")
-    files = [path for path in folder.rglob("*") if path.is_file()]
     logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
     meta["offsets"] = {log.name: log.stat().st_size for log in logs}
-    meta["crc32"] = {str(file.relative_to(folder)): crc32(file) for file in files}
+    meta["crc32"] = checksums(folder)
     meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
-    path = folder / "trainer" / "meta.json"
-    path.write_text(json.dumps(meta, indent=1))
-    for written in [*logs, *files, path, path.parent, folder]:
+    (folder / META).write_text(json.dumps(meta, indent=1))
+    for written in [*logs, *folder.rglob("*"), folder]:
         fsync(written)
 
 
 # ---- export --------------------------------------------------------------------------------------
 def export(run, policy, folder):
     """Write the Hugging Face files, with names and layouts as transformers stores them. Rank 0 writes the weights, in
-    files of whole layers: it gathers a file tensor by tensor and never holds more."""
+    files of whole layers, and never holds more than one file."""
     dtype = getattr(torch, run.args.save_dtype)
     weights = own_tensors(policy.lm)
     files = plan_files(weights, dtype.itemsize)
-    index = {"metadata": {}, "weight_map": {}}
-    for number, names in enumerate(files):
+    places = {}
+    for number, names in enumerate(files, 1):
         tensors = {}
         for name in names:
             tensor = full(weights[name]).detach()  # all ranks take part
@@ -130,14 +128,15 @@ def export(run, policy, folder):
             if run.rank == 0:
                 tensors[name] = tensor.to("cpu", dtype)
         if run.rank == 0:
-            file = f"model-{number + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+            file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
             tensors = revert_weight_conversion(policy.lm, tensors)
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            index["weight_map"].update(dict.fromkeys(tensors, file))
+            places.update(dict.fromkeys(tensors, file))
     if run.rank == 0:
         if len(files) > 1:
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            index = json.dumps({"metadata": {}, "weight_map": places}, indent=1)
+            (folder / "model.safetensors.index.json").write_text(index)
         config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
         config.dtype = dtype
         config.architectures = [type(policy.lm).__name__]
@@ -147,14 +146,14 @@ def export(run, policy, folder):
 
 def plan_files(weights, itemsize):
     """Return the names of the tensors of each file. A file ends with the layer that brings it to FILE_BYTES."""
-    files, size, layer = [[]], 0, ""
-    for name, tensor in weights.items():
-        previous, layer = layer, re.match(r"(.*?\.\d+\.)?", name)[0]
-        if size >= FILE_BYTES and layer != previous:
+    files, size = [], FILE_BYTES
+    for _, layer in groupby(weights, key=lambda name: re.match(r"(.*?\.\d+\.)?", name)[0]):
+        if size >= FILE_BYTES:
             files.append([])
             size = 0
-        files[-1].append(name)
-        size += tensor.numel() * itemsize
+        for name in layer:
+            files[-1].append(name)
+            size += weights[name].numel() * itemsize
     return files
 
 
@@ -168,9 +167,8 @@ def check_export(run, policy, tokenizer, folder):
     dtype = getattr(torch, run.args.save_dtype)
     groups = probe_groups(len(tokenizer))
     trained = policy(flat_batch(groups, run.device))[policy.output].cpu()
-    expected = {}
-    for name, p in policy.lm.named_parameters():
-        expected[name] = full(p).to("cpu", dtype).float()  # all ranks take part
+    named = policy.lm.named_parameters()
+    expected = {name: full(p).to("cpu", dtype).float() for name, p in named}  # all ranks take part
     if run.rank != 0:
         return None
     reloaded = policy.auto_class.from_pretrained(
@@ -193,7 +191,7 @@ def check_resume(run):
     """A run goes on with the same flags and rows only, unless --allow_changes says otherwise."""
     if not run.checkpoint:
         return
-    meta = read_json(run.checkpoint / "trainer" / "meta.json")
+    meta = read_json(run.checkpoint / META)
     current = json.loads(json.dumps({**vars(run.args), "data": run.data}))  # tuples become lists, as they did there
     saved = {**meta["flags"], "data": meta["data"]}
     changed = [name for name in saved if name not in FREE_FLAGS and saved[name] != current.get(name)]
@@ -228,7 +226,7 @@ def resume(run, models, optimizers, tokenizer):
         dcp.load(tensors, storage_reader=reader, process_group=run.group)  # in place
     except dcp.CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
-    meta = read_json(trainer / "meta.json")
+    meta = read_json(run.checkpoint / META)
     run.step = meta["step"]
     run.state = {"alerts": {}, **meta["state"]}
     for path, tensor in load_file(trainer / "state.safetensors").items():
@@ -247,8 +245,9 @@ def resume(run, models, optimizers, tokenizer):
 # ---- finish --------------------------------------------------------------------------------------
 def finish(run, policy, tokenizer, heldout):
     """Make final/ of the last checkpoint. Reloaded from there, the model completes two prompts for the eye."""
-    final, copied = run.out / "final", run.out / ".tmp-final"
+    final = run.out / "final"
     if run.rank == 0:
+        copied = run.out / ".tmp-final"
         shutil.copytree(checkpoints(run.out)[-1], copied, ignore=shutil.ignore_patterns("trainer"))
         (copied / "README.md").write_text(f"Made by `{run.command}`.\n")
         for path in [*copied.iterdir(), copied]:
@@ -265,9 +264,10 @@ def finish(run, policy, tokenizer, heldout):
         say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
     say(run, f'\n  lm = {policy.auto_class.__name__}.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
-    summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
-    summary |= {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
-    record(run.rank, run.out, status="finished", exit_code=0, **summary)
+    if run.rank == 0:
+        summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
+        summary |= {"seconds": time.monotonic() - run.started, "save_seconds": run.saving}
+        record(run.out, status="finished", exit_code=0, **summary)
     if run.tracker:
         run.tracker.finish()
 
@@ -308,15 +308,12 @@ def checkpoints(out):
 def is_whole(folder):
     """Return whether every file of a checkpoint, meta.json too, is as it was written."""
     kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict, "crc32": dict}
-    meta = read_json(folder / "trainer" / "meta.json")
+    meta = read_json(folder / META)
     is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
     if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds:
         return False
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*")}  # no name leads out of the folder
     try:
-        return meta["crc32"] == {
-            name: crc32(path) for name, path in files.items() if name in meta["crc32"]
-        }
+        return meta["crc32"].items() <= checksums(folder).items()
     except OSError:
         return False
 
@@ -337,10 +334,14 @@ def discard(folder):
         shutil.rmtree(removed)
 
 
-def crc32(path):
-    """Return the checksum of a file, read 16 MB at a time."""
-    value = 0
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
-            value = zlib.crc32(block, value)
-    return value
+def checksums(folder):
+    """Return {name: CRC-32} of all files in a folder, which are read 16 MB at a time."""
+    sums = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            value = 0
+            with open(path, "rb") as file:
+                while block := file.read(2**24):
+                    value = zlib.crc32(block, value)
+            sums[str(path.relative_to(folder))] = value
+    return sums

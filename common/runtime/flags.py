@@ -69,11 +69,10 @@ class RunFlags:
             if not least <= value <= most:  # false for nan, too
                 raise InputError(f"--{name} {value}: must be a number from {least} to {most}.")
         try:
-            options = json.loads(getattr(self, "chat_template_kwargs", "{}"))
-        except (ValueError, RecursionError):
-            options = None
-        if not isinstance(options, dict):
-            raise InputError(f"--chat_template_kwargs {self.chat_template_kwargs[:200]!a}: must be a JSON object.")
+            dict(**json.loads(getattr(self, "chat_template_kwargs", "{}")))  # a TypeError for all but an object
+        except (TypeError, ValueError, RecursionError):
+            text = f"--chat_template_kwargs {self.chat_template_kwargs[:200]!a}: must be a JSON object."
+            raise InputError(text) from None
         beta = max(getattr(self, "adam_beta1", 0), getattr(self, "adam_beta2", 0))
         if beta >= 1 or not 0 <= self.seed < 2**32:
             raise InputError("--adam_beta1 and --adam_beta2 must be below 1, --seed from 0 to 2**32 - 1.")
@@ -81,8 +80,8 @@ class RunFlags:
 
 def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
     """Return a command line as `kind`, a script's Args. --help prints `doc` first; with --model tiny, the preset fills
-    in what was not given. Without argv it is the command line of the process, and from here on a signal to stop waits
-    for the end of a step: a preemption during the slow imports must not kill the worker."""
+    in what was not given. Without argv it is that of the process, and from here on a signal to stop waits for the end
+    of a step: a preemption during the slow imports must not kill the worker."""
     if argv is None:
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
@@ -92,13 +91,13 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
         refuse(f"{script} was written for common/ {version}, but {COMMON} is {VERSION}. Use those of one release.")
     if "-h" in argv or "--help" in argv:
         print(doc.strip() + "\n")  # tyro would re-flow it
-    args = read_flags(kind, argv, default=kind())
+    args = read_flags(kind(), argv)
     if args.model == "tiny" and preset:
         folder = COMMON / "tiny"
         if not folder.is_dir():  # a script that was bundled with common/ into one file
             refuse(f"--model tiny: there is no folder {folder}. Copy common/tiny there, or pass --model and --dataset.")
         presets = json.loads((folder / "presets.json").read_text())
-        args = read_flags(kind, argv, default=kind(**presets[preset]))
+        args = read_flags(kind(**presets[preset]), argv)
     try:
         args.check()
     except InputError as e:
@@ -106,13 +105,13 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
     return args
 
 
-def read_flags(kind, argv, default):
-    """Return what tyro reads from argv. The frame that it draws around what is wrong becomes one line of ASCII."""
+def read_flags(default, argv):
+    """Return the Args that argv makes of the default ones. The frame that tyro draws around an error becomes a line."""
     frame = io.StringIO()
     try:
         " ".join(argv).encode()  # bytes that are no text would fail where a file is written, hours later
         with contextlib.redirect_stderr(frame):
-            return tyro.cli(kind, args=argv, default=default)
+            return tyro.cli(type(default), args=argv, default=default)
     except UnicodeEncodeError:
         refuse(f"a flag is not UTF-8: {' '.join(argv)!a}. Type text.")
     except SystemExit as e:

@@ -54,7 +54,7 @@ def setup(args, script):
     out, checkpoint, error = found
     if error:
         raise InputError(error)
-    args.output_dir = out
+    args.output_dir = str(out)
     if world % (args.tp_size * args.replicate_size):
         sizes = f"--tp_size {args.tp_size} x --replicate_size {args.replicate_size}"
         raise InputError(f"{sizes} must divide the {world} ranks.")
@@ -67,14 +67,15 @@ def setup(args, script):
     versions["device"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     run = Run(
         args=args, script=Path(script), rank=rank, world=world, dp_rank=rank // args.tp_size, dp_size=copies,
-        group=dist.group.WORLD, device=device, out=Path(out), checkpoint=checkpoint, mesh_shape=mesh_shape,
+        group=dist.group.WORLD, device=device, out=out, checkpoint=checkpoint, mesh_shape=mesh_shape,
         versions=versions, command=command_line(args, script),
     )
-    record(rank, run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)
-    source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
-    failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
-    digest = hashlib.sha256(source).hexdigest()
-    record(rank, run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
+    if rank == 0:
+        record(run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)
+        source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
+        failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
+        digest = hashlib.sha256(source).hexdigest()
+        record(run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
     if rank == 0 and args.report_to != "none":
         try:
             run.tracker = importlib.import_module(args.report_to)
@@ -103,27 +104,29 @@ def command_line(args, script):
 def prepare_folder(args, script, attempt):
     """On rank 0, find and clean the output folder: --output_dir, else that of the checkpoint which --resume names, else
     the first of runs/<script>, runs/<script>-2, ... that is free. attempt: how often torchrun has started over. Return
-    the folder's name, the checkpoint to resume from or None, and what is wrong or None."""
+    the folder, the checkpoint to resume from or None, and what is wrong or None."""
     resumes = args.resume != "never" or attempt != "0"
     given = None if args.resume in ("never", "auto") else Path(args.resume)
     name = args.output_dir or f"runs/{Path(script).stem}"
     out = given.parent if given and not args.output_dir else Path(name)
+    checkpoint = error = None
     number = 1
     while out.exists() and not args.output_dir and not resumes:
         number += 1
         out = Path(f"{name}-{number}")
     try:
         taken = any(path.exists() for path in [out / "run.json", out / "final", *out.glob("checkpoint-*")])
-        elsewhere = given is not None and given.parent.resolve() != out.resolve()
+        elsewhere = given and given.parent.resolve() != out.resolve()
         if taken and (elsewhere or not resumes):
             raise InputError(f"--output_dir {out} holds another run: --resume auto continues it, or name another.")
         exit_code = read_json(out / "run.json").get("exit_code")
         if attempt != "0" and exit_code in (2, 3):
             sys.exit(exit_code)  # torchrun has started a command again that would end the same way
-        checkpoint = find_checkpoint(out, given) if resumes else None
+        if resumes:
+            checkpoint = find_checkpoint(out, given)
         out.mkdir(parents=True, exist_ok=True)
         leftovers = [*out.glob(".tmp-*"), *out.glob(".old-*")]  # of a run that was killed
-        if checkpoint is None:
+        if not checkpoint:
             leftovers += [out / log for log in LOGS]
         for path in leftovers:
             if path.is_dir() and not path.is_symlink():
@@ -131,10 +134,10 @@ def prepare_folder(args, script, attempt):
             else:
                 path.unlink(missing_ok=True)
     except InputError as e:
-        return [str(out), None, str(e)]
+        error = str(e)
     except (OSError, RecursionError) as e:
-        return [str(out), None, f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."]
-    return [str(out), checkpoint, None]
+        error = f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
+    return [out, checkpoint, error]
 
 
 def find_checkpoint(out, given):
@@ -159,26 +162,26 @@ def watch(run):
 
 
 def roll_call(run, why):
-    """Each rank says which function of this project it is in, the first to do so prints what all said, and the process
-    ends. Who is dead, stopped or keeps the interpreter is named by silence."""
+    """Each rank says which function of this project it is in, the first to do so prints what all said, and all end. Who
+    is dead, stopped or keeps the interpreter is named by silence."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
     functions = [frame.name for frame in stack if frame.filename.startswith((str(run.script), str(COMMON)))]
     store = dist.distributed_c10d._get_default_store()
     answers = []
     try:
-        store.set(f"roll call/{run.rank}", f"is in {functions[-1]}")
+        store.set(f"rank {run.rank}", f"is in {functions[-1]}")
         is_first = store.add("roll call", 1) == 1
         time.sleep(3)
-        for key in [f"roll call/{rank}" for rank in range(run.world)]:
-            answers.append(store.get(key).decode() if store.check([key]) else "does not answer")
+        for name in [f"rank {rank}" for rank in range(run.world)]:
+            answer = store.get(name).decode() if store.check([name]) else "does not answer"
+            answers.append(f"{name} {answer}")
     except RuntimeError:  # the store died with its rank
-        answers = ["does not answer"]
+        answers = ["rank 0 does not answer"]
         is_first = run.rank == 1
     if is_first:
-        roll = "; ".join(f"rank {rank} {answer}" for rank, answer in enumerate(answers))
-        message = f"error: step {run.step + 1}: {why}: {roll}. To go on: {run.command} --resume auto"
-        print(f"\n{message}", file=sys.stderr, flush=True)  # below a bar
-        record(0, run.out, status="failed", exit_code=1)
+        message = f"step {run.step + 1}: {why}: {'; '.join(answers)}. To go on: {run.command} --resume auto"
+        print("\nerror:", message, file=sys.stderr, flush=True)  # below a bar
+        record(run.out, status="failed", exit_code=1)
     else:
         time.sleep(3)  # leaving breaks the collectives of the rank that prints
     os._exit(1)
@@ -196,7 +199,7 @@ def launch(main, args, script):
         main(args, run)
         code = 0
     except (MemoryError, RuntimeError, OSError, InputError, HealthError, Preempted) as e:
-        if run is not None and run.bar is not None:
+        if run and run.bar:
             run.bar.close()
         message = str(e)
         code = getattr(e, "exit_code", 2 if isinstance(e, OSError) else 1)
@@ -206,7 +209,7 @@ def launch(main, args, script):
             code = 2
             message = f"out of memory: {memory_advice(run)}"
         if code == 1:
-            if run is not None and re.search("[Gg]loo|NCCL|[Cc]onnection", message):
+            if run and re.search("[Gg]loo|NCCL|[Cc]onnection", message):
                 roll_call(run, first_line(e))
             raise
         if code == 2 or rank == 0:
@@ -214,8 +217,8 @@ def launch(main, args, script):
     finally:
         out = Path(args.output_dir or "-")
         with suppress(OSError):  # the disk that is full or locked may be why we leave, which has been said
-            if code and read_json(out / "run.json").get("pid") == os.getpid():  # else it is another run's
-                record(rank, out, status="stopped" if code == 4 else "failed", exit_code=code)
+            if code and rank == 0 and read_json(out / "run.json").get("pid") == os.getpid():  # else it is another run's
+                record(out, status="stopped" if code == 4 else "failed", exit_code=code)
     if code:
         os._exit(code)  # a failed rank does not wait for the others
     dist.destroy_process_group()

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from huggingface_hub import snapshot_download
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,9 +28,9 @@ from common.tokenization import load_tokenizer
 
 # ---- structure -----------------------------------------------------------------------------------
 def load_model(model_class, args, **head):
-    """Return the tokenizer and the model of --model, on the meta device: no weight has memory yet. model_class is an
-    auto class of transformers, `head` what its head needs in the config (num_labels=1). Dropout is 0 and the module
-    stays in eval mode: shared prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
+    """Return the tokenizer and the model of --model, on the meta device: no weight has memory yet. `head` is what the
+    head of an auto class needs in the config (num_labels=1). Dropout is 0 and the module stays in eval mode: shared
+    prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     try:
@@ -61,15 +63,13 @@ def model_folder(name):
         return str(COMMON / "tiny" / "model")
     if Path(name).is_dir():
         return name
-    from huggingface_hub import snapshot_download  # slow to import, and only needed here
-
     return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
 
 
 # ---- weights -------------------------------------------------------------------------------------
 def materialize(lm, device, rope_device):
-    """Give memory to a model on the meta device. Its parameters are not set yet; its buffers, the rotary tables, are,
-    and live on rope_device even where the weights are offloaded."""
+    """Give memory to a model on the meta device. Of its values only the buffers, the rotary tables, are set by then;
+    they live on rope_device even where the weights are offloaded."""
     lm.to_empty(device=device)
     for p in lm.parameters():
         p._is_hf_initialized = True
@@ -82,15 +82,15 @@ def materialize(lm, device, rope_device):
 
 def own_tensors(module):
     """Return {name: tensor} of the weights and persistent buffers, sharded as they are. A tied weight appears once."""
-    known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    known = dict(module.named_parameters()) | dict(module.named_buffers())
     return {name: tensor for name, tensor in module.state_dict().items() if name in known}
 
 
 @torch.no_grad()
 def load_weights(run, policy):
     """Fill the policy with the weights of its folder, and return it. Every rank reads its own slices of the files. If
-    their names are not the model's (some experts, whose layout transformers converts), or they lack a new head, rank 0
-    reads the whole model, which makes the head, and broadcasts it tensor by tensor."""
+    they have other names (experts that transformers fuses) or lack a new head, rank 0 reads the whole model, which
+    makes the head, and broadcasts it tensor by tensor."""
     device = "cpu" if run.args.cpu_offload else run.device
     lm = materialize(policy.lm, device, rope_device=run.device)
     run.weights = run.weights or sum(p.numel() for p in policy.parameters())
@@ -124,8 +124,8 @@ def read_whole_model(run, policy):
         if Path(file).name != file:
             raise ValueError(f"its index names {file}, which is not in the folder")
     torch.manual_seed(run.args.seed)
-    options = {"dtype": torch.float32, "output_loading_info": True, **policy.head_config}
-    model, info = policy.auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
+    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **policy.head_config}
+    model, info = policy.auto_class.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(set(info["missing_keys"]) - policy.new)
     if missing:
         raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
@@ -142,8 +142,7 @@ def check_model(run, policy, tokenizer):
     if run.device.type == "cuda":  # where layers compute in bf16
         value, limit = difference.mean().item(), 5e-2
     text = f"{policy.output} on the {policy.road} road differ from the model's own forward: this model is not supported"
-    metric = f"{policy.output} difference"
-    check(run, "MODEL001", step=0, metric=metric, value=value, message=text, error=limit)
+    check(run, "MODEL001", 0, f"{policy.output} difference", value, text, error=limit)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -171,8 +170,7 @@ def fit_memory(run, policy, tokenizer, tokens):
             if args.compile:
                 layer.forward = torch.compile(layer.forward, dynamic=True)  # each micro-batch has a size of its own
             if recompute:
-                options = {"use_reentrant": False, "preserve_rng_state": False}
-                layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return sentence + (": layers are computed again in backward" if recompute else "")
 
 
@@ -182,7 +180,7 @@ def activation_bytes(run, policy, tokenizer):
     storages = {}  # by address, for views share a storage
 
     def keep(tensor):
-        part = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        part = getattr(tensor, "_local_tensor", tensor)
         storage = getattr(part, "elem", part).untyped_storage()  # elem: of a collective on its way
         storages[storage.data_ptr()] = storage
         return tensor
@@ -206,4 +204,4 @@ def free_bytes():
     if not info.is_file():
         return float("inf")
     kilobytes = int(re.search(r"MemAvailable: *(\d+)", info.read_text())[1])
-    return kilobytes * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return kilobytes * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -51,22 +52,20 @@ class Run:
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def record(rank, out, **fields):
-    """Update run.json on rank 0, from the first moment to the exit code; the file is replaced whole."""
-    if rank == 0:
-        path = out / ".run.json"
-        path.write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
-        fsync(path)
-        os.replace(path, out / "run.json")
+def record(out, **fields):
+    """Update run.json, from the first moment to the exit code; the file is replaced whole. For rank 0 only."""
+    path = out / ".run.json"
+    path.write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
+    fsync(path)
+    os.replace(path, out / "run.json")
 
 
 def read_json(path):
     """Return the object in a file, or {} where there is none that can be read."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        return {**json.loads(path.read_text())}  # a TypeError for all but an object
+    except (OSError, TypeError, ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def fsync(path):
@@ -89,38 +88,37 @@ def first_line(error):
 
 
 # ---- console -------------------------------------------------------------------------------------
-def log(run, step, metrics, steps):
-    """Write the metrics of step `step` of `steps`, and show them: in a bar on a terminal, as a line elsewhere."""
-    shown = write_metrics(run, step, metrics)
-    if run.rank != 0 or not sys.stdout.isatty():
+def log(run, step, metrics, steps, stays=False):
+    """Write metrics to metrics.jsonl and the tracker, and show them: in a bar on a terminal, as a line elsewhere, and
+    there, too, if the line stays."""
+    run.beat = time.monotonic()
+    fields = {"step": step, **metrics}
+    write(run, "metrics.jsonl", fields)
+    if run.tracker:
+        run.tracker.log(fields, step=step)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "perf/tokens_per_s")
+    if stays or run.rank != 0 or not sys.stdout.isatty():
         say(run, f"step {step}  {shown}")
         return
     if run.bar is None:
         layout = "step {n_fmt}/{total_fmt} [{bar:16}] {elapsed}<{remaining}  {desc}"
         run.bar = tqdm(total=steps, initial=step, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
     run.bar.n = step
-    run.bar.set_description_str(shown)  # tqdm cuts the line where the terminal ends
+    room = shutil.get_terminal_size().columns - 50  # what the bar leaves
+    while len(shown) > room and "  " in shown:
+        shown = shown.rpartition("  ")[0]  # a metric is shown whole or not at all
+    run.bar.set_description_str(shown)
     if step == steps:
         run.bar.close()
 
 
 def log_eval(run, step, metrics, steps):
-    """The same for an evaluation, whose line stays on a terminal, too. The state keeps the first, last and best one."""
-    shown = write_metrics(run, step, metrics)
-    say(run, f"step {step}  {shown}")
+    """The same for an evaluation, whose line stays. The state keeps the first, last and best one."""
+    log(run, step, metrics, steps, stays=True)
     run.state.setdefault("before", metrics)
     run.state["last"] = metrics
     if metrics["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
         run.state["best"] = {"accuracy": metrics["eval/accuracy"], "step": step}
-
-
-def write_metrics(run, step, metrics):
-    """Write a line to metrics.jsonl and the tracker; return the metrics as a text for the console."""
-    run.beat = time.monotonic()
-    write(run, "metrics.jsonl", {"step": step, **metrics})
-    if run.tracker:
-        run.tracker.log({"step": step, **metrics}, step=step)
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "perf/tokens_per_s")
 
 
 def say(run, line, file=None):
@@ -141,7 +139,8 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
     if run.args.eval_dataset and not heldout:
         raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
-    record(run.rank, run.out, data=run.data, steps=steps)
+    if run.rank == 0:
+        record(run.out, data=run.data, steps=steps)
     tokens = sum(map(group_tokens, train))
     show_groups(run, "first row", train[:1], tokenizer)
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
