@@ -65,7 +65,7 @@ def read_rows(name, split):
             rows = enumerate(table.to_list(), 1)
     except Exception as error:  # readers share no class of errors; all of them are about the input, and stay chained
         raise problem(f"{name}:{line}" if line else name, "cannot read the data", error.__cause__ or error,
-                      "Type --dataset FILE (.jsonl: an object per line), FOLDER, HUB_ID or HUB_ID:SPLIT") from error
+                      "Type --dataset or --eval_dataset FILE (an object a line), FOLDER or HUB_ID:SPLIT") from error
     return [(f"{name}:{line}", row) for line, row in rows]
 
 

@@ -124,8 +124,8 @@ def read_whole_model(run, policy):
         if Path(file).name != file:
             raise ValueError(f"its index names {file}, which is not in the folder")
     torch.manual_seed(run.args.seed)
-    options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **policy.head_config}
-    model, info = policy.auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    options = {"dtype": torch.float32, "output_loading_info": True, **policy.head_config}
+    model, info = policy.auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
     missing = sorted(set(info["missing_keys"]) - policy.new)
     if missing:
         raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
