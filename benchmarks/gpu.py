@@ -553,7 +553,7 @@ def trl_update(lab, method):
         answers = [message("assistant", size["completion"] // 2) for _ in range(2 * (method == "dpo"))]
         rows.append({"prompt": message("user", size["prompt"]), **dict(zip(("chosen", "rejected"), answers))})
     (scratch / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    groups = module.load_groups(str(scratch / "rows.jsonl"), tokenizer, stops, run.args)[0]
+    groups = module.load_groups(str(scratch / "rows.jsonl"), tokenizer, stops, run.args, run)[0]
     rewards = [noise.random() for _ in range(count * size["group"])]
     if method == "grpo":
         for group in groups:

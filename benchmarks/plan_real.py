@@ -59,7 +59,7 @@ def predicted(rank, world, name, argv):
         run.args = args
         tokenizer, lm = load_model(AutoModelForCausalLM, args)
         stops = stop_ids(tokenizer, lm.generation_config)
-        groups = module.load_groups(args.dataset, tokenizer, stops, args)[0]
+        groups = module.load_groups(args.dataset, tokenizer, stops, args, run)[0]
         chosen = [groups[i] for i in order(len(groups), args.seed, 0, args.batch_size)]
         batches = list(micro_batches(run, share(run, chosen), spare=groups[0]))
         policy = plan.sharded(module, lm, run, gpu=False)

@@ -150,7 +150,8 @@ def dpo_interval(work):
 
     from common.batches import fit, flat_batch, seq_sums
     from common.logprobs import Policy
-    from common.tokenization import encode_preference, load_rows, load_tokenizer, stop_ids
+    from common.data import load_rows
+    from common.tokenization import encode_preference, load_tokenizer, stop_ids
 
     run = json.loads((work / "dpo" / "run.json").read_text())
     tokenizer = load_tokenizer(str(work / "dpo" / "final"))
@@ -158,7 +159,7 @@ def dpo_interval(work):
     stops = stop_ids(tokenizer, lm.generation_config)
     rows = load_rows(str(work / "pairs_test.jsonl"), SimpleNamespace(**run["flags"]))
     groups = [encode_preference(row, tokenizer, stops) for row in rows]
-    groups, _ = fit(groups, run["flags"]["max_length"])
+    groups, _ = fit(groups, rows, run["flags"]["max_length"])
     (ref,) = load_file(work / "dpo" / "ref_logprobs_heldout.safetensors").values()
     policy, margins = Policy(lm), []
     with torch.no_grad():

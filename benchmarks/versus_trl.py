@@ -374,7 +374,7 @@ def lengths(spec):
         else:
             groups = [encode_preference(row, tokenizer, stops)] if "chosen" in row else []
         found += [(len(group["prompt"]), [len(c["ids"]) for c in group["completions"]]) for group in groups]
-        found += [] if groups else [(len(encode_prompt(row, tokenizer)), [])]
+        found += [] if groups else [(len(encode_prompt(row, tokenizer)["prompt"]), [])]
     return found
 
 

@@ -44,10 +44,11 @@ def group_tokens(group):
     return len(group["prompt"]) + sum(len(completion["ids"]) for completion in group["completions"])
 
 
-def fit(groups, max_length, overlong="drop"):
+def fit(groups, rows, max_length, overlong="drop"):
     """Return the groups that training can use, and counts of rows: all, kept, overlong, or without a scored token in
     one of their completions; "longest" is the most tokens of a prompt and a completion. What is beyond max_length is
-    dropped, is an error, or with "truncate_prompt" loses tokens on the left; no completion is ever cut."""
+    dropped, is an error, or with "truncate_prompt" loses tokens on the left; no completion is ever cut. A row may have
+    become several groups, or none where `encode_rows` refused it."""
     kept, too_long, unscored = [], [], []
     longest = 0
     for group in groups:
@@ -67,9 +68,10 @@ def fit(groups, max_length, overlong="drop"):
             room = max_length - answer_length
             if overlong == "truncate_prompt" and room > 0:
                 kept.append({**group, "prompt": group["prompt"][-room:]})
-    counts = {"longest": longest}
-    for name, members in {"rows": groups, "kept": kept, "overlong": too_long, "unscored": unscored}.items():
-        counts[name] = len({group["row"] for group in members})  # a row may have become several groups
+    counts = {"rows": len(rows), "longest": longest}
+    for name, members in {"kept": kept, "overlong": too_long, "unscored": unscored}.items():
+        counts[name] = len({group["row"] for group in members})
+    counts["refused"] = len(rows) - len({group["row"] for group in groups})
     return kept, counts
 
 

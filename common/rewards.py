@@ -28,7 +28,8 @@ from common.logprobs import Scorer
 from common.runtime.flags import InputError
 from common.runtime.parallel import agree
 from common.runtime.run import first_line, write
-from common.tokenization import Row, encode_demonstration, load_tokenizer, stop_ids
+from common.data import Row
+from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
 
 NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 

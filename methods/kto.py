@@ -92,6 +92,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.batches import count_scored, fit, micro_batches, order, seq_sums, share
+from common.data import fingerprint, load_rows, problem
 from common.logprobs import Policy
 from common.runtime.checkpoint import cache_key, check_resume, finish, read_cache, resume, save_or_stop, write_cache
 from common.runtime.health import check, check_data, check_update
@@ -99,8 +100,7 @@ from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
 from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, say, schedule
-from common.tokenization import encode_demonstration, encode_preference, fingerprint, load_rows, problem, stop_ids
-from common.tokenization import template_options
+from common.tokenization import encode_demonstration, encode_preference, encode_rows, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -214,35 +214,32 @@ def evaluate(policy, heldout, args, run):
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_groups(name, tokenizer, stops, args):
+def load_groups(name, tokenizer, stops, args, run):
     """Return the rows of a dataset as groups of one completion and a label, counts of what was dropped, and the rows'
     fingerprint. The label travels with the completion, too: 1 is desirable."""
     rows = load_rows(name, args, tiny="labelled")
+    are_pairs = "chosen" in rows[0] and "label" not in rows[0]
+    encode = encode_preference if are_pairs else encode_demonstration
     groups = []
-    for row in rows:
-        for group in encode_labelled(row, tokenizer, stops, template_options(args)):
-            group["completions"][0]["desirable"] = float(group["label"])
-            groups.append(group)
-    groups, counts = fit(groups, args.max_length, args.overlong)
+    for group in encode_rows(run, rows, encode, tokenizer, stops):
+        if are_pairs:
+            chosen, rejected = group["completions"]
+            groups.append(labelled(group, chosen, True))
+            groups.append(labelled(group, rejected, False))
+        else:
+            row = rows[group["row"]]
+            label = row.get("label")
+            if type(label) is not bool:
+                raise problem(row, "label is neither true nor false", label, "Write one, or prompt + chosen + rejected")
+            groups.append(labelled(group, group["completions"][0], label))
+    groups, counts = fit(groups, rows, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 
 
-def encode_labelled(row, tokenizer, stops, options):
-    """Return groups of one completion and a label, True where it is desirable. A pair becomes two."""
-    if "label" in row:
-        if type(row["label"]) is not bool:
-            raise problem(row, "label is neither true nor false", row["label"], "Write true or false")
-        groups = encode_demonstration(row, tokenizer, stops, "all", options)
-        return [group | {"label": row["label"]} for group in groups]
-    if "chosen" not in row:
-        wanted = "wanted columns prompt + completion + label | prompt + chosen + rejected; found"
-        raise problem(row, wanted, sorted(row), "Type --rename old:new,old:new")
-    pair = encode_preference(row, tokenizer, stops, options)
-    chosen, rejected = pair["completions"]
-    return [
-        pair | {"completions": [chosen], "label": True},
-        pair | {"completions": [rejected], "label": False},
-    ]
+def labelled(group, completion, label):
+    """Return the group with this completion alone. A pair's labels are True for chosen and False for rejected."""
+    completion["desirable"] = float(label)
+    return group | {"completions": [completion], "label": label}
 
 
 def label_balance(groups, args):
@@ -288,10 +285,10 @@ def main(args, run):
     tokenizer, lm = load_model(AutoModelForCausalLM, args)  # on the meta device: no memory yet
     stops = stop_ids(tokenizer, lm.generation_config)
     # ---- data ------------------------------------------------------------------------------------
-    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
     heldout = []
     if args.eval_dataset:
-        heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows]
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
     check_data(run, train, counts, tokenizer, lm.generation_config, stops)
     check_resume(run)
     steps = args.max_steps

@@ -83,6 +83,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.batches import count_scored, fit, micro_batches, order, share
+from common.data import fingerprint, load_rows, problem
 from common.logprobs import Scorer
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
 from common.runtime.health import check_data, check_update
@@ -90,7 +91,7 @@ from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
 from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule
-from common.tokenization import encode_preference, fingerprint, load_rows, problem, stop_ids, template_options
+from common.tokenization import encode_preference, encode_rows, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -156,21 +157,20 @@ def evaluate(policy, heldout, args, run):
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_groups(name, tokenizer, stops, args):
+def load_groups(name, tokenizer, stops, args, run):
     """Return the rows of a dataset as groups of a chosen and a rejected completion, each with the pair's margin, counts
     of what was dropped, and the rows' fingerprint."""
     rows = load_rows(name, args, tiny="pairs")
-    groups = []
-    for row in rows:
-        group = encode_preference(row, tokenizer, stops, template_options(args))
+    groups = encode_rows(run, rows, encode_preference, tokenizer, stops)
+    for group in groups:
+        row = rows[group["row"]]
         margin = row.get("margin", 0.0)
         is_number = type(margin) in (int, float)  # neither text nor true
         if not is_number or not abs(margin) < 1e6:
             raise problem(row, "margin is not a number below 1e6", margin, "Write numbers, or --rename margin:other")
         for completion in group["completions"]:
             completion["margin"] = float(margin)
-        groups.append(group)
-    groups, counts = fit(groups, args.max_length, args.overlong)
+    groups, counts = fit(groups, rows, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 
 
@@ -214,10 +214,10 @@ def main(args, run):
     tokenizer, lm = load_model(AutoModelForSequenceClassification, args, **Scorer.head_config)  # on the meta device
     stops = stop_ids(tokenizer, lm.generation_config)
     # ---- data ------------------------------------------------------------------------------------
-    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
     heldout = []
     if args.eval_dataset:
-        heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows]
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
     check_data(run, train, counts, tokenizer, lm.generation_config, stops)
     check_resume(run)
     steps = args.max_steps

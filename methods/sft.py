@@ -90,6 +90,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.batches import count_scored, fit, micro_batches, order, seq_sums, share, split_group
+from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
 from common.runtime.health import check_data, check_update
@@ -97,7 +98,7 @@ from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
 from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule
-from common.tokenization import encode_demonstration, fingerprint, load_rows, stop_ids, template_options
+from common.tokenization import encode_demonstration, encode_rows, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -131,18 +132,17 @@ def evaluate(policy, heldout, args, run):
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_groups(name, tokenizer, stops, args):
+def load_groups(name, tokenizer, stops, args, run):
     """Return the rows of a dataset as groups of one completion, counts of what was dropped, and the rows'
     fingerprint."""
     rows = load_rows(name, args, tiny="demonstrations")
-    groups = []
-    for row in rows:
-        for group in encode_demonstration(row, tokenizer, stops, args.train_on, template_options(args)):
-            if args.split_overlong:
-                groups += split_group(group, args.max_length, tokenizer.bos_token_id)
-            else:
-                groups.append(group)
-    groups, counts = fit(groups, args.max_length, args.overlong)
+    groups = encode_rows(run, rows, encode_demonstration, tokenizer, stops, scope=args.train_on)
+    if args.split_overlong:
+        pieces = []
+        for group in groups:
+            pieces += split_group(group, args.max_length, tokenizer.bos_token_id)
+        groups = pieces
+    groups, counts = fit(groups, rows, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 
 
@@ -175,10 +175,10 @@ def main(args, run):
     tokenizer, lm = load_model(AutoModelForCausalLM, args)  # on the meta device: no memory yet
     stops = stop_ids(tokenizer, lm.generation_config)
     # ---- data ------------------------------------------------------------------------------------
-    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
     heldout = []
     if args.eval_dataset:
-        heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows]
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
     check_data(run, train, counts, tokenizer, lm.generation_config, stops)
     check_resume(run)
     steps = args.max_steps

@@ -148,6 +148,11 @@ def once(*names):
     return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS if name not in names)]
 
 
+def lone_run(args):
+    """What shared code that loads data needs of a Run, for one process that trains nothing."""
+    return SimpleNamespace(args=args, rank=0, world=1, bar=None, beat=0.0, state={})
+
+
 # ---- forked ranks ----------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
-from conftest import METHODS, ROOT, STABLE, script, train
+from conftest import METHODS, ROOT, STABLE, lone_run, script, train
 
 from common.rewards import BUILT_IN
 from common.runtime import launch
@@ -92,7 +92,7 @@ def loads(module, row, tokenizer, args, tmp):
     path = tmp / "row.jsonl"
     path.write_text(json.dumps(row) + "\n")
     try:
-        return len(module.load_groups(str(path), tokenizer, stop_ids(tokenizer), args)[0])
+        return len(module.load_groups(str(path), tokenizer, stop_ids(tokenizer), args, lone_run(args))[0])
     except InputError:
         return 0
 

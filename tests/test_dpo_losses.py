@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import ROOT, newest, read_jsonl, script, tiny_rows, train, trainer_tensors
+from conftest import ROOT, lone_run, newest, read_jsonl, script, tiny_rows, train, trainer_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import attempt, refused
@@ -471,7 +471,8 @@ def plain(rows, weights=None):
     path = ROOT / "common" / "tiny" / "model"
     tokenizer, lm = load_tokenizer(str(path)), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     lm.load_state_dict(weights or {}, strict=False)
-    groups, _, _ = dpo.load_groups(rows, tokenizer, stop_ids(tokenizer, lm.generation_config), dpo.Args())
+    args = dpo.Args()
+    groups, _, _ = dpo.load_groups(rows, tokenizer, stop_ids(tokenizer, lm.generation_config), args, lone_run(args))
     scored = []
     for group in groups:
         for completion in group["completions"]:

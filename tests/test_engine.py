@@ -47,7 +47,7 @@ def make_groups():
     """Three questions, one of them twice, a prompt of a single token and two that share their first 256."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     rows = (ROOT / "common" / "tiny" / "prompts.jsonl").read_text().splitlines()[:3]
-    short = [encode_prompt(json.loads(row), tokenizer, {}) for row in rows]
+    short = [encode_prompt(json.loads(row), tokenizer)["prompt"] for row in rows]
     prompts = [*short, short[0], short[1][:1], 15 * short[2] + short[0], 15 * short[2] + short[1]]
     assert len(15 * short[2]) > 256
     return [{"prompt": prompt, "completions": [], "row": row} for row, prompt in enumerate(prompts)]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, newest, read_jsonl, script, tiny_rows, train, trainer_tensors
+from conftest import ROOT, lone_run, newest, read_jsonl, script, tiny_rows, train, trainer_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import attempt, refused
@@ -124,7 +124,8 @@ def test_the_fixture_is_of_this_trl_and_has_every_loss():
 def encode(path):
     """The file's rows through the script -> groups, tokenizer."""
     tokenizer, lm = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
-    return sft.load_groups(path, tokenizer, stop_ids(tokenizer, lm.generation_config), sft.Args())[0]
+    args = sft.Args()
+    return sft.load_groups(path, tokenizer, stop_ids(tokenizer, lm.generation_config), args, lone_run(args))[0]
 
 
 def per_token(groups):

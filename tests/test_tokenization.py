@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batches as batching
+from common import data as rows_of
 from common import tokenization as tok
 from common.batches import attach_logprobs, count_scored, fit, flat_batch, micro_batches, order, pack
 from common.batches import scored_flags, seq_sums, sequence_sum, share
@@ -97,7 +98,7 @@ def check(group, text, completion=0):
 
 
 def load(name, dataset_split="", rename=""):
-    return tok.load_rows(name, SimpleNamespace(dataset_split=dataset_split, rename=rename))
+    return rows_of.load_rows(name, SimpleNamespace(dataset_split=dataset_split, rename=rename))
 
 
 def says(*contents, first="user"):
@@ -136,7 +137,7 @@ def test_bos_comes_once_from_a_template_that_writes_it():
     tokenizer = make(LLAMA3, bos=True)
     (group,) = tok.encode_demonstration({"messages": says("hi", " yo ")}, tokenizer, [EOT])
     check(group, "<s><|start|>user<|end|>\n\nhi<|eot|><|start|>assistant<|end|>\n\n[[yo<|eot|>]]")
-    assert list(tok.encode_prompt({"prompt": says("hi")}, tokenizer)).count(BOS) == 1
+    assert list(tok.encode_prompt({"prompt": says("hi")}, tokenizer)["prompt"]).count(BOS) == 1
 
 
 def test_template_that_drops_reasoning_gives_one_group_per_turn():
@@ -168,7 +169,7 @@ def test_what_a_template_adds_at_the_very_end_is_no_reason_to_split():
 def test_token_that_straddles_the_border_splits_and_loses_nothing_of_the_prompt():
     tokenizer = make(CHATML, merge=True)
     (group,) = tok.encode_demonstration({"messages": says("a", "\nb")}, tokenizer, [IM_END])
-    assert group["split"] and list(group["prompt"]) == list(tok.encode_prompt({"prompt": says("a")}, tokenizer))
+    assert group["split"] and group["prompt"] == tok.encode_prompt({"prompt": says("a")}, tokenizer)["prompt"]
     assert list(group["completions"][0]["ids"])[-2:] == spell("b<|im_end|>")
 
 
@@ -182,8 +183,8 @@ def test_tools_calls_template_kwargs_and_json_columns():
         check(group, want)
     prompt = {"prompt": says("a"), "chat_template_kwargs": {"style": "X"}}
     tail = spell("X<|im_start|>assistant\n")
-    assert list(tok.encode_prompt(prompt, make(TOOLS), {"style": "Y"}))[-len(tail):] == tail
-    assert VOCAB["Y"] in tok.encode_prompt({"prompt": says("a")}, make(TOOLS), {"style": "Y"})
+    assert list(tok.encode_prompt(prompt, make(TOOLS), template_kwargs={"style": "Y"})["prompt"])[-len(tail):] == tail
+    assert VOCAB["Y"] in tok.encode_prompt({"prompt": says("a")}, make(TOOLS), template_kwargs={"style": "Y"})["prompt"]
 
 
 def test_sharegpt_and_text_parts():
@@ -210,7 +211,7 @@ def test_text_and_prompt_completion(bos):
     batch = flat_batch([group])
     assert batch["input_ids"].tolist() == spell(lead + "abc</s>")
     assert batch["labels"].tolist() == spell(lead + "abc</s>")[1:]  # all but the first
-    assert list(tok.encode_prompt({"prompt": "ab"}, tokenizer)) == spell(lead + "ab")
+    assert list(tok.encode_prompt({"prompt": "ab"}, tokenizer)["prompt"]) == spell(lead + "ab")
 
 
 def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt():
@@ -339,9 +340,10 @@ def test_folder_splits_rename_none_and_fingerprint(tmp_path):
     assert [row["q"] for row in load(f"{tmp_path}:test")] == ["c"]
     assert load(str(tmp_path), dataset_split="test") == load(f"{tmp_path}:test")
     assert [row["q"] for row in load(f"{tmp_path}:train", dataset_split="test")] == ["a", "b"]  # NAME:SPLIT goes before
-    digest = tok.fingerprint(rows)
-    assert re.fullmatch("[0-9a-f]{16}", digest) and digest == tok.fingerprint([dict(reversed(r.items())) for r in rows])
-    assert digest != tok.fingerprint(rows[::-1]) and digest != tok.fingerprint(rows[:1])
+    digest = rows_of.fingerprint(rows)
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    assert digest == rows_of.fingerprint([dict(reversed(row.items())) for row in rows])
+    assert digest != rows_of.fingerprint(rows[::-1]) and digest != rows_of.fingerprint(rows[:1])
 
 
 def test_load_tokenizer(tmp_path):
@@ -390,7 +392,7 @@ ROW_ERRORS = [
 
 @pytest.mark.parametrize("row, template, match", ROW_ERRORS)
 def test_rows_that_cannot_be_encoded(row, template, match):
-    row = tok.Row(row)
+    row = rows_of.Row(row)
     row.where = "data.jsonl:7"
     with pytest.raises(InputError, match=match) as caught:
         tok.encode_demonstration(row, make(template), [EOS, IM_END])
@@ -415,7 +417,7 @@ def test_template_arguments_cut_nothing():
 def test_a_prompt_without_a_token():
     with pytest.raises(InputError, match="no token in column prompt.*--rename"):
         tok.encode_prompt({"prompt": ""}, make())
-    assert list(tok.encode_prompt({"prompt": ""}, make(bos=True))) == [BOS]
+    assert list(tok.encode_prompt({"prompt": ""}, make(bos=True))["prompt"]) == [BOS]
 
 
 @pytest.mark.parametrize("eos", ["</s>", [EOS, "x"], 10**9, -1, True, 1.5, [EOS, 7.0]])
@@ -645,22 +647,22 @@ def test_fit():
     groups = [bare([1] * 4, [2] * 3, [2] * 5), bare([1] * 9, [2] * 2), bare([1], [2] * 10), bare([], [1]),
               bare([1], ([2, 3], [False, False])), bare([], ([2, 3], [True, False])), bare([1] * 7, [2] * 3)]
     groups = [{**group, "row": i} for i, group in enumerate(groups)]
-    kept, counts = fit(groups, 10)
+    kept, counts = fit(groups, groups, 10)
     assert kept == [groups[0], groups[6]]
-    assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11}
-    kept, counts = fit(groups, 10, "truncate_prompt")
+    assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11, "refused": 0}
+    kept, counts = fit(groups, groups, 10, "truncate_prompt")
     assert kept == [groups[0], {**bare([1] * 8, [2] * 2), "row": 1}, groups[6]]
     assert counts["kept"] == 3 and counts["overlong"] == 2
     assert len(groups[1]["prompt"]) == 9  # the caller's group stays whole
-    cut, _ = fit([bare(range(6), [9, 9])], 5, "truncate_prompt")
+    cut, _ = fit([bare(range(6), [9, 9])], [0], 5, "truncate_prompt")
     assert list(cut[0]["prompt"]) == [3, 4, 5]  # the prompt's end is kept, the completion is whole
     with pytest.raises(InputError, match="row 2.*11.*--max_length 11"):
-        fit([groups[0], {**groups[1], "row": 1}], 10, "error")
-    assert fit([], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0})
+        fit([groups[0], {**groups[1], "row": 1}], [0, 1], 10, "error")
+    assert fit([], [], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0, "refused": 0})
     parts = [{**bare([1] * n, [2]), "row": 7} for n in (1, 2, 9)]  # one row that became three groups
-    assert fit(parts, 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10}
+    assert fit(parts, [0], 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10, "refused": 0}
     prompts = [{"prompt": array("i", [1] * 3), "completions": [], "row": 0}]
-    assert fit(prompts, 3)[0] == prompts and fit(prompts, 2)[0] == []
+    assert fit(prompts, [0], 3)[0] == prompts and fit(prompts, [0], 2)[0] == []
 
 
 @settings(max_examples=100, deadline=None)

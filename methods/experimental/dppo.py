@@ -137,6 +137,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_sum, share
+from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.rewards import load_rewards, reward_table, rollout_metrics, sample_and_judge, write_samples
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
@@ -147,7 +148,7 @@ from common.runtime.parallel import all_sum, clip_grad_norm, full, local, param_
 from common.runtime.parallel import tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule, show_groups
 from common.sampling import Sampler, from_tensors, gather_groups, set_completions, to_tensors
-from common.tokenization import encode_prompt, fingerprint, load_rows, stop_ids, template_options
+from common.tokenization import encode_prompt, encode_rows, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -271,16 +272,15 @@ def evaluate(policy, sampler, heldout, reward_functions, args, run):
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_groups(name, tokenizer, stops, args):
+def load_groups(name, tokenizer, stops, args, run):
     """Return the rows of a dataset as groups without completions yet, counts of what was dropped, and the rows'
     fingerprint."""
     rows = load_rows(name, args, tiny="prompts")
-    groups = []
-    for row in rows:
-        prompt = encode_prompt(row, tokenizer, template_options(args))
-        groups.append({"prompt": prompt, "completions": [], "columns": row, "row": row.index})
+    groups = encode_rows(run, rows, encode_prompt, tokenizer, stops)
+    for group in groups:
+        group["columns"] = rows[group["row"]]
     overlong = args.overlong.replace("truncate_prompt", "drop")  # a prompt is never cut
-    groups, counts = fit(groups, args.max_length - args.max_completion_length, overlong)
+    groups, counts = fit(groups, rows, args.max_length - args.max_completion_length, overlong)
     counts["longest"] += args.max_completion_length
     return groups, counts, fingerprint(rows)
 
@@ -395,10 +395,10 @@ def main(args, run):
     tokenizer, lm = load_model(AutoModelForCausalLM, args)  # on the meta device: no memory yet
     stops = stop_ids(tokenizer, lm.generation_config)
     # ---- data ------------------------------------------------------------------------------------
-    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
     heldout = []
     if args.eval_dataset:
-        heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows]
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
     check_data(run, train, counts, tokenizer, lm.generation_config, stops)
     check_resume(run)
     steps = args.max_steps

@@ -155,6 +155,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.batches import count_scored, fit, micro_batches, order, seq_sums, share
+from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
 from common.runtime.health import check, check_data, check_update
@@ -162,7 +163,7 @@ from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
 from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule
-from common.tokenization import encode_preference, fingerprint, load_rows, stop_ids, template_options
+from common.tokenization import encode_preference, encode_rows, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -308,12 +309,12 @@ def evaluate(policy, reference, heldout, args, run):
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_groups(name, tokenizer, stops, args):
+def load_groups(name, tokenizer, stops, args, run):
     """Return the rows of a dataset as groups of a chosen and a rejected completion, counts of what was dropped, and the
     rows' fingerprint."""
     rows = load_rows(name, args, tiny="pairs")
-    groups = [encode_preference(row, tokenizer, stops, template_options(args)) for row in rows]
-    groups, counts = fit(groups, args.max_length, args.overlong)
+    groups = encode_rows(run, rows, encode_preference, tokenizer, stops)
+    groups, counts = fit(groups, rows, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)
 
 
@@ -346,10 +347,10 @@ def main(args, run):
     tokenizer, lm = load_model(AutoModelForCausalLM, args)  # on the meta device: no memory yet
     stops = stop_ids(tokenizer, lm.generation_config)
     # ---- data ------------------------------------------------------------------------------------
-    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args)
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
     heldout = []
     if args.eval_dataset:
-        heldout = load_groups(args.eval_dataset, tokenizer, stops, args)[0][: args.eval_rows]
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
     check_data(run, train, counts, tokenizer, lm.generation_config, stops)
     check_resume(run)
     steps = args.max_steps
