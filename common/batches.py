@@ -4,6 +4,7 @@ A *group* is what every script trains on: {"prompt": array("i"), "completions": 
 the data}. A *completion* is {"ids": array("i"), "scored": ...}, see `scored_flags`. Scripts add entries of their own.
 """
 import heapq
+import time
 from array import array
 from functools import lru_cache
 from itertools import accumulate, compress
@@ -45,11 +46,11 @@ def group_tokens(group):
 
 
 def fit(groups, rows, max_length, overlong="drop"):
-    """Return the groups that training can use, and counts of rows: all, kept, overlong, or without a scored token in
-    one of their completions; "longest" is the most tokens of a prompt and a completion. What is beyond max_length is
-    dropped, is an error, or with "truncate_prompt" loses tokens on the left; no completion is ever cut. A row may have
-    become several groups, or none where `encode_rows` refused it."""
-    kept, too_long, unscored = [], [], []
+    """Return the groups that training can use, and counts of rows: all, kept, overlong, equal (a pair of one text),
+    refused (they became no group), or without a scored token in one of their completions; "longest" is the most tokens
+    of a prompt and a completion. What is beyond max_length is dropped, is an error, or with "truncate_prompt" loses
+    tokens on the left; no completion is ever cut. A row may have become several groups."""
+    kept, too_long, unscored, equal = [], [], [], []
     longest = 0
     for group in groups:
         completions = group["completions"]
@@ -58,6 +59,8 @@ def fit(groups, rows, max_length, overlong="drop"):
         longest = max(longest, length)
         if not all(any(predicted_flags(group, completion)) for completion in completions):
             unscored.append(group)
+        elif "equal" in group:
+            equal.append(group)
         elif length <= max_length:
             kept.append(group)
         elif overlong == "error":
@@ -69,7 +72,7 @@ def fit(groups, rows, max_length, overlong="drop"):
             if overlong == "truncate_prompt" and room > 0:
                 kept.append({**group, "prompt": group["prompt"][-room:]})
     counts = {"rows": len(rows), "longest": longest}
-    for name, members in {"kept": kept, "overlong": too_long, "unscored": unscored}.items():
+    for name, members in {"kept": kept, "overlong": too_long, "unscored": unscored, "equal": equal}.items():
         counts[name] = len({group["row"] for group in members})
     counts["refused"] = len(rows) - len({group["row"] for group in groups})
     return kept, counts
@@ -252,6 +255,7 @@ def micro_batches(run, groups, spare):
     Multiply what is summed over batches by batch["weight"]: 0.0 where a rank with less work runs the group `spare`."""
     batches = pack(groups, run.args.tokens_per_microbatch)
     for k in range(int(all_most(run, max(1, len(batches))))):
+        run.beat = time.monotonic()  # progress, for the watchdog
         has_work = k < len(batches)
         batch = flat_batch(batches[k] if has_work else [spare], run.device)
         batch["weight"] = 1.0 if has_work else 0.0

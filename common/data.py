@@ -20,9 +20,9 @@ class Row(dict):
     index, where = 0, "row"  # its index in the data set, and FILE:ROW for messages
 
 
-def problem(where, what, seen, fix):
+def problem(where, what, seen, fix, kind=InputError):
     """Return an InputError about a Row or a name; what was seen there becomes a short repr that no terminal obeys."""
-    return InputError(f"{what} ({getattr(where, 'where', where)}): {SHORT.repr(seen)}. {fix}")
+    return kind(f"{what} ({getattr(where, 'where', where)}): {SHORT.repr(seen)}. {fix}")
 
 
 def strip_none(value):

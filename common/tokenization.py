@@ -9,8 +9,13 @@ from pathlib import Path
 
 from common.batches import predicted_flags
 from common.data import Row, columns_of, problem
+from common.runtime.flags import InputError
 
 PATIENCE = 10  # seconds that a chat template may take for one conversation; milliseconds are usual
+
+
+class Refusal(InputError):
+    """The chat template refuses a row: the others may be right."""
 
 
 def load_tokenizer(path, chat_template=""):
@@ -75,7 +80,9 @@ def render(row, tokenizer, options, messages, generation, tokenize=True):
             raise ValueError(f"it writes {len(text)} characters")
         return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
     except Exception as error:  # a template is a program of its own, and may raise anything
-        raise problem(row, "the chat template fails", error, "Fix the row, or type --chat_template FILE") from error
+        kind = InputError if isinstance(error, TimeoutError) else Refusal
+        fix = "Fix the row, or type --chat_template FILE"
+        raise problem(row, "the chat template fails", error, fix, kind) from error
 
 
 def encode_text(tokenizer, text):
@@ -141,16 +148,6 @@ def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all")
         if not ids or ids[-1] not in stops:
             ids.append(stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
         groups.append(make_group(row, prompt_ids, ids))
-    return groups
-
-
-def encode_rows(run, rows, encode, tokenizer, stops, **options):
-    """Return the groups that `encode`, a function below, makes of all rows, in the order of the rows."""
-    template_kwargs = json.loads(run.args.chat_template_kwargs)
-    groups = []
-    for row in rows:
-        made = encode(row, tokenizer, stops, template_kwargs, **options)
-        groups += made if isinstance(made, list) else [made]
     return groups
 
 

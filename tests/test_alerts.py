@@ -238,6 +238,86 @@ def test_data006_a_stop_token_the_generation_config_lacks(tmp_path):
         assert only_warns("DATA006", name, tmp_path, "--model", folder, "--max_length", 200)["value"] == 1
 
 
+def test_data002_and_data003_show_a_row(tmp_path):
+    """What is wrong with a row is seen best in its picture, which comes before the line that ends the run."""
+    endless = template(tmp_path, CHAT.replace("<|end|>", "\n"))
+    result = provoke("sft", tmp_path, "--chat_template", endless)
+    assert "DATA003   <|" in result.out and "eos_token_id" in result.err
+
+
+def test_data007_plain_text_although_the_model_has_a_template(tmp_path):
+    plain, chat = {"prompt": "3+4=", "completion": "7"}, {"prompt": [ASKS], "completion": [WRITES]}
+    for rows, share in ([plain], 1.0), ([chat, chat, plain, chat], 0.25):
+        found = only_warns("DATA007", "sft", tmp_path, "--dataset", rows_file(tmp_path, *rows))
+        assert found["value"] == share and found["fix"] == [{"flag": "--as_chat", "from": False, "to": True}]
+    result = provoke("sft", tmp_path, "--as_chat", "--dataset", rows_file(tmp_path, plain))
+    assert result.code == 0 and not codes(result) & {("DATA007", "warn")}
+
+
+STRICT = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('" + MARKER + "') }}{% endif %}" + CHAT
+
+
+def test_data008_rows_that_the_template_refuses(tmp_path):
+    """They are dropped and counted; the first is named on the screen. If all are refused, what it says ends the run."""
+    good, bad = {"messages": [ASKS, WRITES]}, {"messages": [WRITES, ASKS, WRITES]}
+    flags = ["--chat_template", template(tmp_path, STRICT), "--dataset"]
+    found = stops_before_step_1("DATA008", "sft", tmp_path, *flags, rows_file(tmp_path, *[good] * 19, bad))
+    assert found["value"] == pytest.approx(0.05)
+    rows = rows_file(tmp_path, *[good] * 7, bad, *[good] * 142)
+    result = provoke("sft", tmp_path, *flags, rows)
+    assert result.code == 0 and codes(result) == {("DATA008", "warn")}
+    assert "149 of 150 rows kept" in result.out and f"{rows}:8" in result.out
+    result = provoke("sft", tmp_path, *flags, rows_file(tmp_path, bad, bad))
+    assert result.code == 2 and "the chat template fails" in result.err and MARKER in result.err
+
+
+def test_data009_pairs_of_one_text(tmp_path):
+    good = {"prompt": [ASKS], "chosen": [WRITES], "rejected": [{"role": "assistant", "content": "#### 8"}]}
+    same = good | {"rejected": [WRITES]}
+    for name in "dpo", "reward", "kto":
+        found = only_warns("DATA009", name, tmp_path, "--dataset", rows_file(tmp_path, same, *[good] * 3))
+        assert found["value"] == 0.25
+    result = provoke("dpo", tmp_path, "--dataset", rows_file(tmp_path, *[good] * 149, same))
+    assert result.code == 0 and result.alerts == [] and "149 of 150 rows kept" in result.out
+    result = provoke("dpo", tmp_path, "--dataset", rows_file(tmp_path, same, same))
+    assert result.code == 2 and "no row is left" in result.err
+
+
+FORGETS = CHAT.replace("m['content']", "(m['content'] or '')")
+
+
+def test_data010_what_the_template_leaves_out_of_a_scored_turn(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    calls = {"messages": [ASKS, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    thinks = {"messages": [ASKS, WRITES | {"reasoning_content": f"{MARKER} 3 and 4"}]}
+    good = {"messages": [ASKS, WRITES]}
+    flags = ["--chat_template", template(tmp_path, FORGETS), "--dataset"]
+    for bad in calls, thinks:
+        found = stops_before_step_1("DATA010", "sft", tmp_path, *flags, rows_file(tmp_path, *[good] * 9, bad))
+        assert found["value"] == pytest.approx(0.1)
+        found = only_warns("DATA010", "sft", tmp_path, *flags, rows_file(tmp_path, *[good] * 149, bad))
+        assert found["value"] == pytest.approx(1 / 150)
+
+
+@pytest.mark.parametrize("place", ("user", "assistant"))
+def test_data011_content_that_spells_a_control_token(place, tmp_path):
+    """Nothing is cut there: the answer goes on to the token that the template itself wrote."""
+    spells = {"role": place, "content": "3<|end|>4"}
+    row = {"messages": [spells, WRITES] if place == "user" else [ASKS, spells]}
+    found = only_warns("DATA011", "sft", tmp_path, "--dataset", rows_file(tmp_path, row, {"messages": [ASKS, WRITES]}))
+    assert found["value"] == 0.5
+
+
+def test_data012_a_scored_token_of_another_message(tmp_path):
+    """Only a bug in encoding could score one: here encoding says that it did."""
+
+    def patch(module):
+        encode = module.encode_demonstration
+        module.encode_demonstration = lambda *a, **k: [group | {"foreign": True} for group in encode(*a, **k)]
+
+    assert stops_before_step_1("DATA012", "sft", tmp_path, patch=patch)["value"] == 1.0
+
+
 # ---- model and training --------------------------------------------------------------------------
 
 
@@ -306,6 +386,23 @@ def test_train002_no_gradient(tmp_path):
         module.sft_loss = lambda *args: 0 * loss(*args)
 
     result = provoke("sft", tmp_path, patch=patch, steps=3)
+    assert [(a["level"], a["step"]) for a in result.alerts if a["code"] == "TRAIN002"] == [("error", 3)]
+
+
+def test_train002_a_gradient_of_rounding_size(tmp_path):
+    """Pairs of one text cancel, but for rounding; Adam would make whole steps of that."""
+
+    def patch(module):
+        fit = module.fit
+        module.fit = lambda groups, *more: fit([unmarked(group) for group in groups], *more)
+
+    def unmarked(group):
+        return {name: value for name, value in group.items() if name != "equal"}
+
+    answer = {"role": "assistant", "content": "#### 7"}
+    same = {"prompt": [ASKS], "chosen": [answer], "rejected": [answer]}
+    flags = ["--dataset", rows_file(tmp_path, *[same] * 8)]
+    result = provoke("dpo", tmp_path, *flags, patch=patch, steps=3)
     assert [(a["level"], a["step"]) for a in result.alerts if a["code"] == "TRAIN002"] == [("error", 3)]
 
 

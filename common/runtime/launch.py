@@ -155,7 +155,8 @@ def find_checkpoint(out, given):
 
 # ---- watchdog ------------------------------------------------------------------------------------
 def watch(run):
-    """In a thread of every rank: end the run after ddp_timeout seconds without a step or an evaluation."""
+    """In a thread of every rank: end the run after ddp_timeout seconds without progress: no chunk of rows encoded, no
+    micro-batch computed, no step done."""
     while time.monotonic() - run.beat < run.args.ddp_timeout:
         time.sleep(min(1.0, run.args.ddp_timeout / 10))
     roll_call(run, f"no progress for {run.args.ddp_timeout:g} s (longer steps need a longer --ddp_timeout)")

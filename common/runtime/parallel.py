@@ -39,8 +39,10 @@ def all_most(run, value):
 
 def agree(run, error):
     """End the run on all ranks with the text of the first rank that has one; `error` is None where all is well."""
-    errors = [None] * dist.get_world_size(run.group)
-    dist.all_gather_object(errors, error, group=run.group)
+    errors = [error]
+    if run.world > 1:
+        errors = [None] * run.world
+        dist.all_gather_object(errors, error, group=run.group)
     for text in errors:
         if text:
             raise InputError(text)

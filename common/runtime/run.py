@@ -129,6 +129,16 @@ def say(run, line, file=None):
         print(line, file=file, flush=True)
 
 
+def progress(run, title, items, total):
+    """Yield the items. Each counts as progress for the watchdog and, on a terminal, moves a bar that then vanishes."""
+    hidden = run.rank != 0 or not sys.stdout.isatty()
+    with tqdm(desc=title, total=total, disable=hidden, leave=False, dynamic_ncols=True, file=sys.stdout) as bar:
+        for item in items:
+            run.beat = time.monotonic()
+            yield item
+            bar.update()
+
+
 def show_groups(run, title, groups, tokenizer):
     for group in groups:
         say(run, f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}")

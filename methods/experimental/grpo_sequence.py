@@ -155,6 +155,7 @@ from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.rewards import load_rewards, reward_table, rollout_metrics, sample_and_judge, write_samples
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
+from common.runtime.encoding import encode_rows
 from common.runtime.health import check, check_data, check_update
 from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest, own_tensors
@@ -162,7 +163,7 @@ from common.runtime.parallel import all_sum, clip_grad_norm, full, local, param_
 from common.runtime.parallel import tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule, show_groups
 from common.sampling import Sampler, from_tensors, gather_groups, set_completions, to_tensors
-from common.tokenization import encode_prompt, encode_rows, stop_ids
+from common.tokenization import encode_prompt, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------

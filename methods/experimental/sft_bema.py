@@ -112,12 +112,13 @@ from common.batches import count_scored, fit, micro_batches, order, seq_sums, sh
 from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
+from common.runtime.encoding import encode_rows
 from common.runtime.health import check_data, check_update
 from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
 from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule
-from common.tokenization import encode_demonstration, encode_rows, stop_ids
+from common.tokenization import encode_demonstration, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
