@@ -1,21 +1,14 @@
 """From rows to groups of token ids with scored spans (rows: common/data.py, groups: common/batches.py)."""
-import json
-import signal
-import threading
+import re
 from array import array
-from itertools import groupby
+from functools import lru_cache
+from itertools import dropwhile, groupby, takewhile
 from os.path import commonprefix, isfile  # Path's own raises where a name is too long
 from pathlib import Path
 
 from common.batches import predicted_flags
 from common.data import Row, columns_of, problem
-from common.runtime.flags import InputError
-
-PATIENCE = 10  # seconds that a chat template may take for one conversation; milliseconds are usual
-
-
-class Refusal(InputError):
-    """The chat template refuses a row: the others may be right."""
+from common.templates import render, write_turn
 
 
 def load_tokenizer(path, chat_template=""):
@@ -44,93 +37,129 @@ def stop_ids(tokenizer, generation_config=None):
     stops = {tokenizer.eos_token_id, *eos} - {None}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-        _, _, after_answer = render(Row(), tokenizer, None, turns, False, tokenize=False).rpartition("ANSWER")
-        ids = tokenizer.encode(after_answer, add_special_tokens=False)
-        stops.update([token for token in ids if token in tokenizer.added_tokens_decoder][:1])
+        _, answer, after_answer = render(Row(), tokenizer, None, turns, False).rpartition("ANSWER")
+        ids = ids_of(tokenizer, after_answer if answer else "")  # some templates write no content that is a string
+        control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
+        ending = list(takewhile(control.__contains__, dropwhile(lambda token: token not in control, ids)))
+        if not stops.intersection(ending):  # Command ends an answer, then the turn, and its eos is the second
+            stops.update(ending[:1])
     if not stops:
         raise problem(tokenizer.name_or_path, "no token ends a completion", tokenizer.special_tokens_map,
                       "Set eos_token in tokenizer_config.json, or type --chat_template FILE with an end of turn")
     return sorted(stops)
 
 
-def expire(*_):
-    raise TimeoutError(f"no end after {PATIENCE} seconds")
-
-
-def render(row, tokenizer, options, messages, generation, tokenize=True):
-    """Return the ids (or text) of the messages in the chat template, with the beginning of an assistant's turn after
-    them if generation. The row's columns tools and chat_template_kwargs, values or JSON, go before the options."""
-    if not tokenizer.chat_template:
-        raise problem(row, "messages, but the tokenizer has no chat template", messages, "Type --chat_template FILE")
-    try:
-        columns = row.get("tools"), row.get("chat_template_kwargs")
-        tools, extra = [json.loads(value) if isinstance(value, str) else value for value in columns]
-        can_limit = threading.current_thread() is threading.main_thread()  # no other thread (rewards) can set an alarm
-        if can_limit:
-            signal.signal(signal.SIGALRM, expire)
-            signal.alarm(PATIENCE)
-        try:
-            text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
-                messages, tools=tools, chat_template=None, add_generation_prompt=generation, tokenize=False,
-                continue_final_message=False, **{**(options or {}), **(extra or {})})
-        finally:
-            if can_limit:
-                signal.alarm(0)
-        if len(text) > 2**24:
-            raise ValueError(f"it writes {len(text)} characters")
-        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
-    except Exception as error:  # a template is a program of its own, and may raise anything
-        kind = InputError if isinstance(error, TimeoutError) else Refusal
-        fix = "Fix the row, or type --chat_template FILE"
-        raise problem(row, "the chat template fails", error, fix, kind) from error
+def ids_of(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def encode_text(tokenizer, text):
     """Return the ids of a text that begins a sequence: BOS once if the tokenizer adds it to texts, no EOS."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = ids_of(tokenizer, text)
     begin = tokenizer.encode("")[:1]
     return begin + ids if begin == [tokenizer.bos_token_id] and ids[:1] != begin else ids
 
 
-def make_group(row, prompt, ids, scored=None, **entries):
+def encode_apart(tokenizer, ids, text):
+    """Return ids of the text that decode to it behind the ids, which stay as they are. SentencePiece writes a blank
+    before a text that is encoded alone, so the text is encoded behind a lead, too, which is taken off again."""
+    shown = tokenizer.decode(ids, clean_up_tokenization_spaces=False) + text
+    for lead in ("", "\n", ".", "a"):
+        begin, found = ids_of(tokenizer, lead), ids_of(tokenizer, lead + text)
+        rest = found[len(begin) :]
+        both = tokenizer.decode(ids + rest, clean_up_tokenization_spaces=False)
+        if found[: len(begin)] == begin and both == shown:
+            return rest
+    return ids_of(tokenizer, text)  # a tokenizer that decodes no text to itself, as WordPiece
+
+
+def encode_after(tokenizer, ids, before, text):
+    """Return ids of the text as it goes on after the text `before`, which has the ids. A control token cuts a text:
+    what stands since the last one is all that can merge with what follows, so a long chat is encoded once."""
+    control, start, anchor = tokenizer.added_tokens_decoder, 0, 0
+    for index in range(len(ids) - 1, -1, -1):
+        if ids[index] in control:
+            start, anchor = before.rfind(control[ids[index]].content), index
+            break
+    known = ids[anchor:] if start >= 0 else ids
+    whole = ids_of(tokenizer, before[max(0, start) :] + text)
+    if whole[: len(known)] == known:
+        return whole[len(known) :]
+    return encode_apart(tokenizer, ids, text)  # a token of both would straddle the border
+
+
+def make_group(row, prompt, ids, scored=None, facts=()):
+    """Return a group of one completion. facts: keys, such as "split", that are true of it; see common/README.md."""
     completion = {"ids": array("i", ids), "scored": scored}
-    return {"prompt": array("i", prompt), "completions": [completion], "row": getattr(row, "index", 0), **entries}
+    group = {"prompt": array("i", prompt), "completions": [completion], "row": getattr(row, "index", 0)}
+    return {**group, **dict.fromkeys(facts, True)}
+
+
+@lru_cache(maxsize=4)
+def control_pattern(tokenizer):
+    """Return the pattern of the texts that the tokenizer takes for control tokens, wherever they stand."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+
+def text_facts(tokenizer, prompt, answer=""):
+    """Return {"spelled"} if a control token stands in the text, save BOS before it and EOS after it; else {"plain"} if
+    there is a prompt that the tokenizer's chat template could write."""
+    text = (prompt + answer).removeprefix(tokenizer.bos_token or "").removesuffix(tokenizer.eos_token or "")
+    if control_pattern(tokenizer).search(text):
+        return {"spelled"}
+    return {"plain"} if prompt and tokenizer.chat_template else set()
+
+
+def chat_facts(tokenizer, messages):
+    spelled = any(control_pattern(tokenizer).search(message["content"] or "") for message in messages)
+    return {"spelled"} if spelled else set()
+
+
+def encode_turns(tokenizer, parts):
+    """Return the prompt's ids, those after it, and which are scored. parts: (text before a turn, its text, facts), all
+    of one text."""
+    text = parts[0][0]
+    prompt = ids_of(tokenizer, text)
+    ids, scored = [], []
+    for opening, answer, _ in parts:
+        between = encode_after(tokenizer, prompt + ids, text, opening[len(text) :])
+        ids += between
+        written = encode_after(tokenizer, prompt + ids, opening, answer)
+        ids += written
+        scored += [False] * len(between) + [True] * len(written)
+        text = opening + answer
+    return prompt, ids, scored if len(parts) > 1 else None
 
 
 def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
-    """Return groups with the answer's assistant turns (scope "last": the last one) scored, each to its stop id: one
-    group if the template only ever appends, else one a turn, as it is at inference, marked "split"."""
+    """Return groups with the answer's assistant turns (scope "last": the last one) scored, each to its stop token: one
+    group if the template only ever appends, else one a turn, as it is at inference, marked "split". A message with
+    weight 0 or train false is not scored."""
     messages = answer if answer[: len(prompt)] == prompt else prompt + answer  # some data repeat the prompt
     turns = [k for k in range(max(len(prompt), 1), len(messages)) if messages[k]["role"] == "assistant"]
     if not turns or (prompt and turns[0] != len(prompt)):
         raise problem(row, "no assistant turn after the prompt", messages, "Let an assistant's message follow a user's")
+    turns = [k for k in turns if messages[k].get("weight") != 0 and messages[k].get("train") is not False]
+    if not turns:
+        raise problem(row, "weight or train leaves no turn to score", messages, "Remove weight and train from one")
     if scope == "last":
         turns = turns[-1:]
-    parts, only_appends = [], True  # parts: (ids before a turn, ids of the turn)
-    for turn in turns:
-        before = render(row, tokenizer, options, messages[:turn], True)
-        after = render(row, tokenizer, options, messages[: turn + 1], False)
-        start = len(commonprefix([before, after]))
-        end = start
-        while end < len(after) and after[end] not in stops:
-            end += 1
-        ids = after[start : end + 1]
-        parts.append((before, ids))
-        only_appends = only_appends and start == len(before)  # else a turn is opened otherwise than it is written
-    sequence = before + ids  # of the last turn
-    scored = [False] * len(sequence)
-    for before, ids in parts:
-        end = len(before) + len(ids)
-        scored[len(before) : end] = [True] * len(ids)
-        only_appends = only_appends and sequence[:end] == before + ids
-    if not only_appends:
-        return [make_group(row, before, ids, split=True) for before, ids in parts]
-    begin = len(parts[0][0])
-    return [make_group(row, sequence[:begin], sequence[begin:], scored[begin:] if len(parts) > 1 else None)]
+    stop_pattern = "|".join(re.escape(tokenizer.decode([stop])) for stop in stops)
+    parts = [write_turn(row, tokenizer, stop_pattern, options, messages, turn) for turn in turns]
+    last, end, only_appends = parts[-1][0] + parts[-1][1], 0, True
+    for opening, text, _ in parts:
+        only_appends = only_appends and len(opening) >= end and last.startswith(opening + text)
+        end = len(opening + text)
+    facts = chat_facts(tokenizer, messages).union(*[facts for _, _, facts in parts])
+    if only_appends:
+        return [make_group(row, *encode_turns(tokenizer, parts), facts)]
+    return [make_group(row, *encode_turns(tokenizer, [part]), facts | {"split"}) for part in parts]
 
 
-def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all"):
-    """Return the groups of all answers, at least one of each. prompt and answers: text, or messages."""
+def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all", implicit=False):
+    """Return the groups of all answers, at least one of each. prompt and answers: text, or messages. implicit: the
+    prompt is the text that the answers share; it may end inside a word, so it ends where all tokenisations agree."""
     if isinstance(prompt, str) and isinstance(answers[0], list):
         prompt = [{"role": "user", "content": prompt}]  # a common layout: the question, then whole conversations
     if any(type(answer) is not type(prompt) for answer in answers):
@@ -141,13 +170,15 @@ def encode_answers(row, prompt, answers, tokenizer, stops, options, scope="all")
             groups += encode_chat(row, prompt, answer, tokenizer, stops, options, scope)
         return groups
     prompt_ids = encode_text(tokenizer, prompt)
-    for answer in answers:
-        ids = encode_text(tokenizer, prompt + answer)  # SentencePiece adds a space to a text that stands alone
+    wholes = [encode_text(tokenizer, prompt + answer) for answer in answers]
+    if implicit:
+        prompt_ids = commonprefix([prompt_ids, *wholes])
+    for answer, ids in zip(answers, wholes):  # SentencePiece adds a space to a text that stands alone
         straddles = ids[: len(prompt_ids)] != prompt_ids  # a token of both
-        ids = tokenizer.encode(answer, add_special_tokens=False) if straddles else ids[len(prompt_ids) :]
+        ids = encode_apart(tokenizer, prompt_ids, answer) if straddles else ids[len(prompt_ids) :]
         if not ids or ids[-1] not in stops:
             ids.append(stops[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
-        groups.append(make_group(row, prompt_ids, ids))
+        groups.append(make_group(row, prompt_ids, ids, None, text_facts(tokenizer, prompt, answer)))
     return groups
 
 
@@ -161,8 +192,11 @@ def encode_demonstration(row, tokenizer, stops, template_kwargs=None, scope="all
 def encode_preference(row, tokenizer, stops, template_kwargs=None):
     """Return a group with the completions [chosen, rejected]; without a column prompt it is what both begin with."""
     *before, chosen, rejected = columns_of(row, ["prompt", "chosen", "rejected"], ["chosen", "rejected"])
+    are_texts = isinstance(chosen, str) and isinstance(rejected, str)
     if before:
         prompt = before[0]
+        if are_texts and " " in prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
+            raise problem(row, "chosen and rejected repeat the prompt", prompt, "Type --rename prompt:question")
     else:
         length, shorter = 0, min(len(chosen), len(rejected))
         while length < shorter and chosen[length] == rejected[length]:
@@ -172,21 +206,36 @@ def encode_preference(row, tokenizer, stops, template_kwargs=None):
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if prompt == []:
             raise problem(row, "chosen and rejected begin with no common message", chosen, "Add a column prompt")
-    groups = encode_answers(row, prompt, [chosen, rejected], tokenizer, stops, template_kwargs)
+    groups = encode_answers(row, prompt, [chosen, rejected], tokenizer, stops, template_kwargs, implicit=not before)
     if len(groups) > 2:
         raise problem(row, "the template rewrites earlier turns of an answer that has several", chosen,
                       "Keep one assistant turn in chosen and rejected, or type --chat_template FILE")
-    return {**groups[0], "completions": groups[0]["completions"] + groups[1]["completions"]}
+    prompts = [list(group["prompt"]) for group in groups]
+    shared = commonprefix(prompts)  # they differ where a template opens one answer otherwise, with reasoning for one
+    if not before and isinstance(prompt, str) and shared == encode_text(tokenizer, ""):
+        raise problem(row, "chosen and rejected begin with no common text", chosen, "Add a column prompt")
+    completions = []
+    for group, begin in zip(groups, prompts):
+        (completion,) = group["completions"]
+        moved = begin[len(shared) :]
+        scored = completion["scored"] and [True] * len(moved) + completion["scored"]
+        completions.append({"ids": array("i", moved) + completion["ids"], "scored": scored})
+    if completions[0]["ids"] == completions[1]["ids"]:
+        groups[0]["equal"] = True
+    return {**groups[1], **groups[0], "prompt": array("i", shared), "completions": completions}
 
 
 def encode_prompt(row, tokenizer, stops=(), template_kwargs=None):
     """Return a group without completions: what the model sees before its own first token."""
     (prompt,) = columns_of(row, ["prompt"])
-    is_text = isinstance(prompt, str)
-    ids = encode_text(tokenizer, prompt) if is_text else render(row, tokenizer, template_kwargs, prompt, True)
+    if isinstance(prompt, str):
+        ids, facts = encode_text(tokenizer, prompt), text_facts(tokenizer, prompt)
+    else:
+        ids = ids_of(tokenizer, render(row, tokenizer, template_kwargs, prompt, True))
+        facts = chat_facts(tokenizer, prompt)
     if not ids:
         raise problem(row, "no token in column prompt", prompt, "Write a prompt, or --rename old:new")
-    return {"prompt": array("i", ids), "completions": [], "row": getattr(row, "index", 0)}
+    return {**make_group(row, ids, (), None, facts), "completions": []}
 
 
 def visible_text(tokenizer, ids, limit):

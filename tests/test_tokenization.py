@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import batches as batching
 from common import data as rows_of
+from common import templates
 from common import tokenization as tok
 from common.batches import attach_logprobs, count_scored, fit, flat_batch, micro_batches, order, pack
 from common.batches import scored_flags, seq_sums, sequence_sum, share
@@ -153,11 +154,10 @@ def test_template_that_drops_reasoning_gives_one_group_per_turn():
 
 
 def test_generation_prompt_that_a_finished_turn_does_not_show():
-    one, two = tok.encode_demonstration({"messages": says("a", "b", "c", "d")}, make(FORCED), [IM_END])
-    check(one, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think></think>[[b<|im_end|>]]")
-    check(two, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
-               "<|im_start|>assistant\n<think></think>[[d<|im_end|>]]")
-    assert one["split"] and two["split"]
+    (group,) = tok.encode_demonstration({"messages": says("a", "b", "c", "d")}, make(FORCED), [IM_END])
+    check(group, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+                 "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]")  # the template's own text
+    assert "split" not in group
 
 
 def test_what_a_template_adds_at_the_very_end_is_no_reason_to_split():
@@ -166,11 +166,14 @@ def test_what_a_template_adds_at_the_very_end_is_no_reason_to_split():
                  "<|start|>assistant\n[[d<|end|>]]")
 
 
-def test_token_that_straddles_the_border_splits_and_loses_nothing_of_the_prompt():
+def test_token_that_straddles_the_border_keeps_the_prompt_and_the_text():
     tokenizer = make(CHATML, merge=True)
-    (group,) = tok.encode_demonstration({"messages": says("a", "\nb")}, tokenizer, [IM_END])
-    assert group["split"] and group["prompt"] == tok.encode_prompt({"prompt": says("a")}, tokenizer)["prompt"]
-    assert list(group["completions"][0]["ids"])[-2:] == spell("b<|im_end|>")
+    (group,) = tok.encode_demonstration({"messages": says("a", "\nb", "c", "\n\nd")}, tokenizer, [IM_END])
+    assert "split" not in group and group["prompt"] == tok.encode_prompt({"prompt": says("a")}, tokenizer)["prompt"]
+    after = spell("<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    (completion,) = group["completions"]
+    assert list(completion["ids"]) == spell("\nb") + after + [VOCAB["\n\n"]] + spell("d<|im_end|>")
+    assert list(completion["scored"]) == [True] * 3 + [False] * (len(after) - 1) + [True] * 3
 
 
 def test_tools_calls_template_kwargs_and_json_columns():
@@ -401,7 +404,7 @@ def test_rows_that_cannot_be_encoded(row, template, match):
 
 
 def test_a_template_without_an_end(monkeypatch):
-    monkeypatch.setattr(tok, "PATIENCE", 1)
+    monkeypatch.setattr(templates, "PATIENCE", 1)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputError, match="template fails.*no end after 1 seconds.*--chat_template FILE"):
         tok.encode_demonstration({"messages": says("a", "b")}, make(loops), [EOS])
@@ -649,7 +652,7 @@ def test_fit():
     groups = [{**group, "row": i} for i, group in enumerate(groups)]
     kept, counts = fit(groups, groups, 10)
     assert kept == [groups[0], groups[6]]
-    assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11, "refused": 0}
+    assert counts == {"rows": 7, "kept": 2, "overlong": 2, "unscored": 3, "longest": 11, "refused": 0, "equal": 0}
     kept, counts = fit(groups, groups, 10, "truncate_prompt")
     assert kept == [groups[0], {**bare([1] * 8, [2] * 2), "row": 1}, groups[6]]
     assert counts["kept"] == 3 and counts["overlong"] == 2
@@ -658,9 +661,9 @@ def test_fit():
     assert list(cut[0]["prompt"]) == [3, 4, 5]  # the prompt's end is kept, the completion is whole
     with pytest.raises(InputError, match="row 2.*11.*--max_length 11"):
         fit([groups[0], {**groups[1], "row": 1}], [0, 1], 10, "error")
-    assert fit([], [], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0, "refused": 0})
+    assert fit([], [], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0, "refused": 0, "equal": 0})
     parts = [{**bare([1] * n, [2]), "row": 7} for n in (1, 2, 9)]  # one row that became three groups
-    assert fit(parts, [0], 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10, "refused": 0}
+    assert fit(parts, [0], 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10, "refused": 0, "equal": 0}
     prompts = [{"prompt": array("i", [1] * 3), "completions": [], "row": 0}]
     assert fit(prompts, [0], 3)[0] == prompts and fit(prompts, [0], 2)[0] == []
 

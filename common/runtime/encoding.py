@@ -13,7 +13,7 @@ import torch
 from common.runtime.flags import InputError, printable
 from common.runtime.parallel import agree, gather_tensors
 from common.runtime.run import progress, say
-from common.tokenization import Refusal
+from common.templates import Refusal
 
 CHUNK_ROWS = 256  # of a part that is encoded between two signs of life
 MANY_ROWS = 2000  # fewer are encoded sooner than processes start
