@@ -255,7 +255,7 @@ def evaluate(policy, sampler, heldout, reward_functions, args, run):
     """Return the held-out accuracy of greedy decoding, and pass@k of eval_samples: the share of prompts for which the
     first reward function gives 1 or more, to any of k samples."""
     refresh(sampler, policy)
-    groups = [dict(group) for group in share(run, heldout)]  # copies: share must find the same on every rank next time
+    groups = share(run, [group | {"place": place} for place, group in enumerate(heldout)])
     sample_and_judge(run, sampler, groups, 1, reward_functions, place=("eval",), greedy=True)
     show_groups(run, "greedy", groups[:2], sampler.tokenizer)
     right = sum(group["completions"][0]["rewards"][0] >= 1 for group in groups)
