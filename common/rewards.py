@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 from common.batches import flat_batch, pack
 from common.logprobs import Scorer
 from common.runtime.flags import InputError
-from common.runtime.parallel import agree
+from common.runtime.parallel import agree, all_sum
 from common.runtime.run import first_line, write
 from common.data import Row
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
@@ -162,6 +162,31 @@ def rollout_metrics(groups):
         "no_reward_frac": 1 - num_rewards / len(completions),
         "truncated_frac": sum(not c["stopped"] for c in completions) / len(completions),
         "completion_len": sum(len(c["ids"]) for c in completions) / len(completions),
+    }
+
+
+def heldout_metrics(run, groups):
+    """Return, over the groups of all ranks: the share of prompts where the first function gives 1 or more to any
+    completion, of those where it gives a number (NaN where there are none); the mean length of a completion; and the
+    share of prompts to which no function gives a number."""
+    judged = right = silent = num_completions = num_tokens = 0
+    for group in groups:
+        completions = group["completions"]
+        first_rewards = [c["rewards"][0] for c in completions if not math.isnan(c["rewards"][0])]
+        if first_rewards:
+            judged += 1
+        if any(reward >= 1 for reward in first_rewards):
+            right += 1
+        if all(math.isnan(c["reward"]) for c in completions):
+            silent += 1
+        num_completions += len(completions)
+        num_tokens += sum(len(c["ids"]) for c in completions)
+    counts = all_sum(run, judged, right, silent, len(groups), num_completions, num_tokens)
+    judged, right, silent, num_prompts, num_completions, num_tokens = counts
+    return {
+        "eval/accuracy": right / judged if judged else math.nan,
+        "eval/completion_len": num_tokens / num_completions,
+        "eval/no_reward_frac": silent / num_prompts,
     }
 
 

@@ -19,11 +19,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, ended, read_jsonl, tiny_rows, train
+from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
 
 from common import rewards
-from common.rewards import RewardFile, accuracy, ends_in_number, reward_groups, reward_table, rollout_metrics
-from common.rewards import write_samples
+from common.rewards import RewardFile, accuracy, ends_in_number, heldout_metrics, reward_groups, reward_table
+from common.rewards import rollout_metrics, write_samples
 
 HOSTILE = '''
 import ctypes, itertools, os, random, resource, signal, subprocess, sys, threading, time
@@ -490,6 +490,55 @@ def test_metrics_of_a_rollout():
     assert repr(reward_table(groups).tolist()) == "[[1.0, 1.0], [0.0, nan], [nan, nan], [2.0, 0.1]]"
     several = [{"completions": [{"rewards": [1.0, 0.1]}, {"rewards": [2.0, 3.0]}]}]
     assert reward_table(several, "rewards").tolist() == [[[1.0, 0.1], [2.0, 3.0]]]
+
+
+def judged_groups(*groups):
+    """Each group as its completions' (values of two functions): their sum is the reward, as reward_groups sets it."""
+    made = []
+    for group in groups:
+        completions = []
+        for values in group:
+            numbers = [value for value in values if value is not None]
+            rewards = [math.nan if value is None else value for value in values]
+            completions.append({"ids": [7, 8], "rewards": rewards, "reward": sum(numbers) if numbers else math.nan})
+        made.append({"completions": completions})
+    return made
+
+
+def test_what_has_no_reward_is_not_wrong(monkeypatch):
+    """Held-out prompts: right, wrong, none at all, none of the first function, and one of two samples without."""
+    monkeypatch.setattr(rewards, "all_sum", lambda run, *values: values)
+    greedy = judged_groups([(1.0, 0.0)], [(0.0, 0.0)], [(None, None)], [(None, 2.0)])
+    wanted = {"eval/accuracy": 1 / 2, "eval/completion_len": 2, "eval/no_reward_frac": 1 / 4}
+    assert heldout_metrics(None, greedy) == wanted
+    sampled = judged_groups([(None, None), (1.0, 0.0)], [(0.0, 0.0), (None, None)], [(None, None), (None, None)])
+    assert heldout_metrics(None, sampled) == wanted | {"eval/no_reward_frac": 1 / 3}
+    assert math.isnan(heldout_metrics(None, greedy[2:])["eval/accuracy"])  # neither 0 nor an error
+
+
+def test_every_held_out_prompt_has_its_place(monkeypatch):
+    """By which its noise differs, also from that of the same prompt on another rank; GRPO003 takes the worse share."""
+    module, run, said = script("grpo"), SimpleNamespace(dp_size=2), []
+    judged = {0: [], 1: []}
+
+    def judge(run, sampler, groups, copies, functions, place, greedy=False):
+        judged[run.dp_rank].extend(group["place"] for group in groups)
+        for group in groups:
+            rewards = math.nan if group["place"] == 0 and not greedy else 1.0
+            group["completions"] = [{"ids": [7], "rewards": [rewards], "reward": rewards}] * copies
+
+    for name in "refresh", "show_groups":
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(module, "sample_and_judge", judge)
+    monkeypatch.setattr(module, "check", lambda run, code, **more: said.append((code, more["step"], more["value"])))
+    monkeypatch.setattr(rewards, "all_sum", lambda run, *values: values)
+    heldout = [{"prompt": [7, 8], "completions": []}] * 6
+    for run.dp_rank in 0, 1:
+        args, sampler = SimpleNamespace(eval_samples=3), SimpleNamespace(tokenizer=None)
+        metrics = module.evaluate(None, sampler, heldout, [], 5, args, run)
+        assert (metrics["eval/accuracy"], metrics["eval/pass@3"], metrics["eval/no_reward_frac"]) == (1, 1, 0)
+    assert sorted(judged[0] + judged[1]) == sorted([*range(6), *range(6)]) and not {*judged[0]} & {*judged[1]}
+    assert sorted(said) == [("GRPO003", 5, 0), ("GRPO003", 5, 1 / 3)]
 
 
 def test_samples_are_written(tmp_path):

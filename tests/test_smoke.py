@@ -52,7 +52,7 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
     "grpo": (
         ["step", "loss", "num_tokens", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len",
          "ratio_mean", "clip_frac", "kl", "entropy", "sampler_gap", "perf/rollout_seconds", "grad_norm", "lr", *PERF],
-        ["step", "eval/accuracy", "eval/completion_len", "eval/pass@2"],
+        ["step", "eval/accuracy", "eval/completion_len", "eval/no_reward_frac", "eval/pass@2"],
     ),
 }  # fmt: skip
 METRICS["rloo"] = METRICS["grpo"]
