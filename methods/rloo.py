@@ -95,7 +95,7 @@ class Args(RunFlags):
     scale_rewards: Literal["group", "batch", "none"] = "none"  # whose standard deviation divides
     normalize_advantages: bool = False  # over all ranks' batch (REINFORCE++)
     reward_clip_range: tuple[float, float] | None = None  # of the weighted sum, before the KL
-    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, FILE.py:FUNCTION or a reward model; several are added
+    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, math, FILE.py:FUNCTION or reward models; they are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)

@@ -98,7 +98,7 @@ class Args(RunFlags):
     mask_truncated_completions: bool = True  # completions without a stop token are in no loss
     sampling_rounds: int = 5  # of a rollout, at most, each for as many prompts as still lack a signal
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
-    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, FILE.py:FUNCTION or a reward model; several are added
+    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, math, FILE.py:FUNCTION or reward models; they are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)

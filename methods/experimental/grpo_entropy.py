@@ -104,7 +104,7 @@ class Args(RunFlags):
     entropy_target: float = 0.2  # nats; above it there is no bonus
     mask_truncated_completions: bool = False  # completions without a stop token are in no loss (DAPO: yes)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
-    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, FILE.py:FUNCTION or a reward model; several are added
+    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, math, FILE.py:FUNCTION or reward models; they are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
