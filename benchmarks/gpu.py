@@ -212,7 +212,7 @@ def make_groups(lab, count, completions, prompt, completion, vocabulary=None, se
 
     for row in range(count):
         drawn = [{"ids": ids(spread(completion)), "scored": None} for _ in range(completions)]
-        groups.append({"prompt": ids(spread(prompt) if prompt else 0), "completions": drawn, "row": row})
+        groups.append({"prompt": ids(spread(prompt) if prompt else 0), "completions": drawn, "row": row, "place": row})
     return groups
 
 

@@ -215,7 +215,8 @@ class Policy(nn.Module):
     def forward(self, batch, want=()):
         """Return a dict of "logprobs" and what of OUTPUTS is in `want`, each (M,), at the policy's temperature. All are
         fp32 and have gradients, except for "correct", which is bool."""
-        assert set(want) <= set(OUTPUTS), want
+        if not set(want) <= set(OUTPUTS):
+            raise ValueError(f"want {want} must be some of {', '.join(OUTPUTS)}")
         implementation = self.lm.config._attn_implementation
         if implementation != self.implementation:
             raise InputError(f"the model's attention became {implementation}, which would ignore where completions "

@@ -19,27 +19,30 @@ import subprocess
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from common.answers import NUMBER, final_number, gold_number, last_text
 from common.batches import flat_batch, pack
 from common.logprobs import Scorer
 from common.runtime.flags import InputError
-from common.runtime.parallel import agree
+from common.runtime.parallel import agree, all_sum
 from common.runtime.run import first_line, write
 from common.data import Row
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
 
-NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-
 
 # ---- built-in rewards ----------------------------------------------------------------------------
 def accuracy(prompts, completions, answer=None, solution=None, **_):
-    """1 where the completion's final number is that of the column `answer` or `solution`, 0 where not, None without."""
-    wanted = map(final_number, answer or solution or [None] * len(completions))
-    found = map(final_number, completions)
-    return [None if a is None else float(a == b) for a, b in zip(wanted, found)]
+    """1 where a completion's final answer is the number in the column `answer` or `solution`, 0 where not, None where
+    the column does not hold one number."""
+    rewards = []
+    for gold, completion in zip(answer or solution or [None] * len(completions), completions):
+        wanted = gold_number(gold)
+        rewards.append(None if wanted is None else float(final_number(completion) == wanted))
+    return rewards
 
 
 def ends_in_number(prompts, completions, **_):
@@ -47,20 +50,8 @@ def ends_in_number(prompts, completions, **_):
     return [float(re.search(rf"####\s*{NUMBER}\s*$", last_text(text)) is not None) for text in completions]
 
 
-def final_number(answer):
-    """Return the number after the last ####, else in the last \\boxed{}, else the last number of all, else None."""
-    text = last_text(answer)
-    marked = re.findall(r"####([^\n]*)", text) or re.findall(r"\\boxed\{([^{}]*)\}", text) or [text]
-    found = re.findall(NUMBER, marked[-1])
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def last_text(answer):
-    """Return the text of a completion or a column: messages stand for the last of them."""
-    return answer[-1]["content"] if isinstance(answer, list) else str(answer)
-
-
 BUILT_IN = {"accuracy": accuracy, "format": ends_in_number}
+SHIPPED = {"math": str(Path(__file__).with_name("examples") / "math_reward.py") + ":equal_in_math"}
 
 
 # ---- judging completions -------------------------------------------------------------------------
@@ -70,17 +61,18 @@ def load_rewards(args):
         raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(args.reward)} rewards.")
     functions = []
     for name in args.reward:
+        path = SHIPPED.get(name, name)
         try:
             if name in BUILT_IN:
                 functions.append(BUILT_IN[name])
             elif os.path.isdir(name):
                 functions.append(RewardModel(name, args.tokens_per_microbatch))
-            elif ":" not in name:
+            elif ":" not in path:
                 raise ValueError("there is no such reward")
             else:
-                functions.append(RewardFile(name, args.reward_timeout, args.reward_memory))
+                functions.append(RewardFile(path, args.reward_timeout, args.reward_memory))
         except Exception as e:  # files and folders are input, and what loads them raises anything
-            advice = f"Give {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the folder of a reward model."
+            advice = f"Give {', '.join([*BUILT_IN, *SHIPPED])}, FILE.py:FUNCTION or the folder of a reward model."
             raise InputError(f"--reward {name}: {first_line(e)}. {advice}") from e
     return functions
 
@@ -162,6 +154,31 @@ def rollout_metrics(groups):
         "no_reward_frac": 1 - num_rewards / len(completions),
         "truncated_frac": sum(not c["stopped"] for c in completions) / len(completions),
         "completion_len": sum(len(c["ids"]) for c in completions) / len(completions),
+    }
+
+
+def heldout_metrics(run, groups):
+    """Return, over the groups of all ranks: the share of prompts where the first function gives 1 or more to any
+    completion, of those where it gives a number (NaN where there are none); the mean length of a completion; and the
+    share of prompts to which no function gives a number."""
+    judged = right = silent = num_completions = num_tokens = 0
+    for group in groups:
+        completions = group["completions"]
+        first_rewards = [c["rewards"][0] for c in completions if not math.isnan(c["rewards"][0])]
+        if first_rewards:
+            judged += 1
+        if any(reward >= 1 for reward in first_rewards):
+            right += 1
+        if all(math.isnan(c["reward"]) for c in completions):
+            silent += 1
+        num_completions += len(completions)
+        num_tokens += sum(len(c["ids"]) for c in completions)
+    counts = all_sum(run, judged, right, silent, len(groups), num_completions, num_tokens)
+    judged, right, silent, num_prompts, num_completions, num_tokens = counts
+    return {
+        "eval/accuracy": right / judged if judged else math.nan,
+        "eval/completion_len": num_tokens / num_completions,
+        "eval/no_reward_frac": silent / num_prompts,
     }
 
 
@@ -298,13 +315,19 @@ def load_function(path, name):
 
 
 def answer_to(columns, function):
-    """Return what the function returns, if that is a list of numbers and None, one for each completion; else None."""
+    """Return what the function returns, if that is a list, tuple, array or tensor of numbers and None, one for each
+    completion, as a list; else None."""
     count = len(columns["completions"])  # before the call, which may change what it was given
     values = function(**columns)
     if inspect.iscoroutine(values):  # of an `async def`
         values = asyncio.run(values)
-    if isinstance(values, list) and len(values) == count and all(isinstance(v, numbers.Real | None) for v in values):
-        return [None if v is None else float(v) for v in values]
+    if hasattr(values, "tolist"):  # of numpy or torch
+        values = values.tolist()
+    if not isinstance(values, list | tuple) or len(values) != count:
+        return None
+    values = [value.item() if hasattr(value, "item") else value for value in values]
+    if all(isinstance(value, numbers.Real | None) for value in values):
+        return [None if value is None else float(value) for value in values]
     return None
 
 

@@ -47,18 +47,18 @@ class Sampler:
         materialize(self.lm, run.device, run.device)
 
     def sample(self, groups, copies, place, greedy=False):
-        """Fill every group["completions"] with `copies` samples, or with greedy ones. place: what the noise depends on
-        beside the seed, ("train", number of the rollout) or ("eval",)."""
+        """Fill every group["completions"] with `copies` samples, or with greedy ones. What the noise depends on beside
+        the seed: place, ("train", number of the rollout) or ("eval",), and group["place"], where in it the group is."""
         args = self.run.args
         prompts = [group["prompt"] for group in groups]
         if greedy:  # not by the engine: it can draw, or be greedy, but not both
             sequences = generate(self.lm, prompts, copies, None, self.stops, args)
         elif self.engine:
-            sequences = self.sample_continuous(prompts, copies, place)
+            sequences = self.sample_continuous(prompts, copies, (*place, groups[0]["place"]))
         else:
             noise = []
             for group, k in product(groups, range(copies)):
-                noise.append(uniforms((*place, group["row"], k), args.seed, args.max_completion_length))
+                noise.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
             noise = torch.stack(noise).to(self.run.device)
             sequences = generate(self.lm, prompts, copies, noise, self.stops, args)
         for group in groups:

@@ -92,7 +92,7 @@ class Args(RunFlags):
     use_bias_correction_kl: bool = False  # KL times the ratio: unbiased off-policy, too (TRL: yes)
     mask_truncated_completions: bool = False  # completions without a stop token are in no loss (DAPO: yes)
     scale_rewards: Literal["group", "batch", "none"] = "group"  # whose standard deviation divides (Dr. GRPO: none)
-    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, FILE.py:FUNCTION or a reward model; several are added
+    reward: tuple[str, ...] = ("accuracy",)  # accuracy, format, math, FILE.py:FUNCTION or reward models; they are added
     reward_weights: tuple[float, ...] = ()  # one per reward (1 each)
     reward_timeout: float = 60.0  # seconds a reward file may take to load, and per rollout; 0: no limit
     reward_memory: float = 8.0  # GB of address space for the process of a reward file; 0: no limit (CUDA needs that)
@@ -140,7 +140,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_sum, share
 from common.data import fingerprint, load_rows
 from common.logprobs import Policy
-from common.rewards import load_rewards, reward_table, rollout_metrics, sample_and_judge, write_samples
+from common.rewards import heldout_metrics, load_rewards, reward_table, rollout_metrics, sample_and_judge, write_samples
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
 from common.runtime.encoding import encode_rows
 from common.runtime.health import check, check_data, check_update
@@ -246,24 +246,24 @@ def grpo_loss(logprobs, batch, num_tokens, num_seqs, args):
     return loss, {name: value.detach().sum() for name, value in metrics.items()}
 
 
-def evaluate(policy, sampler, heldout, reward_functions, args, run):
+def evaluate(policy, sampler, heldout, reward_functions, step, args, run):
     """Return the held-out accuracy of greedy decoding, and pass@k of eval_samples: the share of prompts for which the
-    first reward function gives 1 or more, to any of k samples."""
+    first reward function gives 1 or more, to any of k samples. Prompts without a reward are in neither."""
     refresh(sampler, policy)
-    groups = [dict(group) for group in share(run, heldout)]  # copies: share must find the same on every rank next time
+    groups = share(run, [group | {"place": place} for place, group in enumerate(heldout)])
     sample_and_judge(run, sampler, groups, 1, reward_functions, place=("eval",), greedy=True)
     show_groups(run, "greedy", groups[:2], sampler.tokenizer)
-    right = sum(group["completions"][0]["rewards"][0] >= 1 for group in groups)
-    length = sum(len(group["completions"][0]["ids"]) for group in groups)
-    right, length = all_sum(run, right, length)
-    metrics = {"eval/accuracy": right / len(heldout), "eval/completion_len": length / len(heldout)}
+    metrics = heldout_metrics(run, groups)
+    missing = metrics["eval/no_reward_frac"]
     if args.eval_samples:
         sample_and_judge(run, sampler, groups, args.eval_samples, reward_functions, place=("eval",))
-        passed = 0
-        for group in groups:
-            passed += any(completion["rewards"][0] >= 1 for completion in group["completions"])
-        (passed,) = all_sum(run, passed)
-        metrics[f"eval/pass@{args.eval_samples}"] = passed / len(heldout)
+        sampled = heldout_metrics(run, groups)
+        metrics[f"eval/pass@{args.eval_samples}"] = sampled["eval/accuracy"]
+        missing = max(missing, sampled["eval/no_reward_frac"])
+    check(
+        run, "GRPO003", step=step, metric="eval/no_reward_frac", value=missing, warn=0, error=0.1,
+        message="held-out prompts got no reward: it raised, hung or was None",
+    )
     return metrics
 
 
@@ -420,7 +420,7 @@ def main(args, run):
     # ---- loop ------------------------------------------------------------------------------------
     steps_per_rollout = args.steps_per_generation * args.num_iterations
     if heldout and run.step == 0:
-        log_eval(run, 0, evaluate(policy, sampler, heldout, reward_functions, args, run), steps)
+        log_eval(run, 0, evaluate(policy, sampler, heldout, reward_functions, 0, args, run), steps)
     for step in range(run.step, steps):
         started = time.perf_counter()
         # ---- rollout -----------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def main(args, run):
         log(run, step + 1, metrics | performance(started, groups), steps)
         # ---- eval --------------------------------------------------------------------------------
         if heldout and is_due(step + 1, steps, args.eval_every):
-            log_eval(run, step + 1, evaluate(policy, sampler, heldout, reward_functions, args, run), steps)
+            log_eval(run, step + 1, evaluate(policy, sampler, heldout, reward_functions, step + 1, args, run), steps)
         # ---- save --------------------------------------------------------------------------------
         save_or_stop(run, step + 1, steps, models, optimizers, tokenizer)
     # ---- finish ----------------------------------------------------------------------------------

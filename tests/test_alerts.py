@@ -528,7 +528,7 @@ def test_grpo002_no_room_to_stop(tmp_path):
 
 def test_grpo002_warns_where_many_do_not_stop(tmp_path):
     """Answers take 27 to 33 tokens: 28 hold about a third of them."""
-    flags = [*ONLINE, "--max_completion_length", 28, "--batch_size", 8, "--learning_rate", 0]
+    flags = [*ONLINE, "--num_generations", 8, "--max_completion_length", 28, "--batch_size", 8, "--learning_rate", 0]
     result = provoke("grpo", tmp_path, *flags, rows=64, steps=4)
     shares = [strict(line)["truncated_frac"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert all(0.5 < share < 0.95 for share in shares)  # or this test is about something else
@@ -578,6 +578,22 @@ def test_grpo003_a_reward_that_breaks_later(tmp_path):
     assert not (result.folder / "final").exists()
 
 
+def test_grpo003_held_out_rows_without_a_reward(tmp_path):
+    """They have no answer to compare with: not an accuracy of 0, and said before step 1."""
+    rows = [{"prompt": "1+1="}, {"prompt": "2+2="}]
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*ONLINE, "--eval_dataset", heldout, "--eval_samples", 2]
+    result = provoke("grpo", tmp_path, *flags, allow=["GRPO002"])
+    assert result.code == 3 and levels(result, "GRPO003") == [(0, "error")]
+    assert result.alerts[0]["metric"] == "eval/no_reward_frac" and result.alerts[0]["value"] == 1
+    result = provoke("grpo", tmp_path, *flags, steps=1, allow=["GRPO002", "GRPO003"])
+    assert result.code == 0 and levels(result, "GRPO003") == [(0, "error"), (1, "error")]
+    first = strict((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval/accuracy"] is None and first["eval/no_reward_frac"] == 1
+    assert strict((result.folder / "run.json").read_text())["last"]["eval/accuracy"] is None
+
+
 def test_alerts_are_counted_and_written_at_powers_of_two(tmp_path):
     """A condition that stays is said again after two, four, eight times: who reads the file sees that it stays."""
     result = provoke("grpo", tmp_path, *reward(tmp_path, "lost"), steps=5, allow=["GRPO002", "GRPO003"])
@@ -606,12 +622,12 @@ def softer(factor, after=0):
 def test_grpo004_a_sampler_that_is_not_the_policy(tmp_path):
     found = stops_before_step_1("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.3))
     assert found["metric"] == "sampler_gap"
-    only_warns("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.7))
+    only_warns("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.8))
 
 
 def test_grpo004_rises_to_an_error(tmp_path):
     def patch(module):
-        softer(0.7)(module)
+        softer(0.8)(module)
         softer(0.4, after=2)(module)
 
     result = provoke("grpo", tmp_path, *ONLINE, patch=patch, steps=4)

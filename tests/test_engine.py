@@ -50,7 +50,7 @@ def make_groups():
     short = [encode_prompt(json.loads(row), tokenizer)["prompt"] for row in rows]
     prompts = [*short, short[0], short[1][:1], 15 * short[2] + short[0], 15 * short[2] + short[1]]
     assert len(15 * short[2]) > 256
-    return [{"prompt": prompt, "completions": [], "row": row} for row, prompt in enumerate(prompts)]
+    return [{"prompt": prompt, "completions": [], "place": place} for place, prompt in enumerate(prompts)]
 
 
 def sampled(sampler, copies=COPIES, place=("train", 0), greedy=False):
@@ -90,7 +90,7 @@ def test_draws_follow_the_model(sampler, monkeypatch):
     """Of 2000 forks the first tokens have the model's frequencies at the temperature: forks draw for themselves from
     the start. Within 4.5 standard deviations each, and more than one token is likely."""
     prompt, copies = make_groups()[4]["prompt"], 2000
-    groups = [{"prompt": prompt, "completions": [], "row": 0}]
+    groups = [{"prompt": prompt, "completions": [], "place": 0}]
     monkeypatch.setattr(sampler.engine.generation_config, "max_new_tokens", 1)
     sampler.sample(groups, copies, ("train", 0))
     assert all(len(x) == 1 for x in ids(groups))
@@ -120,6 +120,27 @@ def test_every_stop_token_stops():
     sampler.start_engine()
     assert any(sampler.stops[-1] in x for x in ids(sampled(sampler)))
     assert not any({*x[:-1]} & {*sampler.stops} for x in ids(sampled(sampler)))
+
+
+@pytest.mark.parametrize("engine", ["loop", "continuous"])
+def test_a_prompt_twice_gets_other_completions(engine):
+    """In one batch and in the next, as at the border of an epoch: its place in the rollout is part of the noise."""
+    sampler = make_sampler(engine=engine)
+    one = make_groups()[4] | {"row": 0}  # a single token: much may follow
+    groups = [one | {"place": place} for place in range(4)]
+    sampler.sample(groups[:2], COPIES, ("train", 0))
+    sampler.sample(groups[2:], COPIES, ("train", 0))
+    assert len({str(ids([group])) for group in groups}) == 4
+
+
+def test_the_loops_noise_is_that_of_the_place():
+    """The same tokens in any batch, in any order, under any number of a row."""
+    sampler = make_sampler(engine="loop")
+    together = sampled(sampler)
+    alone = [group | {"row": 7} for group in reversed(make_groups())]
+    for group in alone:
+        sampler.sample([group], COPIES, ("train", 0))
+    assert ids(alone[::-1]) == ids(together)
 
 
 def test_noise(sampler):
@@ -220,6 +241,16 @@ def test_run(world, tmp_path):
     assert len(steps) == 4 and steps[0]["sampler_gap"] < 1e-5
     meta = json.loads((newest(tmp_path / "run") / "trainer" / "meta.json").read_text())
     assert meta["flags"]["engine"] == "continuous"
+
+
+def test_a_file_with_one_row(tmp_path):
+    """Its prompt fills the rollout, across five borders of an epoch: no two groups are the same."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((ROOT / "common" / "tiny" / "prompts.jsonl").read_text().splitlines()[0] + "\n")
+    train("grpo", tmp_path / "run", "--dataset", rows, "--batch_size", 6, "--max_steps", 1, "--temperature", 2)
+    samples = [x["completion"] for x in read_jsonl(tmp_path / "run" / "samples.jsonl")]
+    size = len(samples) // 6
+    assert len({tuple(samples[i : i + size]) for i in range(0, len(samples), size)}) == 6
 
 
 def test_resume(tmp_path):

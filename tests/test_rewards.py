@@ -19,11 +19,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, ended, read_jsonl, tiny_rows, train
+from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
 
 from common import rewards
-from common.rewards import RewardFile, accuracy, ends_in_number, reward_groups, reward_table, rollout_metrics
-from common.rewards import write_samples
+from common.rewards import RewardFile, accuracy, ends_in_number, heldout_metrics, load_rewards, reward_groups
+from common.rewards import reward_table, rollout_metrics, write_samples
+from common.runtime.flags import InputError
 
 HOSTILE = '''
 import ctypes, itertools, os, random, resource, signal, subprocess, sys, threading, time
@@ -492,6 +493,55 @@ def test_metrics_of_a_rollout():
     assert reward_table(several, "rewards").tolist() == [[[1.0, 0.1], [2.0, 3.0]]]
 
 
+def judged_groups(*groups):
+    """Each group as its completions' (values of two functions): their sum is the reward, as reward_groups sets it."""
+    made = []
+    for group in groups:
+        completions = []
+        for values in group:
+            numbers = [value for value in values if value is not None]
+            rewards = [math.nan if value is None else value for value in values]
+            completions.append({"ids": [7, 8], "rewards": rewards, "reward": sum(numbers) if numbers else math.nan})
+        made.append({"completions": completions})
+    return made
+
+
+def test_what_has_no_reward_is_not_wrong(monkeypatch):
+    """Held-out prompts: right, wrong, none at all, none of the first function, and one of two samples without."""
+    monkeypatch.setattr(rewards, "all_sum", lambda run, *values: values)
+    greedy = judged_groups([(1.0, 0.0)], [(0.0, 0.0)], [(None, None)], [(None, 2.0)])
+    wanted = {"eval/accuracy": 1 / 2, "eval/completion_len": 2, "eval/no_reward_frac": 1 / 4}
+    assert heldout_metrics(None, greedy) == wanted
+    sampled = judged_groups([(None, None), (1.0, 0.0)], [(0.0, 0.0), (None, None)], [(None, None), (None, None)])
+    assert heldout_metrics(None, sampled) == wanted | {"eval/no_reward_frac": 1 / 3}
+    assert math.isnan(heldout_metrics(None, greedy[2:])["eval/accuracy"])  # neither 0 nor an error
+
+
+def test_every_held_out_prompt_has_its_place(monkeypatch):
+    """By which its noise differs, also from that of the same prompt on another rank; GRPO003 takes the worse share."""
+    module, run, said = script("grpo"), SimpleNamespace(dp_size=2), []
+    judged = {0: [], 1: []}
+
+    def judge(run, sampler, groups, copies, functions, place, greedy=False):
+        judged[run.dp_rank].extend(group["place"] for group in groups)
+        for group in groups:
+            rewards = math.nan if group["place"] == 0 and not greedy else 1.0
+            group["completions"] = [{"ids": [7], "rewards": [rewards], "reward": rewards}] * copies
+
+    for name in "refresh", "show_groups":
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(module, "sample_and_judge", judge)
+    monkeypatch.setattr(module, "check", lambda run, code, **more: said.append((code, more["step"], more["value"])))
+    monkeypatch.setattr(rewards, "all_sum", lambda run, *values: values)
+    heldout = [{"prompt": [7, 8], "completions": []}] * 6
+    for run.dp_rank in 0, 1:
+        args, sampler = SimpleNamespace(eval_samples=3), SimpleNamespace(tokenizer=None)
+        metrics = module.evaluate(None, sampler, heldout, [], 5, args, run)
+        assert (metrics["eval/accuracy"], metrics["eval/pass@3"], metrics["eval/no_reward_frac"]) == (1, 1, 0)
+    assert sorted(judged[0] + judged[1]) == sorted([*range(6), *range(6)]) and not {*judged[0]} & {*judged[1]}
+    assert sorted(said) == [("GRPO003", 5, 0), ("GRPO003", 5, 1 / 3)]
+
+
 def test_samples_are_written(tmp_path):
     """One line for each completion, by rank 0, in the order of the groups; special tokens are shown."""
     more = {"reward": math.nan, "advantage": 0.5, "rewards": [math.nan, 1.0]}
@@ -516,6 +566,101 @@ def test_built_in_rewards():
     assert accuracy(["p"] * 3, ["1"] * 3, answer=[None, "unknown", [{"content": "1"}]]) == [None, None, 1]
     assert ends_in_number(golds, texts) == [1, 0, 0, 0, 0, 0]
     assert ends_in_number(["p"] * 2, ["####-1,000.5 \n", [{"content": "#### .5"}]]) == [1, 1]
+
+
+# A column's text, and the number that it is. None: it is not one number.
+GOLDS = [
+    ("72", 72), (72, 72), (72.0, 72), ("x #### 72", 72), ("\\boxed{72}", 72), (" 72. ", 72), ("72.00", 72),
+    ("1,000", 1000), ("1{,}000", 1000), ("$72", 72), ("-$72", -72), ("$-72$", -72), ("72%", 72), ("72\\%", 72),
+    ("\u221272", -72), ("+72", 72), (".5", 0.5), (1e-05, 1e-05), (["72"], 72), ([{"content": "72"}], 72),
+    ("3/4", None), ("(1, 2)", None), ("1,2", None), ("\\frac{1}{2}", None), ("\\boxed{\\frac{1}{2}}", None),
+    ("2x", None), ("x^2", None), ("\\sqrt{2}", None), ("2\\pi", None), ("3:4", None), ("3 million", None), ("", None),
+    (None, None), (["3", "4"], None), ([3, 4], None), ([], None), ({"a": 1}, None), (True, None),
+    (math.nan, None), ("7 #### 3/4", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gold, number", GOLDS)
+def test_a_gold_that_is_not_one_number_is_none(gold, number):
+    right, wrong = f"#### {number}", f"#### {number}1"
+    wanted = [None, None] if number is None else [1, 0]
+    assert accuracy(["?"] * 2, [right, wrong], answer=[gold] * 2) == wanted
+    assert accuracy(["?"], ["no number"], answer=[gold]) == wanted[1:]
+
+
+# A completion, and the only number that it may be paid for.
+FINALS = [
+    ("7/4", None), ("#### 7/4", None), ("\\boxed{7/4}", None), ("it is 7 / 4.", None), ("(3, 4)", None), ("3, 4", None),
+    ("\\frac{3}{4}", None), ("$\\frac{3}{4}$", None), ("\\boxed{\\frac{3}{4}}", None), ("\\boxed{3, 4}", None),
+    ("\\sqrt{4}", None), ("x^4", None), ("10^{4}", None), ("4x", None), ("4\\pi", None), ("2:4", None), ("7 - 4", None),
+    ("7-4", None), ("#### 4 million", None), ("#### 3 or 4", None), ("1,4", None), ("4/x", None), ("2 \u00d7 4", None),
+    ("4", 4), ("4.", 4), ("4.0", 4), ("#### 4", 4), ("####4\n9", 4), ("#### 4 apples", 4), ("\\boxed{4}", 4), ("$4", 4),
+    ("\\boxed{4\\text{ cm}}", 4), ("4%", 4), ("4\\%", 4), ("2*2=4", 4), ("2 * 2 = 4", 4), ("it is **4**.", 4),
+    ("\\(4\\)", 4), ("<answer>4</answer>", 4), ("x = 3.\n\n4", 4), ("#### Step 1\n\\boxed{4}", 4), ("4^\\circ", 4),
+    ("-4", -4), ("\u22124", -4), ("#### -4", -4), ("$-4$", -4), ("1,004", 1004), ("9007199254740993", 9007199254740993),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, number", FINALS)
+def test_a_part_of_an_answer_is_not_paid(text, number):
+    for gold in {3, 4, -4, 7, 34, 1004, 9007199254740992, 9007199254740993}:
+        assert accuracy(["?"], [text], answer=[str(gold)]) == [float(gold == number)], gold
+
+
+# ---- math-verify -----------------------------------------------------------------------------------------------------
+
+
+def load_math():
+    return load_rewards(SimpleNamespace(reward=["math"], reward_weights=[], reward_timeout=60, reward_memory=8))[0]
+
+
+def test_math_reads_what_is_no_number():
+    """Values of the package itself, in the process of a reward file."""
+    pytest.importorskip("math_verify")
+    function = load_math()
+    cases = [("3/4", "#### 7/4", 0), ("3/4", "it is 0.75", 1), ("(1, 2)", "$(3, 2)$", 0), ("(1, 2)", "$(1, 2)$", 1),
+             ("\\frac{1}{2}", "\\boxed{\\frac{3}{2}}", 0), ("so \\boxed{\\frac12}", "\\boxed{1/2}", 1),
+             ("x #### 72", "5 #### 72", 1), ("2\\sqrt{3}", [{"role": "assistant", "content": "$\\sqrt{12}$"}], 1),
+             (None, "1", None), ("", "1", None)]  # fmt: skip
+    golds, completions, wanted = (list(values) for values in zip(*cases))
+    for column in "answer", "solution":
+        assert function(prompts=["?"] * len(cases), completions=completions, **{column: golds}) == wanted
+    function.stop()
+
+
+def test_math_is_missing(monkeypatch, tmp_path):
+    """One line that says what to install."""
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(InputError, match="--reward math: .* pip install math-verify"):
+        load_math()
+
+
+# ---- what a function may return --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [
+    "np.array([0.5, 2])", "np.array([0.5, 2], np.float32)", "[np.float32(0.5), np.int64(2)]", "torch.tensor([0.5, 2])",
+    "[torch.tensor(0.5), torch.tensor([2])]", "torch.tensor([0.5, 2.0], dtype=torch.bfloat16)", "(0.5, 2)",
+    "[np.array(0.5), 2]", "[np.float64(0.5), None]", "np.array([0.5, np.nan])",
+])  # fmt: skip
+def test_numbers_of_numpy_and_torch(values, tmp_path):
+    """As TRL allows them, also where the function runs in a process of its own."""
+    path = tmp_path / "mine.py"
+    head = "import numpy as np, torch\ndef reward(prompts, completions, **_):\n    return "
+    path.write_text(head + values)
+    one = RewardFile(f"{path}:reward", 60, 0)
+    assert repr(one(**TWO)) in ("[0.5, 2.0]", "[0.5, None]", "[0.5, nan]")
+    one.stop()
+
+
+@pytest.mark.parametrize("values", ["np.ones((2, 1))", "np.ones(3)", "np.float32(1)", "torch.ones(2, 2)"])
+def test_arrays_of_another_shape(values, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import numpy as np, torch\ndef reward(prompts, completions, **_):\n    return {values}")
+    one = RewardFile(f"{path}:reward", 60, 0)
+    assert one(**TWO) is None
+    one.stop()
 
 
 LENGTHS = {"completions": ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"], "max_completion_length": 20}

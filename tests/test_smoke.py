@@ -52,7 +52,7 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
     "grpo": (
         ["step", "loss", "num_tokens", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len",
          "ratio_mean", "clip_frac", "kl", "entropy", "sampler_gap", "perf/rollout_seconds", "grad_norm", "lr", *PERF],
-        ["step", "eval/accuracy", "eval/completion_len", "eval/pass@2"],
+        ["step", "eval/accuracy", "eval/completion_len", "eval/no_reward_frac", "eval/pass@2"],
     ),
 }  # fmt: skip
 METRICS["rloo"] = METRICS["grpo"]
@@ -335,3 +335,29 @@ def test_importing_a_script_runs_nothing(name, tmp_path):
     script(name)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert script(name).args is None
+
+
+# ---- python -O and -OO -----------------------------------------------------------------------------------------------
+
+
+def run_python(level, name, *flags):
+    command = [sys.executable, level, METHODS / f"{name}.py", *flags]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_without_docstrings(tmp_path):
+    """-OO removes them, and transformers stops at a class that has none; --help has only the flags to show."""
+    flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 8), "--eval_rows", 2]
+    done = run_python("-OO", "sft", *flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    shown = run_python("-OO", "sft", "--help")
+    assert shown.returncode == 0 and "--learning-rate" in shown.stdout.replace("_", "-"), shown.stderr
+
+
+def test_a_language_model_is_no_reward_model_under_o(tmp_path):
+    """What guards must be there where asserts are gone."""
+    model = ROOT / "common" / "tiny" / "model"
+    done = run_python("-O", "grpo", "--reward", model, "--max_steps", 1, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert f"error: --reward {model}: it is no sequence classifier with one label" in done.stderr

@@ -95,7 +95,9 @@ def sample_differences(name, a, b):
         logits = lm(torch.tensor([prompt + ids[0][:at]])).logits[0, -1] / flags.temperature
         cdf = logits.double().softmax(-1).cumsum(-1)
         index = (x["step"] - 1) // (flags.steps_per_generation * flags.num_iterations)
-        noise = uniforms(("train", index, x["row"], i % flags.num_generations), flags.seed, at + 1)[at]
+        size = flags.batch_size * flags.steps_per_generation  # a rollout's prompts
+        place = ("train", index, i // flags.num_generations % size, i % flags.num_generations)
+        noise = uniforms(place, flags.seed, at + 1)[at]
         edge = (cdf / cdf[-1] - noise).abs().min().item()
         return [f"sample {i}, token {at}: {ids[0][at]} or {ids[1][at]}, {edge:.1e} from the edge of its interval"]
     return []

@@ -1,6 +1,7 @@
 """Saving, exporting and resuming: a checkpoint is there whole or not at all, and its checksums can tell."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from common.runtime.parallel import all_sum, full
 from common.runtime.run import LOGS, first_line, fsync, is_due, read_json, record, say, show_groups
 
 META = "trainer/meta.json"  # of a checkpoint, its last file
+CACHE_PART = 1024  # groups of each rank between two writes of log-probs that are kept
 FILE_BYTES = 2**32  # of weights in one file of an exported model, before the layer that exceeds it
 # Flags that may differ when a run goes on. For --dataset it is the rows that count, by their fingerprint.
 FREE_FLAGS = """output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes
@@ -273,30 +275,41 @@ def finish(run, policy, tokenizer, heldout):
 
 
 # ---- cache ---------------------------------------------------------------------------------------
-@torch.no_grad()
+def uncached(run, policy, groups, name, values, *settings):
+    """Fill values (groups, 2), float64, from ref_logprobs_<name>.safetensors. What the file lacks is yielded in parts
+    of numbered groups: the caller adds this rank's rows of a part to values, and here they are summed over the ranks
+    and written, so that a run that ends in the middle goes on from there. All ranks take part."""
+    path = run.out / f"ref_logprobs_{name}.safetensors"
+    key = cache_key(run, policy, groups, *settings)
+    known = load_file(path).get(key, []) if path.is_file() else []
+    done = len(known)
+    if done:
+        values[:done] = known
+    while done < len(groups):
+        part = groups[done : done + CACHE_PART * run.dp_size]
+        yield [group | {"number": done + i} for i, group in enumerate(part)]
+        rows = values[done : done + len(part)]
+        dist.all_reduce(rows, group=run.group)
+        rows.copy_((rows / run.args.tp_size).float())  # tp ranks compute the same rows; the file holds fp32
+        done += len(part)
+        if run.rank == 0:
+            written = run.out / f".tmp-{name}"
+            save_file({key: values[:done].float().cpu()}, written)
+            fsync(written)  # or a power cut could leave an empty file, which no resume could read
+            os.replace(written, path)
+
+
 def cache_key(run, policy, groups, *settings):
-    """Return a checksum of what log-probs of these groups depend on; of the policy, its log-probs of a few tokens."""
+    """Return a digest of what log-probs of these groups depend on: prompts, completions and what of them is scored, the
+    settings, the device, and of the policy its name, its temperature and its log-probs of a few tokens."""
     probe = flat_batch(probe_groups(policy.lm.get_input_embeddings().num_embeddings), run.device)
     logprobs = [round(value, 3) for value in policy(probe)["logprobs"].tolist()]
-    key = zlib.crc32(repr((run.data, settings, logprobs)).encode())
+    known = (run.args.model, run.device.type, policy.temperature, settings, logprobs)
+    digest = hashlib.blake2b(repr(known).encode(), digest_size=16)
     for group in groups:
-        for completion in group["completions"]:
-            key = zlib.crc32(completion["ids"], key)
-    return str(key)
-
-
-def read_cache(run, name, key):
-    path = run.out / f"ref_logprobs_{name}.safetensors"
-    return load_file(path).get(key) if path.is_file() else None
-
-
-def write_cache(run, name, key, values):
-    """Keep a tensor in the run's folder for `read_cache`, which returns None for another key."""
-    if run.rank == 0:
-        path = run.out / f".tmp-{name}"
-        save_file({key: values}, path)
-        fsync(path)  # or a power cut could leave an empty file, which no resume could read
-        os.replace(path, run.out / f"ref_logprobs_{name}.safetensors")
+        completions = [(completion["ids"], completion["scored"]) for completion in group["completions"]]
+        digest.update(repr((group["prompt"], completions)).encode())
+    return digest.hexdigest()
 
 
 # ---- folders -------------------------------------------------------------------------------------

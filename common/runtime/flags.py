@@ -89,7 +89,7 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
     if version != VERSION:
         script = sys.modules[kind.__module__].__file__
         refuse(f"{script} was written for common/ {version}, but {COMMON} is {VERSION}. Use those of one release.")
-    if "-h" in argv or "--help" in argv:
+    if doc and ("-h" in argv or "--help" in argv):
         print(doc.strip() + "\n")  # tyro would re-flow it
     args = read_flags(kind(), argv)
     if args.model == "tiny" and preset:
@@ -102,7 +102,16 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
         args.check()
     except InputError as e:
         refuse(str(e))
+    if sys.flags.optimize > 1:  # python -OO: without docstrings, which transformers completes when it loads a model
+        import transformers.utils
+
+        transformers.utils.auto_docstring = leave_docstring
     return args
+
+
+def leave_docstring(item=None, **_):
+    """Do nothing to a class or function, as a decorator with or without arguments."""
+    return leave_docstring if item is None else item
 
 
 def read_flags(default, argv):

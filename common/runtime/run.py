@@ -55,7 +55,7 @@ class Run:
 def record(out, **fields):
     """Update run.json, from the first moment to the exit code; the file is replaced whole. For rank 0 only."""
     path = out / ".run.json"
-    path.write_text(json.dumps(read_json(out / "run.json") | fields, indent=1))
+    path.write_text(json.dumps(strict(read_json(out / "run.json") | fields), indent=1))
     fsync(path)
     os.replace(path, out / "run.json")
 
@@ -76,11 +76,15 @@ def fsync(path):
 
 
 def write(run, name, fields):
-    """Append one line of strict JSON to a file of the run (rank 0): what is not finite becomes null."""
+    """Append one line of JSON to a file of the run (rank 0)."""
     if run.rank == 0:
-        strict = json.loads(json.dumps(fields), parse_constant=lambda _: None)
         with open(run.out / name, "a") as file:
-            print(json.dumps(strict), file=file)
+            print(json.dumps(strict(fields)), file=file)
+
+
+def strict(fields):
+    """Return fields as every reader of JSON takes them: a number that is not finite becomes null."""
+    return json.loads(json.dumps(fields), parse_constant=lambda _: None)
 
 
 def first_line(error):

@@ -148,7 +148,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from common.batches import count_scored, fit, micro_batches, order, seq_sums, share
 from common.data import fingerprint, load_rows
 from common.logprobs import Policy
-from common.runtime.checkpoint import cache_key, check_resume, finish, read_cache, resume, save_or_stop, write_cache
+from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop, uncached
 from common.runtime.encoding import encode_rows
 from common.runtime.health import check, check_data, check_update
 from common.runtime.launch import launch
@@ -291,19 +291,13 @@ def first_pass(policy, numbered, args, run):
 @torch.no_grad()
 def attach_reference(policy, groups, name, args, run):
     """Set every completion["ref_logprob"] to its log pi_ref, that of the untrained policy. A file of the run keeps
-    them: a resumed run need not compute them again."""
-    key = cache_key(run, policy, groups, args.max_length, args.ld_alpha)
-    values = read_cache(run, name, key)
-    if values is None:
-        values = torch.zeros(len(groups), 2, dtype=torch.float64, device=run.device)
-        numbered = [group | {"number": number} for number, group in enumerate(groups)]
-        for batch in micro_batches(run, share(run, numbered), spare=numbered[0]):
+    them: a resumed run need not compute again what is there."""
+    values = torch.zeros(len(groups), 2, dtype=torch.float64, device=run.device)
+    for part in uncached(run, policy, groups, name, values, args.max_length, args.ld_alpha):
+        for batch in micro_batches(run, share(run, part), spare=part[0]):
             seq_logprobs, _, _ = per_completion(policy(batch), batch, args)
             numbers = [group["number"] for group in batch["groups"]]
             values[numbers] += batch["weight"] * seq_logprobs.view(-1, 2)
-        dist.all_reduce(values, group=run.group)
-        values = (values / args.tp_size).float().cpu()  # tp ranks compute the same rows
-        write_cache(run, name, key, values)
     for group, pair in zip(groups, values.tolist()):
         for completion, value in zip(group["completions"], pair):
             completion["ref_logprob"] = value
