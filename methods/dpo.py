@@ -339,7 +339,7 @@ def main(args, run):
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
     policy = load_weights(run, shard(Policy(lm), run))  # every rank reads its own slices of the files
-    check_model(run, policy, tokenizer)  # MODEL001: the same log-probs as the model's own forward
+    check_model(run, policy, tokenizer, train + heldout)  # MODEL001: the same log-probs as the model's own forward
     memory = fit_memory(run, policy, tokenizer, longest(train))
     # ---- optimizer -------------------------------------------------------------------------------
     parameters = param_groups(policy, args.weight_decay)  # matrices decay; norms and biases do not

@@ -228,7 +228,7 @@ def main(args, run):
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
     choose_padding(tokenizer, lm, stops)
     policy = load_weights(run, shard(Scorer(lm), run))  # every rank reads its own slices of the files
-    check_model(run, policy, tokenizer)  # MODEL001: the same rewards as the model's own forward
+    check_model(run, policy, tokenizer, train + heldout)  # MODEL001: the same rewards as the model's own forward
     memory = fit_memory(run, policy, tokenizer, longest(train))
     # ---- optimizer -------------------------------------------------------------------------------
     parameters = param_groups(policy, args.weight_decay)  # matrices decay; norms and biases do not

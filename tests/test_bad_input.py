@@ -126,7 +126,7 @@ def test_flags_that_are_none(name, flags, needles):
     assert all(needle in result.err for needle in needles), result.err
 
 
-ZERO = "warmup_steps eval_every save_every eval_samples update_after".split()  # 0 turns these off, or means at once
+ZERO = "warmup_steps eval_every save_every eval_samples update_after max_steps".split()  # 0 turns off, or means at once
 
 
 def numbers(name):
@@ -515,7 +515,9 @@ def test_an_earlier_checkpoint_stays_whole(case, earlier):
     lines = result.err.splitlines()
     assert len(lines) == 1 and all(needle in lines[0] for needle in needles), result.err
     after = contents(earlier / "out")
-    assert {k: v for k, v in after.items() if k != "run.json"} == {k: v for k, v in before.items() if k != "run.json"}
+    for name in "run.json", "run.lock":  # who was here last, and how it ended
+        assert after.pop(name) and before.pop(name)
+    assert after == before
     if "never" in flags:
         assert after == before  # not even run.json: that one is the other run's
     resumes(earlier)
@@ -567,10 +569,27 @@ def test_files_of_others_in_the_output_folder_are_left_alone(tmp_path):
 
 
 def test_the_default_folder_is_the_next_free_one(tmp_path):
+    """A run that never began occupies none; one that crashed, was killed or left anything does."""
     for _ in range(2):
         result = leave("sft", "--dataset", write_rows(tmp_path, {"x": "y"}), patch=lambda module: os.chdir(tmp_path))
         assert result.code == 2 and len(result.err.splitlines()) == 1, result.err
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sft", "sft-2"]
+    (first,) = (tmp_path / "runs").iterdir()
+    assert first.name == "sft" and json.loads((first / "run.json").read_text())["exit_code"] == 2
+    for number, exit_code in enumerate((1, 3, None, 0), 2):
+        (tmp_path / "runs" / f"sft-{number}").mkdir()
+        (tmp_path / "runs" / f"sft-{number}" / "run.json").write_text(json.dumps({"exit_code": exit_code}))
+    (first / "checkpoint-000001").mkdir()
+    leave("sft", "--dataset", write_rows(tmp_path, {"x": "y"}), patch=lambda module: os.chdir(tmp_path))
+    assert len(list((tmp_path / "runs").iterdir())) == 6 and (tmp_path / "runs" / "sft-6").is_dir()
+
+
+def test_the_same_command_again_after_exit_code_2(tmp_path):
+    """The flag is corrected, the folder is the same, and nothing of the first run is in it."""
+    result = attempt("sft", tmp_path, "--dataset", tmp_path / "nothing.jsonl")
+    refused(result, tmp_path, "nothing.jsonl")
+    result = attempt("sft", tmp_path, "--max_steps", 1)
+    assert result.code == 0 and (tmp_path / "out" / "final").is_dir(), result.err
+    assert "holds another run" in attempt("sft", tmp_path, "--max_steps", 1).err
 
 
 def test_output_below_a_file(tmp_path):

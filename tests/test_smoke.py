@@ -245,8 +245,9 @@ def test_a_signal_stops_after_saving(name, number, tmp_path):
     flags = ["--dataset", data, "--eval_dataset", "", "--batch_size", 2, "--max_steps", 3, "--output_dir", out]
     result = leave(name, *tiny_flags(name), *flags, patch=patch)
     assert result.code == 4, result.err
-    assert result.err.startswith("stopped and saved after step 1") and "--resume auto" in result.err
-    assert len(result.err.splitlines()) == 1
+    heard, saved = result.err.splitlines()
+    assert heard.startswith(f"{number.name} was heard: the run saves where this step ends")
+    assert saved.startswith("stopped and saved after step 1") and "--resume auto" in saved
     known = json.loads((out / "run.json").read_text())
     assert (known["status"], known["exit_code"]) == ("stopped", 4)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-000001"] and not (out / "final").exists()

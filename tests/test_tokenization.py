@@ -661,9 +661,10 @@ def test_fit():
     assert list(cut[0]["prompt"]) == [3, 4, 5]  # the prompt's end is kept, the completion is whole
     with pytest.raises(InputError, match="row 2.*11.*--max_length 11"):
         fit([groups[0], {**groups[1], "row": 1}], [0, 1], 10, "error")
-    assert fit([], [], 10) == ([], {"rows": 0, "kept": 0, "overlong": 0, "unscored": 0, "longest": 0, "refused": 0, "equal": 0})
+    none = {"overlong": 0, "unscored": 0, "refused": 0, "equal": 0}
+    assert fit([], [], 10) == ([], {"rows": 0, "kept": 0, "longest": 0, **none})
     parts = [{**bare([1] * n, [2]), "row": 7} for n in (1, 2, 9)]  # one row that became three groups
-    assert fit(parts, [0], 5)[1] == {"rows": 1, "kept": 1, "overlong": 1, "unscored": 0, "longest": 10, "refused": 0, "equal": 0}
+    assert fit(parts, [0], 5)[1] == {**none, "rows": 1, "kept": 1, "overlong": 1, "longest": 10}
     prompts = [{"prompt": array("i", [1] * 3), "completions": [], "row": 0}]
     assert fit(prompts, [0], 3)[0] == prompts and fit(prompts, [0], 2)[0] == []
 

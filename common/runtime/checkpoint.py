@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,24 +14,27 @@ from itertools import accumulate, groupby
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.batches import flat_batch
 from common.logprobs import probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
+from common.runtime.folders import META, checkpoints, checksums, discard, publish, step_of
 from common.runtime.health import check
 from common.runtime.model import own_tensors
-from common.runtime.parallel import all_sum, full
+from common.runtime.parallel import all_most, all_sum, full
 from common.runtime.run import LOGS, first_line, fsync, is_due, read_json, record, say, show_groups
 
-META = "trainer/meta.json"  # of a checkpoint, its last file
 CACHE_PART = 1024  # groups of each rank between two writes of log-probs that are kept
 FILE_BYTES = 2**32  # of weights in one file of an exported model, before the layer that exceeds it
+RELOADED = 250e6  # weights, 1 GB in fp32, up to which a saved model is loaded again to be compared
 # Flags that may differ when a run goes on. For --dataset it is the rows that count, by their fingerprint.
 FREE_FLAGS = """output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes
 keep_last report_to tp_size replicate_size cpu_offload deterministic ddp_timeout""".split()
+ROLLOUT_FLAGS = ("data", "seed", "batch_size", "steps_per_generation", "num_iterations")  # they choose a rollout's rows
 
 
 # ---- save ----------------------------------------------------------------------------------------
@@ -118,25 +122,13 @@ def export(run, policy, folder):
     """Write the Hugging Face files, with names and layouts as transformers stores them. Rank 0 writes the weights, in
     files of whole layers, and never holds more than one file."""
     dtype = getattr(torch, run.args.save_dtype)
-    weights = own_tensors(policy.lm)
-    files = plan_files(weights, dtype.itemsize)
     places = {}
-    for number, names in enumerate(files, 1):
-        tensors = {}
-        for name in names:
-            tensor = full(weights[name]).detach()  # all ranks take part
-            if not tensor.isfinite().all():
-                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
-            if run.rank == 0:
-                tensors[name] = tensor.to("cpu", dtype)
+    for file, tensors in exported_files(run, policy):
         if run.rank == 0:
-            file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-            tensors = revert_weight_conversion(policy.lm, tensors)
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             places.update(dict.fromkeys(tensors, file))
     if run.rank == 0:
-        if len(files) > 1:
+        if len(set(places.values())) > 1:
             index = json.dumps({"metadata": {}, "weight_map": places}, indent=1)
             (folder / "model.safetensors.index.json").write_text(index)
         config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
@@ -144,6 +136,23 @@ def export(run, policy, folder):
         config.architectures = [type(policy.lm).__name__]
         config.save_pretrained(folder)
         policy.lm.generation_config.save_pretrained(folder)
+
+
+def exported_files(run, policy):
+    """Yield the name of each file of an exported model and its tensors, which only rank 0 has: one file at a time."""
+    weights = own_tensors(policy.lm)
+    files = plan_files(weights, getattr(torch, run.args.save_dtype).itemsize)
+    for number, names in enumerate(files, 1):
+        tensors = {}
+        for name in names:
+            tensor = full(weights[name]).detach()  # all ranks take part
+            if not tensor.isfinite().all():
+                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
+            if run.rank == 0:
+                tensors[name] = tensor.to("cpu", getattr(torch, run.args.save_dtype))
+        tensors = revert_weight_conversion(policy.lm, tensors) if run.rank == 0 else {}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        yield f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors", tensors
 
 
 def plan_files(weights, itemsize):
@@ -162,9 +171,13 @@ def plan_files(weights, itemsize):
 @torch.no_grad()
 def check_export(run, policy, tokenizer, folder):
     """CKPT001: a saved folder loads with the policy's auto class, tied weights are tied, every weight is as we hold it
-    (in save_dtype), and the model says what the policy says. Return the loaded model on rank 0, else None. Nothing is
-    checked beyond 250 million weights, 1 GB in fp32."""
-    if run.weights > 250e6:
+    (in save_dtype), and the model says what the policy says. Return the loaded model on rank 0, else None. A model
+    of more than RELOADED weights is not loaded: its files are compared one by one."""
+    text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
+    metric = "keys, ties or weights differ"
+    if run.weights > RELOADED:
+        equal = files_are_equal(run, policy, folder)
+        check(run, "CKPT001", step=run.step, metric=metric, value=not equal, message=text, error=0)
         return None
     dtype = getattr(torch, run.args.save_dtype)
     groups = probe_groups(len(tokenizer))
@@ -179,13 +192,26 @@ def check_export(run, policy, tokenizer, folder):
     found = dict(reloaded.named_parameters())
     broken = found.keys() != expected.keys()  # a head that lost its tie has a name of its own
     broken = broken or any(not torch.equal(found[name], expected[name]) for name in found)
-    text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
-    check(run, "CKPT001", step=run.step, metric="keys, ties or weights differ", value=broken, message=text, error=0)
+    check(run, "CKPT001", step=run.step, metric=metric, value=broken, message=text, error=0)
     if dtype == torch.float32:  # bf16 rounds
         gap = (policy.plain_answer(reloaded.eval(), groups) - trained).abs().max().item()
         metric = f"{policy.output} difference"
         check(run, "CKPT001", step=run.step, metric=metric, value=gap, message=text, error=1e-3)
     return reloaded
+
+
+def files_are_equal(run, policy, folder):
+    """Return whether a saved folder makes a model of our names and ties, and each of its tensors is as we hold it."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        lm = policy.auto_class.from_config(config, trust_remote_code=False)
+    equal = dict(lm.named_parameters()).keys() == dict(policy.lm.named_parameters()).keys()
+    for file, tensors in exported_files(run, policy):
+        if run.rank == 0:
+            with safe_open(folder / file, "pt") as saved:
+                equal = equal and set(saved.keys()) == tensors.keys()
+                equal = equal and all(torch.equal(saved.get_tensor(name), tensors[name]) for name in tensors)
+    return all_most(run, not equal) == 0  # rank 0 has compared; all ranks must decide alike
 
 
 # ---- resume --------------------------------------------------------------------------------------
@@ -200,6 +226,14 @@ def check_resume(run):
     if changed and not run.args.allow_changes:
         changes = "; ".join(f"{name} was {saved[name]}, is {current.get(name)}" for name in changed)
         raise InputError(f"{run.checkpoint}: {changes}. --allow_changes resumes nevertheless.")
+    changed_rows = [name for name in changed if name in ROLLOUT_FLAGS]
+    with safe_open(run.checkpoint / "trainer" / "state.safetensors", "pt") as state:
+        if changed_rows and any(name.startswith("rollout/") for name in state.keys()):
+            raise InputError(f"{run.checkpoint} lies within a rollout, which {changed_rows} would give other prompts.")
+    if "batch_size" in changed:
+        done, was, now = meta["step"], saved["batch_size"], run.args.batch_size
+        rows = f"{done} steps of --batch_size {was} read {done * was} rows, step {done + 1} goes on at row {done * now}"
+        say(run, f"resume    {rows} (counted from 0, over all epochs, in the order of --seed)")
     if meta["versions"] != run.versions:
         say(run, f"resume    is not bitwise exact: saved with {meta['versions']}, now {run.versions}")
 
@@ -237,10 +271,10 @@ def resume(run, models, optimizers, tokenizer):
     if run.rank == 0:
         for log in [run.out / name for name in LOGS if (run.out / name).is_file()]:
             os.truncate(log, min(log.stat().st_size, meta["offsets"].get(log.name, 0)))
-        earlier = [folder for folder in checkpoints(run.out) if folder.name <= run.checkpoint.name]
+        earlier = [folder for folder in checkpoints(run.out) if int(step_of(folder)) <= run.step]
         for folder in checkpoints(run.out):
-            if folder not in earlier[-run.args.keep_last :]:  # damaged, too new, or a kill came before the rotation
-                discard(folder)
+            if folder not in [run.checkpoint, *earlier[-run.args.keep_last :]]:
+                discard(folder)  # damaged, too new, or a kill came before the rotation
     say(run, f"resumed   {run.checkpoint}")
 
 
@@ -257,9 +291,13 @@ def finish(run, policy, tokenizer, heldout):
         publish(copied, final)
     dist.barrier(group=run.group)
     reloaded = check_export(run, policy, tokenizer, final)
+    if heldout and run.weights > RELOADED:
+        say(run, f"sample    left out: a model of more than {RELOADED / 1e6:.0f}M weights is not loaded a second time")
     for group in heldout[: 2 if reloaded else 0]:
         prompt = list(group["prompt"] or group["completions"][0]["ids"][:16])  # of a row without prompt, its beginning
-        ids = reloaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)[0]
+        positions = getattr(reloaded.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        length = max(1, min(64, positions - len(prompt)))
+        ids = reloaded.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, pad_token_id=0)[0]
         completion = {"ids": ids[len(prompt) :].tolist(), "scored": None}
         show_groups(run, "sample", [{"prompt": prompt, "completions": [completion]}], tokenizer)
     for key, value in run.state.get("last", {}).items():
@@ -310,51 +348,3 @@ def cache_key(run, policy, groups, *settings):
         completions = [(completion["ids"], completion["scored"]) for completion in group["completions"]]
         digest.update(repr((group["prompt"], completions)).encode())
     return digest.hexdigest()
-
-
-# ---- folders -------------------------------------------------------------------------------------
-def checkpoints(out):
-    """Return the checkpoint folders, oldest first. They were whole when they got their names, see is_whole."""
-    return sorted(path.parent for path in out.glob("checkpoint-*/trainer"))
-
-
-def is_whole(folder):
-    """Return whether every file of a checkpoint, meta.json too, is as it was written."""
-    kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict, "crc32": dict}
-    meta = read_json(folder / META)
-    is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
-    if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds:
-        return False
-    try:
-        return meta["crc32"].items() <= checksums(folder).items()
-    except OSError:
-        return False
-
-
-def publish(folder, name):
-    """Give a written folder its final name, for good: a crash leaves the old one there, or the new one."""
-    discard(name)  # of a damaged checkpoint there may be a rest
-    os.rename(folder, name)
-    fsync(name.parent)
-
-
-def discard(folder):
-    """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
-    if folder.exists():
-        removed = folder.with_name(f".old-{folder.name}")
-        os.rename(folder, removed)
-        fsync(folder.parent)
-        shutil.rmtree(removed)
-
-
-def checksums(folder):
-    """Return {name: CRC-32} of all files in a folder, which are read 16 MB at a time."""
-    sums = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            value = 0
-            with open(path, "rb") as file:
-                while block := file.read(2**24):
-                    value = zlib.crc32(block, value)
-            sums[str(path.relative_to(folder))] = value
-    return sums

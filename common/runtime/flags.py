@@ -18,7 +18,7 @@ from tyro.conf import arg
 VERSION = "0.3"  # of common/; every script names the one that it was written for
 COMMON = Path(__file__).resolve().parents[1]  # common/, with the data of the tiny lab
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
-MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples")  # counts that 0 turns off
+MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps")  # counts that 0 turns off
 SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
 
 
@@ -34,6 +34,10 @@ class HealthError(Exception):
 
 class Preempted(Exception):
     exit_code = 4  # the run was told to stop, and has saved
+
+
+class PlanOnly(Exception):
+    exit_code = 0  # --max_steps 0: the plan was shown
 
 
 @dataclass
@@ -80,8 +84,8 @@ class RunFlags:
 
 def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
     """Return a command line as `kind`, a script's Args. --help prints `doc` first; with --model tiny, the preset fills
-    in what was not given. Without argv it is that of the process, and from here on a signal to stop waits for the end
-    of a step: a preemption during the slow imports must not kill the worker."""
+    in what was not given. Without argv it is that of the process, and from here on a signal to stop gets an
+    answer and exit code 4."""
     if argv is None:
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
@@ -142,7 +146,7 @@ def printable(message):
 
 
 def on_signal(number, _frame):
-    """Remember the signal; the run saves and leaves where the step ends. A second one means now."""
-    if STOP["signal"]:
-        os._exit(128 + number)
-    STOP["signal"] = number
+    """Say that a signal to stop was heard, and leave: before setup there is nothing to save. `launch` takes over."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{signal.Signals(number).name} was heard: there is nothing to save yet, the run leaves\n".encode())
+    os._exit(4)

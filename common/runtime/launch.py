@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,15 +15,16 @@ import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 
-from common.runtime.checkpoint import checkpoints, is_whole
-from common.runtime.flags import COMMON, HealthError, InputError, Preempted, printable
-from common.runtime.run import LOGS, Run, first_line, peak_bytes, read_json, record
+from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable
+from common.runtime.folders import prepare_folder
+from common.runtime.run import Run, first_line, peak_bytes, read_json, record
 
 
 # ---- start ---------------------------------------------------------------------------------------
@@ -40,21 +41,27 @@ def setup(args, script):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    lasting = dist.HashStore()  # outlives an attempt, where torchrun keeps it
     if not dist.is_initialized():
-        store, rank, world = dist.HashStore(), 0, 1
+        store, rank, world = lasting, 0, 1
         if "RANK" in os.environ:  # torchrun has started this process, and others
             store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+            lasting = store
             if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":  # else each attempt has a store of its own
                 store = dist.PrefixStore(attempt, store)  # keys of an earlier attempt would break a restart
         timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0 and attempt != "0" and lasting.check(["folder"]):
+        args.output_dir = lasting.get("folder").decode()  # that of the attempt before, not the first of its name
     found = prepare_folder(args, script, attempt) if rank == 0 else [None, None, None]
     dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
     out, checkpoint, error = found
     if error:
         raise InputError(error)
     args.output_dir = str(out)
+    if rank == 0:
+        lasting.set("folder", args.output_dir)
     if world % (args.tp_size * args.replicate_size):
         sizes = f"--tp_size {args.tp_size} x --replicate_size {args.replicate_size}"
         raise InputError(f"{sizes} must divide the {world} ranks.")
@@ -71,19 +78,32 @@ def setup(args, script):
         versions=versions, command=command_line(args, script),
     )
     if rank == 0:
+        if args.report_to != "none" and args.max_steps != 0:
+            start_tracker(run)
         record(run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)
         source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
         failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
         digest = hashlib.sha256(source).hexdigest()
         record(run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
-    if rank == 0 and args.report_to != "none":
-        try:
-            run.tracker = importlib.import_module(args.report_to)
-        except ImportError as e:
-            raise InputError(f"--report_to {args.report_to} is not installed: pip install {args.report_to}") from e
-        run.tracker.init(project="cleanpost", name=run.out.name, config=vars(args))
     threading.Thread(target=watch, args=[run], daemon=True).start()
     return run
+
+
+def start_tracker(run):
+    """Set run.tracker. A resumed run goes on in the tracker's run of the same id, which run.json keeps."""
+    name = run.args.report_to
+    try:
+        run.tracker = importlib.import_module(name)
+    except ImportError as e:
+        raise InputError(f"--report_to {name} is not installed: pip install {name}") from e
+    saved = read_json(run.out / "run.json").get("tracker_id") if run.checkpoint else None
+    tracker_id = saved or f"{run.out.name}-{os.urandom(4).hex()}"
+    options = {"project": "cleanpost", "config": vars(run.args), "resume": "allow"}
+    if name == "trackio":
+        run.tracker.init(name=tracker_id, **options)  # it knows a run by its name
+    else:
+        run.tracker.init(id=tracker_id, name=run.out.name, **options)
+    record(run.out, tracker_id=tracker_id)
 
 
 def command_line(args, script):
@@ -99,58 +119,6 @@ def command_line(args, script):
         elif not isinstance(value, bool):
             words.append(str(value))
     return shlex.join(words)
-
-
-def prepare_folder(args, script, attempt):
-    """On rank 0, find and clean the output folder: --output_dir, else that of the checkpoint which --resume names, else
-    the first of runs/<script>, runs/<script>-2, ... that is free. attempt: how often torchrun has started over. Return
-    the folder, the checkpoint to resume from or None, and what is wrong or None."""
-    resumes = args.resume != "never" or attempt != "0"
-    given = None if args.resume in ("never", "auto") else Path(args.resume)
-    name = args.output_dir or f"runs/{Path(script).stem}"
-    out = given.parent if given and not args.output_dir else Path(name)
-    checkpoint = error = None
-    number = 1
-    while out.exists() and not args.output_dir and not resumes:
-        number += 1
-        out = Path(f"{name}-{number}")
-    try:
-        taken = any(path.exists() for path in [out / "run.json", out / "final", *out.glob("checkpoint-*")])
-        elsewhere = given and given.parent.resolve() != out.resolve()
-        if taken and (elsewhere or not resumes):
-            raise InputError(f"--output_dir {out} holds another run: --resume auto continues it, or name another.")
-        exit_code = read_json(out / "run.json").get("exit_code")
-        if attempt != "0" and exit_code in (2, 3):
-            sys.exit(exit_code)  # torchrun has started a command again that would end the same way
-        if resumes:
-            checkpoint = find_checkpoint(out, given)
-        out.mkdir(parents=True, exist_ok=True)
-        leftovers = [*out.glob(".tmp-*"), *out.glob(".old-*")]  # of a run that was killed
-        if not checkpoint:
-            leftovers += [out / log for log in LOGS]
-        for path in leftovers:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    except InputError as e:
-        error = str(e)
-    except (OSError, RecursionError) as e:
-        error = f"--output_dir {out}: {first_line(e)}. Name a folder that can be written."
-    return [out, checkpoint, error]
-
-
-def find_checkpoint(out, given):
-    """Return the checkpoint to resume from: the given one, else the newest that is whole; None where there is none."""
-    folders = checkpoints(given.parent if given else out)
-    for folder in reversed(folders):
-        if given and folder != given:
-            continue
-        if is_whole(folder):
-            return folder
-        print(f"skipped {folder}: damaged", flush=True)
-    if given or folders:  # a disk that cannot be read today may be read tomorrow
-        raise InputError(f"--resume {given or out}: no checkpoint is whole. Name another, or move them away.")
 
 
 # ---- watchdog ------------------------------------------------------------------------------------
@@ -191,13 +159,17 @@ def roll_call(run, why):
 # ---- end -----------------------------------------------------------------------------------------
 def launch(main, args, script):
     """Set up and run main, and leave with the exit code, also in run.json: 0 done, 1 crash, 2 bad flags, data, model or
-    environment, 3 health error, 4 preempted after saving."""
+    environment, 3 health error, 4 told to stop."""
     rank = int(os.environ.get("RANK", "0"))
     run = None
     code = 1
     try:
         run = setup(args, script)
+        for number in signal.SIGTERM, signal.SIGINT:
+            signal.signal(number, partial(on_stop, run, os.getpid()))
         main(args, run)
+        code = 0
+    except PlanOnly:
         code = 0
     except (MemoryError, RuntimeError, OSError, InputError, HealthError, Preempted) as e:
         if run and run.bar:
@@ -216,13 +188,30 @@ def launch(main, args, script):
         if code == 2 or rank == 0:
             print("" if code == 4 else "error: ", printable(message), sep="", file=sys.stderr, flush=True)
     finally:
-        out = Path(args.output_dir or "-")
         with suppress(OSError):  # the disk that is full or locked may be why we leave, which has been said
-            if code and rank == 0 and read_json(out / "run.json").get("pid") == os.getpid():  # else it is another run's
-                record(out, status="stopped" if code == 4 else "failed", exit_code=code)
+            if code and run and rank == 0:  # without a run the folder may be another one's
+                record(run.out, status="stopped" if code == 4 else "failed", exit_code=code)
     if code:
         os._exit(code)  # a failed rank does not wait for the others
     dist.destroy_process_group()
+
+
+def on_stop(run, pid, number, _frame):
+    """Say at once that a signal to stop was heard. Before the first step there is nothing to save, and the process
+    leaves; later the run saves and leaves where the step ends. A second signal means now."""
+    if STOP["signal"] or os.getpid() != pid:  # a child of ours has no run of its own
+        os._exit(128 + number)
+    STOP["signal"] = number
+    text = "there is nothing to save yet, the run leaves"
+    if run.in_steps:
+        text = "the run saves where this step ends, and leaves; once more leaves now"
+    if run.rank == 0:
+        os.write(2, f"{signal.Signals(number).name} was heard: {text}\n".encode())  # print could meet a print
+    if not run.in_steps:
+        with suppress(OSError):
+            if run.rank == 0:
+                record(run.out, status="stopped", exit_code=4)
+        os._exit(4)
 
 
 def memory_advice(run):

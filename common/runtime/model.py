@@ -1,5 +1,6 @@
 """From a model folder to a model that is ready to train: its structure, its weights, a check, and its memory."""
 
+import math
 import os
 import re
 from functools import partial
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +27,9 @@ from common.runtime.parallel import agree, all_most, local
 from common.runtime.run import first_line, read_json
 from common.tokenization import load_tokenizer
 
+WEIGHTS = "model.safetensors"
+POSITION_TABLES = r"(wpe|embed_positions|positions_embed|position_embeddings)$"  # learned: names of their modules
+
 
 # ---- structure -----------------------------------------------------------------------------------
 def load_model(model_class, args, **head):
@@ -38,6 +43,9 @@ def load_model(model_class, args, **head):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
         with torch.device("meta"):
             lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            if unties(lm, folder):
+                config.tie_word_embeddings = False  # saved with the model: it is true of what we train
+                lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
         lm.name_or_path = folder
         lm.generation_config = GenerationConfig.from_model_config(config)
         if (Path(folder) / "generation_config.json").is_file():
@@ -59,14 +67,51 @@ def load_model(model_class, args, **head):
 
 
 def model_folder(name):
+    """Return the folder of --model. Of a hub id it holds the weights that are read, and no others."""
     if name == "tiny":
         return str(COMMON / "tiny" / "model")
     if Path(name).is_dir():
         return name
-    return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+    folder = snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS])
+    files = [Path(file).name for file in weight_files(folder)]
+    return snapshot_download(name, revision=Path(folder).name, allow_patterns=files)
 
 
 # ---- weights -------------------------------------------------------------------------------------
+def weight_files(folder):
+    """Return the paths of the files with the weights: those that transformers would read, whatever else is there."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError("adapter_config.json is an adapter's: merge it into its model, or remove it")
+    name = read_json(folder / "config.json").get("transformers_weights") or WEIGHTS
+    if name == WEIGHTS and not (folder / WEIGHTS).is_file():
+        name = f"{WEIGHTS}.index.json"
+    names = [name]
+    if name.endswith(".index.json"):
+        names = sorted(set(read_json(folder / name).get("weight_map", {}).values()))
+    for file in names:
+        if Path(file).name != file:
+            raise ValueError(f"its index names {file}, which is not in the folder")
+    if not names:
+        raise ValueError(f"there is no {WEIGHTS}, and no {WEIGHTS}.index.json that names files")
+    return [str(folder / file) for file in names]
+
+
+def unties(lm, folder):
+    """Return whether a model whose config ties its head to the embedding comes with two that differ. As transformers
+    does, they are then two weights; the config is wrong."""
+    places = {}
+    for file in weight_files(folder) if lm.all_tied_weights_keys else []:
+        with safe_open(file, "pt") as tensors:
+            places.update(dict.fromkeys(tensors.keys(), file))
+    for pair in lm.all_tied_weights_keys.items():
+        if places.keys() >= set(pair):
+            first, second = (safe_open(places[name], "pt").get_tensor(name) for name in pair)
+            if not torch.equal(first, second):
+                return True
+    return False
+
+
 def materialize(lm, device, rope_device):
     """Give memory to a model on the meta device. Of its values only the buffers, the rotary tables, are set by then;
     they live on rope_device even where the weights are offloaded."""
@@ -98,6 +143,8 @@ def load_weights(run, policy):
     error = None
     try:
         reader = dcp.HuggingFaceStorageReader(lm.name_or_path)
+        files = weight_files(lm.name_or_path)
+        reader.fs.ls = lambda _: files  # else it reads every file of the folder, and of equal names the last one wins
         if tensors.keys() <= reader.read_metadata().state_dict_metadata.keys():
             dcp.load(tensors, storage_reader=reader, process_group=run.group)
             return policy
@@ -120,29 +167,45 @@ def load_weights(run, policy):
 def read_whole_model(run, policy):
     """Return {name: tensor} as transformers reads the folder. A head that it lacks is drawn with --seed."""
     folder = policy.lm.name_or_path
-    for file in read_json(Path(folder) / "model.safetensors.index.json").get("weight_map", {}).values():
-        if Path(file).name != file:
-            raise ValueError(f"its index names {file}, which is not in the folder")
     torch.manual_seed(run.args.seed)
     options = {"dtype": torch.float32, "output_loading_info": True, **policy.head_config}
     model, info = policy.auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options)
     missing = sorted(set(info["missing_keys"]) - policy.new)
     if missing:
         raise ValueError(f"its weights lack {len(missing)} tensors, {missing[0]} for one")
+    if model.all_tied_weights_keys.keys() != policy.lm.all_tied_weights_keys.keys():
+        raise ValueError("its head differs from the embedding: write tie_word_embeddings false into its config.json")
     return model.state_dict()
 
 
 @torch.no_grad()
-def check_model(run, policy, tokenizer):
-    """MODEL001: compare what training will compute with the model's own attention and head, one sequence at a time."""
+def check_model(run, policy, tokenizer, groups):
+    """MODEL001: compare what training will compute with the model's own attention and head, one sequence at a time.
+    MODEL002: rows of `groups`, training's and held-out ones, are longer than what the model was made for."""
+    check_lengths(run, policy.lm, groups)
     register_fsdp_forward_method(policy, "plain_forward")  # FSDP2 gathers the weights for its forward methods only
-    groups = probe_groups(len(tokenizer))
-    difference = (policy(flat_batch(groups, run.device))[policy.output] - policy.plain_forward(groups)).abs()
+    probes = probe_groups(len(tokenizer))
+    difference = (policy(flat_batch(probes, run.device))[policy.output] - policy.plain_forward(probes)).abs()
     value, limit = difference.max().item(), 1e-3
     if run.device.type == "cuda":  # where layers compute in bf16
         value, limit = difference.mean().item(), 5e-2
     text = f"{policy.output} on the {policy.road} road differ from the model's own forward: this model is not supported"
     check(run, "MODEL001", 0, f"{policy.output} difference", value, text, error=limit)
+
+
+def check_lengths(run, lm, groups):
+    rows = [len(group["prompt"]) + max((len(c["ids"]) for c in group["completions"]), default=0) for group in groups]
+    longest_row = max(rows) + getattr(run.args, "max_completion_length", 0)
+    for name, module in lm.named_modules():
+        if isinstance(module, torch.nn.Embedding) and re.search(POSITION_TABLES, name):
+            size = module.num_embeddings - getattr(module, "offset", 0)
+            if longest_row > size:
+                text = f"a row has {longest_row} tokens, the model's table {size} positions: type --max_length {size}"
+                raise InputError(f"--model {run.args.model}: {text}, or pass another model.")
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fix = ("--max_length", run.args.max_length, limit)
+    text = "a row is longer than the model's max_position_embeddings"
+    check(run, "MODEL002", 0, "tokens", longest_row, text, warn=limit, fix=fix)
 
 
 # ---- memory --------------------------------------------------------------------------------------

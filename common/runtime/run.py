@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.batches import group_tokens
-from common.runtime.flags import InputError
+from common.runtime.flags import InputError, PlanOnly
 from common.tokenization import token_picture
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")  # what a resume cuts back; other files are not ours
@@ -39,6 +39,7 @@ class Run:
     versions: dict  # what a bitwise equal run needs to have, too
     mesh: object = None  # set by main
     step: int = 0  # optimizer steps that are done
+    in_steps: bool = False  # the first step has begun: a signal to stop waits for the end of a step, and saves
     state: dict = field(default_factory=lambda: {"alerts": {}})  # saved with every checkpoint
     data: str = ""  # fingerprint of the training rows
     weights: int = 0  # how many the model in training has
@@ -119,6 +120,7 @@ def log(run, step, metrics, steps, stays=False):
 def log_eval(run, step, metrics, steps):
     """The same for an evaluation, whose line stays. The state keeps the first, last and best one."""
     log(run, step, metrics, steps, stays=True)
+    run.in_steps = True
     run.state.setdefault("before", metrics)
     run.state["last"] = metrics
     if metrics["eval/accuracy"] > run.state.get("best", {"accuracy": -1})["accuracy"]:
@@ -149,14 +151,15 @@ def show_groups(run, title, groups, tokenizer):
 
 
 def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory):
-    if steps < 1:
+    only_plan = run.args.max_steps == 0
+    if steps < 1 and not only_plan:
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
     if run.args.eval_dataset and not heldout:
         raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
     if run.rank == 0:
         record(run.out, data=run.data, steps=steps)
     tokens = sum(map(group_tokens, train))
-    show_groups(run, "first row", train[:1], tokenizer)
+    show_groups(run, "first row", train[: 3 if only_plan else 1], tokenizer)
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     model = f"{run.weights / 1e6:.1f}M weights, {policy.road} road, dropout 0"
@@ -164,6 +167,11 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
     say(run, f"model     {model}; weights, gradients and Adam take {static:.2f} GB a rank")
     say(run, f"memory    {memory}")
     say(run, f"command   {run.command}")
+    if only_plan:
+        if run.rank == 0:
+            record(run.out, status="planned", exit_code=0)
+        raise PlanOnly
+    run.in_steps = run.step > 0 or not heldout  # else the first evaluation comes before
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -441,7 +441,7 @@ def main(args, run):
     sampler = Sampler(run, lm, tokenizer, stops)  # an unsharded copy
     reference = load_weights(run, shard(Policy(copy.deepcopy(lm), args.temperature), run)) if args.beta else None
     policy = load_weights(run, shard(Policy(lm, args.temperature), run))  # every rank reads its own slices of the files
-    check_model(run, policy, tokenizer)  # MODEL001: the same log-probs as the model's own forward
+    check_model(run, policy, tokenizer, train + heldout)  # MODEL001: the same log-probs as the model's own forward
     sampler.start_engine()
     memory = fit_memory(run, policy, tokenizer, longest(train, args.num_generations * args.max_completion_length))
     # ---- optimizer -------------------------------------------------------------------------------
