@@ -1934,6 +1934,69 @@ def pair_that_repeats_its_prompt(case):
     return want(case, "either", "prompt", **scored)
 
 
+@mutation("scoring", 2)
+def text_that_comes_again(case):
+    """An answer that says what the question, the system or the template says, and a question that holds the answer."""
+    name = case.rng.choice(["qwen", "vicuna", "alpaca", "header", "command"])
+    user, assistant, opening, before, after = APPENDING[name]
+    ask, say, then, more = (words(case) for _ in range(4))
+    texts = case.rng.choice([
+        [ask, ask, then, then], [ask, ask, ask, ask], [ask, say, say, ask], [f"{say} {ask}", say, say, f"{say} {ask}"],
+        [ask, f"You said {ask}: {say}", then, f"You said {ask} and {then}"], ["a", "a", "b", "a"], [ask, say, ask, say],
+        [ask, "USER: x ASSISTANT: y", then, more], [ask, "### Answer:\n\n" + say, then, "### Question:\n" + ask],
+        [ask, assistant.split("{c}")[0].strip("<|>\n ") + say, then, say], ["", say, "", more],
+    ])
+    system = case.rng.random() < 0.4
+    chat_row(case, *texts)
+    for row in case.rows:
+        if system:
+            row["messages"].insert(0, {"role": "system", "content": texts[1] if texts[1].isalpha() else "Be brief."})
+    use_template(case, own_template(user, assistant, opening, "<|system|>{c}<|end|>"))
+    scored = [before + text + after for text in texts[1::2]]
+    return want(case, "good", no_alert="DATA012", scored=scored, kept=ROWS)
+
+
+@mutation("scoring")
+def content_that_is_trimmed(case):
+    """Templates that trim: the text that they write is what is scored, and nothing is lost."""
+    say, more = words(case), words(case)
+    texts = [case.rng.choice([" {}", "{} ", "\n{}\n", "  {}\n\n"]).format(text) for text in (say, more)]
+    chat_row(case, words(case), texts[0], words(case), texts[1])
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>\n{c}<|end|>", "<|assistant|>\n")
+    use_template(case, text.replace("m.content", "(m.content | trim)"))
+    scored = [say + "<|end|>", more + "<|end|>"]
+    return want(case, "good", no_alert="DATA010", scored=scored, num_tokens=ROWS * (len(say) + len(more) + 2))
+
+
+@mutation("scoring")
+def reasoning_of_earlier_turns(case):
+    """Qwen3 writes the reasoning of the last turn only: each turn is trained as it is at inference, with its own."""
+    thoughts, answers = [words(case), words(case)], [words(case), words(case)]
+    chat_row(case, words(case), answers[0], words(case), answers[1])
+    for row in case.rows:
+        for turn in (0, 1):
+            row["messages"][2 * turn + 1]["reasoning_content"] = thoughts[turn]
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>{c}<|end|>", "<|assistant|>")
+    thought = "('<think>' ~ m.reasoning_content ~ '</think>' if loop.last and m.reasoning_content else '')"
+    text = text.replace("'<|assistant|>' ~ m.content", f"'<|assistant|>' ~ {thought} ~ m.content")
+    use_template(case, text)
+    case.flags |= {"--batch_size": str(2 * ROWS), "--allow": "DATA004"}
+    scored = [f"<think>{thought}</think>{answer}<|end|>" for thought, answer in zip(thoughts, answers)]
+    tokens = ROWS * sum(len(text) - 6 for text in scored)
+    return want(case, "good", no_alert="DATA010", scored_first=scored[0], num_tokens=tokens)
+
+
+@mutation("scoring")
+def answer_of_nothing(case):
+    """An empty answer, or one of white space, is the stop token; it ends no turn before it."""
+    user, assistant, opening, before, after = APPENDING[case.rng.choice(["qwen", "blank", "alpaca", "header"])]
+    empty, say = case.rng.choice(["", " ", "\n", "\n\n", "\t"]), words(case)
+    texts = [empty, say] if case.rng.random() < 0.5 else [say, empty]
+    chat_row(case, words(case), texts[0], words(case), texts[1])
+    use_template(case, own_template(user, assistant, opening))
+    return want(case, "good", no_alert="DATA010", scored=[before + text + after for text in texts])
+
+
 # ---- columns ---------------------------------------------------------------------------------------------------------
 
 
@@ -2341,11 +2404,12 @@ def learned_positions(case):
 def rows_beyond_the_configs_length(case):
     """Rotary positions go on for ever, but the model has never seen such: a warning."""
     text_rows(case)
-    limit = case.rng.choice([8, 16, 20, 24, 400])
+    longest = max(len(row["prompt"]) + len(row["completion"]) + 1 for row in case.rows)
+    limit = case.rng.choice([8, 16, longest - 1, longest, longest + 1, 400])
     case.edit("config.json", lambda settings: settings.update(max_position_embeddings=limit))
     case.flags["--max_length"] = "200"
     case.names |= {"--max_length"}
-    if limit < 30:
+    if limit < longest:
         return want(case, "good", alert="MODEL002", kept=ROWS)
     return want(case, "good", no_alert="MODEL002", kept=ROWS)
 
