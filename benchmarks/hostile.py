@@ -14,6 +14,9 @@ methods/x.py`. What is asked of the end:
     code 3  the same, but what it names is the code of an alert
     always  no traceback, no hang, no control character on the terminal, nothing that looks finished after a failure,
             run.json agrees, planted code did not run, the file that the data points at was not read
+    values  four families (scoring, columns, models, judging) take one input at a time and know more of its end: what
+            the picture of the first row scores, how many tokens, the loss by transformers, a metric, an alert, and
+            words of the line; computed by hand, and by no code of ours
 
 Not promised: a template may fill the memory before its ten seconds are over; special tokens that the text of a row
 spells out become those tokens; a checkpoint whose checksums were made right again after a change of its numbers is
@@ -101,12 +104,18 @@ class Case:
         self.secret.write_text(json.dumps({"text": SECRET, "prompt": SECRET, "completion": "x"}) + "\n")
         self.flags, self.names, self.kept, self.resumed, self.endless = {}, {"rows.jsonl"}, ROWS, False, False
         self.data, self.raw, self.chat, self.out, self.argv = self.folder / "rows.jsonl", None, True, "out", []
+        self.want, self.only_plan, self.first, self.holder = {}, False, None, None
+        self.python, self.environment = None, {}
         self.rows = self.base_rows()
         draw, chosen = self.rng, []
-        for k in range(draw.choice((1, 1, 2, 3)) if families else 0):
+        count = draw.choice((1, 1, 2, 3)) if families else 0
+        for k in range(1 if self.family in ALONE else count):
             easy = [name for name in ("rows", "text", "flags") if name in FAMILIES]
             pool = self.family if k == 0 else draw.choice(easy)
             mutate = draw.choice(FAMILIES[pool])
+            if self.family in ALONE:
+                inputs = FAMILIES[pool]
+                mutate = inputs[(number // turn // len(families) * turn + number % turn) % len(inputs)]
             if mutate not in [m for m, _ in chosen] and (k == 0 or self.family != "checkpoints"):
                 self.names = {"rows.jsonl"}
                 chosen.append((mutate, mutate(self)))
@@ -214,7 +223,8 @@ class Case:
             self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             sys.setrecursionlimit(limit)
         flags = [*BASE, *(GRPO if self.script in ONLINE else []), "--dataset", str(self.data),
-                 "--output_dir", str(self.folder / self.out), "--eval_dataset", ""]
+                 "--output_dir", str(self.folder / self.out)]
+        flags += [] if "--eval_fraction" in self.argv else ["--eval_dataset", ""]
         if "--model" not in self.flags:
             flags += ["--model", str(MODEL)]
         for name, value in self.flags.items():
@@ -1608,6 +1618,974 @@ def strange_reward_model(case):
     return verdict
 
 
+# ---- what real folders and rows hold ---------------------------------------------------------------------------------
+# The families below take their inputs one at a time, in turn, and say more about the end: case.want is what the line,
+# the alerts, the picture of the first row, a metric or the plan must say, computed by hand or by transformers.
+
+
+ALONE = ("scoring", "columns", "models", "judging")
+
+
+def want(case, verdict, line=(), alert=None, **more):
+    """What must become of a case. line: patterns that the error line must hold, all of them."""
+    case.want = {"line": [line] if isinstance(line, str) else list(line), "alert": alert, **more}
+    case.names |= {"row", "--dataset", "DATA", *case.want["line"]}
+    case.kept = more.get("kept")
+    return verdict
+
+
+def only_row(case, row, count=ROWS):
+    """The same row everywhere, all of them in the one step."""
+    case.rows = json.loads(json.dumps([row] * count))
+    case.flags["--batch_size"] = str(count)
+
+
+def chat_row(case, *texts):
+    """A row of sft: user and assistant take turns."""
+    case.become("sft")
+    case.chat = True
+    roles = ["user", "assistant"] * len(texts)
+    only_row(case, {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)]})
+
+
+def words(case, length=None):
+    """Some text that no template writes and no token is more than a character of."""
+    return "".join(case.rng.choice("cdefghjkmnpqrstuvwxyz") for _ in range(length or case.rng.randrange(3, 9)))
+
+
+def merge_tokens(case):
+    """The tiny tokenizer with tokens of two characters, which may straddle the end of a prompt."""
+
+    def change(settings):
+        vocab = settings["model"]["vocab"]
+        for rare, (first, second) in zip("~}{`^_", ("\n\n", ": ", "  ", " c", "\n ", "> ")):
+            vocab[first + second] = vocab.pop(rare)
+        settings["model"]["merges"] = [[first, second] for first, second in ("\n\n", ": ", "  ", " c", "\n ", "> ")]
+
+    case.edit("tokenizer.json", change)
+
+
+def use_template(case, text):
+    (case.folder / "chat.jinja").write_text(text)
+    case.flags["--chat_template"] = str(case.folder / "chat.jinja")
+    case.names |= {"--chat_template", "--chat_template_kwargs"}
+
+
+def own_template(user, assistant, opening, system="{c}"):
+    """A template of three pieces; {c} is a message's content."""
+    pieces = [("user", user), ("assistant", assistant), ("system", system)]
+    text = "{%- for m in messages -%}"
+    for role, piece in pieces:
+        before, after = piece.split("{c}")
+        text += f"{{%- if m.role == '{role}' -%}}{{{{ {before!r} ~ m.content ~ {after!r} }}}}{{%- endif -%}}"
+    return text + f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{{{{ {opening!r} }}}}{{%- endif -%}}"
+
+
+APPENDING = {  # user's turn, assistant's turn, generation prompt -> what is scored before the content, and after it
+    "qwen": ("<|user|>\n{c}<|end|>\n", "<|assistant|>\n{c}<|end|>\n", "<|assistant|>\n", "", "<|end|>"),
+    "vicuna": ("USER: {c} ", "ASSISTANT: {c}<|end|>", "ASSISTANT:", " ", "<|end|>"),
+    "blank": ("USER: {c} ", "ASSISTANT: {c}<|end|>", "ASSISTANT: ", "", "<|end|>"),
+    "alpaca": ("### Question:\n{c}\n\n", "### Answer:\n\n{c}<|end|>\n\n", "### Answer:\n\n", "", "<|end|>"),
+    "header": ("<|user|>\n\n{c}<|end|>", "<|assistant|>\n\n{c}<|end|>", "<|assistant|>\n\n", "", "<|end|>"),
+    "none": ("<|user|>{c}<|end|>", "{c}<|end|>", "", "", "<|end|>"),
+    "command": ("<|user|>{c}<|end|>", "<|assistant|>{c}<|system|><|end|>", "<|assistant|>", "", "<|system|><|end|>"),
+    "no thought": ("<|user|>{c}<|end|>", "<|assistant|>{c}<|end|>", "<|assistant|><think>\n\n</think>\n\n", "",
+                   "<|end|>"),
+    "open thought": ("<|user|>{c}<|end|>", "<|assistant|>{c}<|end|>", "<|assistant|><think>\n", "", "<|end|>"),
+    "written thought": ("<|user|>{c}<|end|>", "<|assistant|><think>\n\n</think>\n\n{c}<|end|>",
+                        "<|assistant|><think>\n\n</think>\n\n", "", "<|end|>"),
+}  # fmt: skip
+STARTS = ["", " ", "  ", "\n", "\n\n", "\n  ", " \n", "\t", "    return ", "> ", ": ", "c"]
+
+
+@mutation("scoring")
+def white_space_at_the_border(case):
+    """Whatever stands at the border of prompt and answer is scored once, and is the template's own text."""
+    user, assistant, opening, before, after = APPENDING[case.rng.choice(list(APPENDING))]
+    answer = case.rng.choice(STARTS) + words(case)
+    chat_row(case, words(case), answer)
+    if case.rng.random() < 0.6:
+        merge_tokens(case)
+    use_template(case, own_template(user, assistant, opening))
+    verdict = "either" if "<think>" in opening and "<think>" not in assistant else "good"
+    return want(case, verdict, "--chat_template", scored=[before + answer + after], kept=ROWS)
+
+
+@mutation("scoring")
+def border_of_a_later_turn(case):
+    """The same for the second answer, by the number of scored tokens: the tokenizer's are characters."""
+    user, assistant, opening, before, after = APPENDING[case.rng.choice(["qwen", "vicuna", "blank", "header"])]
+    first, second = (case.rng.choice(STARTS) + words(case) for _ in range(2))
+    chat_row(case, words(case), first, words(case), second)
+    use_template(case, own_template(user, assistant, opening))
+    scored = [before + first + after, before + second + after]
+    return want(case, "good", scored=scored, num_tokens=ROWS * (sum(len(before) + len(x) + 1 for x in (first, second))))
+
+
+CONTROL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>", "<|unk|>"]
+
+
+@mutation("scoring")
+def control_token_in_an_answer(case):
+    """An answer is never cut at a stop token that it spells, and somebody says that it does."""
+    token = case.rng.choice(CONTROL[:4])
+    parts = [words(case), words(case)]
+    answer = case.rng.choice(["{0} {t} {1}", "{t}{0}", "{0}{t}", "{0} {t}{t} {1}", "{0}\n{t}\n{1}"])
+    answer = answer.format(*parts, t=token)
+    chat_row(case, words(case), answer)
+    tokens = len(answer.replace(token, "#")) + 1
+    return want(case, "good", alert="DATA011", scored=[answer + "<|end|>"], num_tokens=ROWS * tokens)
+
+
+@mutation("scoring")
+def control_token_in_another_role(case):
+    token, role = case.rng.choice(CONTROL), case.rng.choice(["user", "system"])
+    chat_row(case, words(case), "fine")
+    content = f"{words(case)} {token} {words(case)}"
+    for row in case.rows:
+        if role == "system":
+            row["messages"].insert(0, {"role": "system", "content": content})
+        else:
+            row["messages"][0]["content"] = content
+    return want(case, "good", alert="DATA011", scored=["fine<|end|>"], num_tokens=ROWS * 5)
+
+
+@mutation("scoring")
+def control_token_in_a_pair(case):
+    """Both answers would be equal if they were cut there."""
+    case.become(case.rng.choice(PAIRS))
+    same, token = words(case), case.rng.choice(CONTROL[:3])
+    only_row(case, {"prompt": [{"role": "user", "content": words(case)}],
+                    "chosen": [{"role": "assistant", "content": f"{same} {token} right"}],
+                    "rejected": [{"role": "assistant", "content": f"{same} {token} wrong"}]})
+    return want(case, "good", alert="DATA011", no_alert="DATA009", kept=ROWS)
+
+
+MISTRAL = """{%- set start = 1 if messages[0].role == 'system' else 0 -%}
+{%- for m in messages[start:] -%}
+{%- if m.role == 'user' -%}
+{{- '<|user|>' -}}{%- if loop.last and start -%}{{ messages[0].content + '\\n\\n' }}{%- endif -%}
+{{- m.content + '[/I]' -}}
+{%- else -%}{{ ' ' + m.content + '<|end|>' }}{%- endif -%}
+{%- endfor -%}"""
+
+
+@mutation("scoring")
+def system_text_in_the_last_question(case):
+    """Mistral's templates: after the answer the system's text is gone. No question may be scored."""
+    turns = case.rng.choice([1, 2, 3])
+    answers = [words(case) for _ in range(turns)]
+    texts = [text for answer in answers for text in (words(case), answer)]
+    chat_row(case, *texts)
+    for row in case.rows:
+        row["messages"].insert(0, {"role": "system", "content": "Be " + case.rng.choice(["brief", "kind"]) + "."})
+    use_template(case, MISTRAL)
+    case.flags["--batch_size"] = str(ROWS * turns)  # one group a turn
+    case.flags["--allow"] = "DATA004"
+    tokens = ROWS * sum(1 + len(answer) + 1 for answer in answers)
+    return want(case, "good", no_alert="DATA012", scored_first=f" {answers[0]}<|end|>", num_tokens=tokens)
+
+
+@mutation("scoring")
+def system_text_in_the_last_question_of_a_pair(case):
+    case.become(case.rng.choice(PAIRS))
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": words(case)}]
+    only_row(case, {"prompt": prompt, "chosen": [{"role": "assistant", "content": "right"}],
+                    "rejected": [{"role": "assistant", "content": words(case)}]})
+    use_template(case, MISTRAL)
+    scored = {"scored_first": " right<|end|>"} if case.script == "dpo" else {}
+    return want(case, "good", no_alert="DATA012", kept=ROWS, **scored)
+
+
+@mutation("scoring")
+def answer_that_the_template_leaves_out(case):
+    """Tool calls, reasoning and contents that are not in the text: most templates write none of the first two."""
+    lost = case.rng.choice(["tool_calls", "reasoning_content", "content"])
+    chat_row(case, words(case), words(case))
+    call = {"type": "function", "function": {"name": words(case), "arguments": {words(case): case.rng.randrange(9)}}}
+    value = {"tool_calls": [call], "reasoning_content": words(case, 12), "content": words(case)}[lost]
+    count = case.rng.choice([1, ROWS])
+    for row in case.rows[:count]:
+        row["messages"][1][lost] = value
+        if lost == "tool_calls":
+            row["messages"][1]["content"] = case.rng.choice(["", words(case)])
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>{c}<|end|>", "<|assistant|>")
+    if lost == "content":
+        text = text.replace("'<|assistant|>' ~ m.content", "'<|assistant|>' ~ m.content[:2]")
+    use_template(case, text)
+    return want(case, "bad", "DATA010")
+
+
+@mutation("scoring")
+def tool_call_that_is_written(case):
+    """As an object and as a string of JSON, with a null of the user's own: one text."""
+    chat_row(case, words(case), "")
+    arguments = case.rng.choice([{"a": 1}, {"city": words(case), "days": None}, {"x": {"y": [1, None]}}, {}])
+    name = words(case)
+    given = json.dumps(arguments) if case.rng.random() < 0.6 else arguments
+    for row in case.rows:
+        row["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": name, "arguments": given}}]
+        if case.rng.random() < 0.5:
+            row["messages"][1]["content"] = None
+    call = "{%- for t in m.tool_calls or [] -%}{{ t.function.name ~ '(' ~ (t.function.arguments | tojson) ~ ')' }}"
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>{c}", "<|assistant|>")
+    text = text.replace("{%- endfor -%}{%- if add_gen", "{%- if m.role == 'assistant' -%}" + call + "{%- endfor -%}"
+                        "{{ '<|end|>' }}{%- endif -%}{%- endfor -%}{%- if add_gen")
+    use_template(case, text)
+    scored = f"{name}({json.dumps(arguments)})<|end|>"
+    return want(case, "good", no_alert="DATA010", scored=[scored], num_tokens=ROWS * (len(scored) - 6))
+
+
+@mutation("scoring")
+def reasoning_that_is_written(case):
+    """The generation prompt has an empty or an open block; the turn has its own."""
+    thought, answer = words(case), words(case)
+    chat_row(case, words(case), answer)
+    for row in case.rows:
+        row["messages"][1]["reasoning_content"] = thought
+    opening = case.rng.choice(["<think>\n\n</think>\n\n", "<think>\n", ""])
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>{c}<|end|>", "<|assistant|>" + opening)
+    text = text.replace("m.content ~ '<|end|>' }}{%- endif -%}{%- if m.role == 'system'",
+                        "'<think>\\n' ~ m.reasoning_content ~ '\\n</think>\\n\\n' ~ m.content ~ '<|end|>' }}"
+                        "{%- endif -%}{%- if m.role == 'system'")
+    use_template(case, text)
+    shared = {"": "", "<think>\n": "<think>\n", "<think>\n\n</think>\n\n": "<think>\n"}[opening]
+    written = f"<think>\n{thought}\n</think>\n\n{answer}<|end|>"
+    return want(case, "good", no_alert="DATA010", scored=[written.removeprefix(shared)])
+
+
+@mutation("scoring")
+def stop_that_is_the_next_role(case):
+    """GLM-4: a turn ends where the next begins, and generation config stops there."""
+    answers = [words(case) for _ in range(case.rng.choice([1, 2]))]
+    chat_row(case, *[text for answer in answers for text in (words(case), answer)])
+    case.edit("generation_config.json", lambda settings: settings.update(eos_token_id=[2, 4]))
+    use_template(case, own_template("<|user|>{c}", "<|assistant|>{c}", "<|assistant|>"))
+    return want(case, "good", scored=[answer + "<|user|>" for answer in answers])
+
+
+@mutation("scoring")
+def template_for_lists_of_content(case):
+    """A template of a model that sees pictures: it loops over the parts of a content. A string has none."""
+    chat_row(case, words(case), words(case))
+    use_template(case, "{{ '<|pad|>' }}{%- for m in messages -%}{{ '<|' ~ m.role ~ '|>' }}{%- for part in m.content -%}"
+                       "{{ part.text }}{%- endfor -%}{{ '<|end|>' }}{%- endfor -%}"
+                       "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}")
+    answer = case.rows[0]["messages"][1]["content"]
+    return want(case, "either", "DATA010|--chat_template", scored=[answer + "<|end|>"])
+
+
+@mutation("scoring")
+def turn_of_no_weight(case):
+    """weight: 0 and train: false leave a turn unscored."""
+    answers = [words(case) for _ in range(3)]
+    chat_row(case, *[text for answer in answers for text in (words(case), answer)])
+    silent = case.rng.choice([[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
+    key, value = case.rng.choice([("weight", 0), ("weight", 0.0), ("train", False)])
+    for row in case.rows:
+        for turn in silent:
+            row["messages"][2 * turn + 1][key] = value
+        for turn in {0, 1, 2} - {*silent}:
+            row["messages"][2 * turn + 1][key] = {"weight": 1, "train": True}[key]
+    scored = [answer + "<|end|>" for turn, answer in enumerate(answers) if turn not in silent]
+    if not scored:
+        return want(case, "bad", "DATA001|weight|train")
+    return want(case, "good", scored=scored, num_tokens=ROWS * sum(len(x) - 6 for x in scored))
+
+
+@mutation("scoring")
+def implicit_prompt_inside_a_token(case):
+    """Two answers that share the first character of a token: the prompt ends before it."""
+    case.become(case.rng.choice(PAIRS))
+    merge_tokens(case)
+    shared, (one, other) = words(case), case.rng.choice([("\n\n", "\n"), (": ", ":"), (" c", " "), ("  ", " ")])
+    only_row(case, {"chosen": f"{shared}{one}right", "rejected": f"{shared}{other}wrong"})
+    whole = {"scored_ends": [f"{one}right<|end|>", f"{other}wrong<|end|>"]} if case.script == "dpo" else {}
+    return want(case, "good", kept=ROWS, **whole)
+
+
+@mutation("scoring")
+def pair_that_shares_nothing(case):
+    case.become(case.rng.choice(PAIRS))
+    row = {"chosen": "right " + words(case), "rejected": "wrong " + words(case)}
+    if case.rng.random() < 0.4:
+        row["prompt"] = ""
+        only_row(case, row)
+        return want(case, "either", "prompt|begin")
+    if case.rng.random() < 0.3:
+        row = {key: [{"role": "assistant", "content": value}] for key, value in row.items()}
+    only_row(case, row)
+    return want(case, "bad", "prompt|begin|common")
+
+
+@mutation("scoring")
+def pair_that_repeats_its_prompt(case):
+    """The prompt stands in a column of its own, and in front of the answers, too."""
+    case.become(case.rng.choice(PAIRS))
+    ask = words(case) + " " + words(case) + " "
+    if case.rng.random() < 0.5:
+        row = {"prompt": ask, "chosen": ask + "right", "rejected": ask + "wrong"}
+    else:
+        turn = [{"role": "user", "content": ask.strip()}]
+        row = {"prompt": turn, "chosen": [*turn, {"role": "assistant", "content": "right"}],
+               "rejected": [*turn, {"role": "assistant", "content": "wrong"}]}
+    only_row(case, row)
+    scored = {"scored_first": "right<|end|>"} if case.script == "dpo" else {}
+    return want(case, "either", "prompt", **scored)
+
+
+@mutation("scoring", 2)
+def text_that_comes_again(case):
+    """An answer that says what the question, the system or the template says, and a question that holds the answer."""
+    name = case.rng.choice(["qwen", "vicuna", "alpaca", "header", "command"])
+    user, assistant, opening, before, after = APPENDING[name]
+    ask, say, then, more = (words(case) for _ in range(4))
+    texts = case.rng.choice([
+        [ask, ask, then, then], [ask, ask, ask, ask], [ask, say, say, ask], [f"{say} {ask}", say, say, f"{say} {ask}"],
+        [ask, f"You said {ask}: {say}", then, f"You said {ask} and {then}"], ["a", "a", "b", "a"], [ask, say, ask, say],
+        [ask, "USER: x ASSISTANT: y", then, more], [ask, "### Answer:\n\n" + say, then, "### Question:\n" + ask],
+        [ask, assistant.split("{c}")[0].strip("<|>\n ") + say, then, say], ["", say, "", more],
+    ])
+    system = case.rng.random() < 0.4
+    chat_row(case, *texts)
+    for row in case.rows:
+        if system:
+            row["messages"].insert(0, {"role": "system", "content": texts[1] if texts[1].isalpha() else "Be brief."})
+    use_template(case, own_template(user, assistant, opening, "<|system|>{c}<|end|>"))
+    scored = [before + text + after for text in texts[1::2]]
+    return want(case, "good", no_alert="DATA012", scored=scored, kept=ROWS)
+
+
+@mutation("scoring")
+def content_that_is_trimmed(case):
+    """Templates that trim: the text that they write is what is scored, and nothing is lost."""
+    say, more = words(case), words(case)
+    texts = [case.rng.choice([" {}", "{} ", "\n{}\n", "  {}\n\n"]).format(text) for text in (say, more)]
+    chat_row(case, words(case), texts[0], words(case), texts[1])
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>\n{c}<|end|>", "<|assistant|>\n")
+    use_template(case, text.replace("m.content", "(m.content | trim)"))
+    scored = [say + "<|end|>", more + "<|end|>"]
+    return want(case, "good", no_alert="DATA010", scored=scored, num_tokens=ROWS * (len(say) + len(more) + 2))
+
+
+@mutation("scoring")
+def reasoning_of_earlier_turns(case):
+    """Qwen3 writes the reasoning of the last turn only: each turn is trained as it is at inference, with its own."""
+    thoughts, answers = [words(case), words(case)], [words(case), words(case)]
+    chat_row(case, words(case), answers[0], words(case), answers[1])
+    for row in case.rows:
+        for turn in (0, 1):
+            row["messages"][2 * turn + 1]["reasoning_content"] = thoughts[turn]
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>{c}<|end|>", "<|assistant|>")
+    thought = "('<think>' ~ m.reasoning_content ~ '</think>' if loop.last and m.reasoning_content else '')"
+    text = text.replace("'<|assistant|>' ~ m.content", f"'<|assistant|>' ~ {thought} ~ m.content")
+    use_template(case, text)
+    case.flags |= {"--batch_size": str(2 * ROWS), "--allow": "DATA004"}
+    scored = [f"<think>{thought}</think>{answer}<|end|>" for thought, answer in zip(thoughts, answers)]
+    tokens = ROWS * sum(len(text) - 6 for text in scored)
+    return want(case, "good", no_alert="DATA010", scored_first=scored[0], num_tokens=tokens)
+
+
+@mutation("scoring")
+def answer_of_nothing(case):
+    """An empty answer, or one of white space, is the stop token; it ends no turn before it."""
+    user, assistant, opening, before, after = APPENDING[case.rng.choice(["qwen", "blank", "alpaca", "header"])]
+    empty, say = case.rng.choice(["", " ", "\n", "\n\n", "\t"]), words(case)
+    texts = [empty, say] if case.rng.random() < 0.5 else [say, empty]
+    chat_row(case, words(case), texts[0], words(case), texts[1])
+    use_template(case, own_template(user, assistant, opening))
+    return want(case, "good", no_alert="DATA010", scored=[before + text + after for text in texts])
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+
+def rows_as(case, name, data):
+    case.data = case.folder / name
+    case.data.write_bytes(data)
+    case.names |= {name}
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@mutation("columns")
+def byte_order_mark(case):
+    kind = case.rng.choice(["jsonl", "json"])
+    text = lines_of(case.rows) if kind == "jsonl" else json.dumps(case.rows)
+    rows_as(case, f"rows.{kind}", b"\xef\xbb\xbf" + text.encode())
+    return want(case, "good", kept=ROWS)
+
+
+@mutation("columns")
+def other_encoding(case):
+    kind, encoding = case.rng.choice(["jsonl", "json"]), case.rng.choice(["utf-16", "utf-16-le", "utf-16-be"])
+    text = lines_of(case.rows) if kind == "jsonl" else json.dumps(case.rows, indent=case.rng.choice([None, 1]))
+    rows_as(case, f"rows.{kind}", text.encode(encoding))
+    return want(case, "bad", "(?i)utf-?16")
+
+
+@mutation("columns")
+def compressed(case):
+    data = gzip.compress(lines_of(case.rows).encode())
+    how = case.rng.randrange(4)
+    if how == 1:
+        data = data[: case.rng.randrange(2, len(data) - 9)]
+    elif how == 2:
+        data = lines_of(case.rows).encode()  # a name that promises what is not there
+    elif how == 3:
+        data = b"\xef\xbb\xbf" + lines_of(case.rows).encode()
+        data = gzip.compress(data)
+    rows_as(case, "rows.jsonl.gz", data)
+    return want(case, "bad" if how in (1, 2) else "good", "gz", kept=ROWS)
+
+
+@mutation("columns")
+def null_in_a_row(case):
+    """The line says which row, and that it is null."""
+    case.become(case.rng.choice(["sft", "grpo", "dpo"]))
+    at = case.rng.randrange(ROWS)
+    case.rows = [{"prompt": words(case), "completion": words(case), "answer": "1", "chosen": "a", "rejected": "b"}
+                 for _ in range(ROWS)]  # fmt: skip
+    name = {"sft": "completion", "grpo": "prompt", "dpo": case.rng.choice(["chosen", "rejected"])}[case.script]
+    keep = {"sft": ["prompt", "completion"], "grpo": ["prompt", "answer"], "dpo": ["prompt", "chosen", "rejected"]}
+    case.rows = [{key: row[key] for key in keep[case.script]} for row in case.rows]
+    case.rows[at][name] = None
+    kind = case.rng.choice(["jsonl", "json", "parquet"])
+    if kind == "parquet":
+        as_parquet(case, table(case))
+    elif kind == "json":
+        rows_as(case, "rows.json", json.dumps(case.rows).encode())
+    return want(case, "bad", [rf"(row|line) ({at}|{at + 1})\b", "null|None|empty", name])
+
+
+@mutation("columns")
+def missing_value_in_a_csv(case):
+    case.become("sft")
+    at, spelling = case.rng.randrange(1, ROWS), case.rng.choice(["NA", "null", "NaN", "", "N/A", "None", "nan"])
+    texts = [words(case) for _ in range(ROWS)]
+    texts[at] = spelling
+    rows_as(case, "rows.csv", ("prompt,completion\n" + "".join(f"ask,{text}\n" for text in texts)).encode())
+    return want(case, "either", [rf"(row|line) ({at}|{at + 1}|{at + 2})\b", "null|None|empty|CSV"], kept=ROWS)
+
+
+@mutation("columns")
+def numbers_in_a_csv(case):
+    """7 is a text here, and CSV reads a number."""
+    case.become("sft")
+    texts = case.rng.choice([[str(k) for k in range(ROWS)], [f"{k}.50" for k in range(ROWS)], ["True", "False"] * 4])
+    rows_as(case, "rows.csv", ("prompt,completion\n" + "".join(f"ask,{text}\n" for text in texts)).encode())
+    tokens = sum(len(text) + 1 for text in texts)
+    case.flags["--batch_size"] = str(ROWS)
+    return want(case, "either", "(?i)csv", num_tokens=tokens, kept=ROWS)
+
+
+@mutation("columns")
+def sharegpt_system(case):
+    """A column `system` beside conversations."""
+    case.become("sft")
+    text = words(case)
+    only_row(case, {"system": text, "conversations": [{"from": "human", "value": "ask"}, {"from": "gpt",
+                                                                                        "value": "say"}]})
+    return want(case, "good", out=[rf"first row +<\|system\|>{text}<\|end\|><\|user\|>ask"], scored=["say<|end|>"])
+
+
+@mutation("columns")
+def history(case):
+    case.become("sft")
+    row = {"prompt": "ask", "completion": "say", "history": [[words(case), words(case)]]}
+    if case.rng.random() < 0.5:
+        row = {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}],
+               "history": [["a", "b"]]}
+    only_row(case, row)
+    return want(case, "bad", "history")
+
+
+@mutation("columns")
+def pictures(case):
+    """A column of images, or parts of a content that are none of text."""
+    case.need_chat()
+    kind = case.rng.choice(["images", "image", "part", "part url", "audio"])
+    for row in case.rows:
+        if kind in ("images", "image"):
+            row[kind] = [str(case.secret)] if kind == "images" else str(case.secret)
+            continue
+        value = next(value for value in row.values() if isinstance(value, list) and value)
+        part = {"part": {"type": "image"}, "part url": {"type": "image_url", "image_url": {"url": str(case.secret)}},
+                "audio": {"type": "input_audio", "input_audio": {}}}[kind]
+        key = "content" if "content" in value[0] else "value"
+        value[0][key] = [part, {"type": "text", "text": "What is this?"}]
+    return want(case, "bad", "(?i)image|audio|text")
+
+
+@mutation("columns")
+def old_function_call(case):
+    """OpenAI's function_call: trained as a tool call, or named."""
+    chat_row(case, words(case), "")
+    name, arguments = words(case), {"k": case.rng.randrange(99)}
+    for row in case.rows:
+        row["messages"][1] |= {"function_call": {"name": name, "arguments": json.dumps(arguments)},
+                               "content": case.rng.choice([None, ""])}
+    call = "{%- for t in m.tool_calls or [] -%}{{ t.function.name }}{%- endfor -%}"
+    text = own_template("<|user|>{c}<|end|>", "<|assistant|>{c}", "<|assistant|>")
+    use_template(case, text.replace("{%- endfor -%}{%- if add_gen", "{%- if m.role == 'assistant' -%}" + call +
+                                    "{{ '<|end|>' }}{%- endif -%}{%- endfor -%}{%- if add_gen"))
+    return want(case, "either", "function_call", scored=[name + "<|end|>"])
+
+
+@mutation("columns")
+def content_that_is_null(case):
+    """OpenAI's rows of tools."""
+    chat_row(case, words(case), "", "4", "done")
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    for row in case.rows:
+        row["messages"][1] |= {"content": None, "tool_calls": [call]}
+        row["messages"][2] = {"role": "tool", "tool_call_id": "c1", "content": "4"}
+    text = "{%- for m in messages -%}{{ '<|' ~ (m.role if m.role != 'tool' else 'user') ~ '|>' ~ m.content }}"
+    text += "{%- for t in m.tool_calls or [] -%}{{ t.function.name ~ t.function.arguments.a }}{%- endfor -%}"
+    text += "{{ '<|end|>' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+    use_template(case, text)
+    if case.rng.random() < 0.4:
+        as_parquet(case, table(case))
+    return want(case, "either", "DATA010", scored=["add1<|end|>", "done<|end|>"])
+
+
+@mutation("columns")
+def unread_columns(case):
+    name = "extra_" + words(case)
+    for row in case.rows if case.rng.random() < 0.5 else case.rows[:1]:
+        row[name] = case.rng.choice([1, "x", [1], {"a": 1}])
+    if case.script in ONLINE:  # its reward is given all columns
+        return want(case, "good", kept=ROWS)
+    return want(case, "good", out=[name], kept=ROWS)
+
+
+@mutation("columns")
+def no_answer_column(case):
+    """`accuracy` has nothing to read: said before anything is loaded."""
+    case.become(case.rng.choice(ONLINE))
+    name = case.rng.choice(["label", "target", "ground_truth", "Answer", "gold"])
+    for row in case.rows:
+        row[name] = row.pop("answer")
+    return want(case, "bad", ["answer", "solution", rf"\b{name}\b"])
+
+
+@mutation("columns")
+def one_row_that_the_template_refuses(case):
+    """One of many is dropped, one of few ends the run."""
+    chat_row(case, "ask", "say")
+    many = case.rng.random() < 0.5
+    count = 150 if many else ROWS
+    only_row(case, case.rows[0], count)
+    case.flags["--batch_size"] = "8"
+    at = case.rng.randrange(count)
+    messages = case.rows[at]["messages"]
+    case.rng.choice([lambda: messages[0].update(role="critic"), lambda: messages[0].update(role="tool"),
+                     lambda: messages.insert(0, {"role": "developer", "content": "x"})])()
+    return want(case, "good" if many else "bad", "DATA008", alert="DATA008", kept=149 if many else None)
+
+
+SLICES = {"[:5]": 5, "[:50%]": 4, "[-3:]": 3, "[25%:75%]": 4, "[2:]": 6, "[:-1]": 7, "[1:2]": 1, "[:100%]": 8,
+          "[:9]": 8, "[8:]": 0, "[5:2]": 0, "[a:]": 0, "[:200%]": None, "[": 0, "[::2]": None, "[1.5:]": 0,
+          "[:1%]": None, "[0:0]": 0}  # fmt: skip
+
+
+@mutation("columns")
+def slice_of_a_file(case):
+    case.become("sft")
+    part, name = case.rng.choice(list(SLICES)), case.rng.choice(["train", "train", "train", "test"])
+    kind = case.rng.choice(["jsonl", "json", "parquet"])
+    if kind == "parquet":
+        as_parquet(case, table(case))
+    else:
+        text = lines_of(case.rows) if kind == "jsonl" else json.dumps(case.rows)
+        rows_as(case, f"rows.{kind}", text.encode())
+    case.flags["--batch_size"] = "1"
+    case.argv += ["--dataset", f"{case.data}:{name}{part}"]
+    kept = SLICES[part]
+    if name == "test":  # a file has no split but train
+        return want(case, "bad", "train|split")
+    return want(case, "either" if kept is None else "good" if kept else "bad", kept=kept)
+
+
+@mutation("columns")
+def part_held_out(case):
+    case.become("sft")
+    value, held = case.rng.choice([("0.25", 2), ("0.5", 4), ("0.125", 1), ("0.9", None), ("0", None), ("1", 0),
+                                   ("-0.1", 0), ("1.5", 0), ("nan", 0), ("x", 0), ("0.01", None)])  # fmt: skip
+    case.argv += ["--eval_fraction", value]
+    case.names |= {"--eval_fraction", "--eval-fraction", "eval_fraction"}
+    if held and case.rng.random() < 0.3:
+        case.argv += ["--eval_dataset", str(case.data)]
+        return want(case, "bad", "eval.fraction")
+    case.argv += ["--eval_every", "1"]
+    out = [rf"\b{ROWS - held} of \d+ rows kept", rf"\b{held} rows held out"] if held else []
+    return want(case, "either" if held is None else "good" if held else "bad", "eval.fraction", out=out)
+
+
+@mutation("columns")
+def strings_as_chats(case):
+    """--as_chat wraps plain strings into turns; without it they stay as they are, and DATA007 says so."""
+    case.become(case.rng.choice(["sft", "dpo"]))
+    if case.script == "sft":
+        only_row(case, {"prompt": "ask", "completion": "say"})
+    else:
+        only_row(case, {"prompt": "ask", "chosen": "say", "rejected": "no"})
+    if case.rng.random() < 0.5:
+        return want(case, "good", alert="DATA007", kept=ROWS, scored_first="say<|end|>", out=[r"first row +ask>>"])
+    case.argv += ["--as_chat"] if case.rng.random() < 0.5 else ["--as_chat", "true"]
+    case.names |= {"--as_chat", "as-chat"}
+    if case.argv[-1] == "true":
+        return want(case, "either", "as.chat")
+    return want(case, "good", no_alert="DATA007", kept=ROWS, scored_first="say<|end|>",
+                out=[r"first row +<\|user\|>ask<\|end\|><\|assistant\|>>>"])
+
+
+@mutation("columns")
+def named_template(case):
+    """chatml on a model that does not have its tokens: right by the text, or refused."""
+    chat_row(case, "ask", "say")
+    case.flags["--chat_template"] = case.rng.choice(["chatml", "chatml", "chatlm", "no-such"])
+    case.names |= {"chat template"}
+    return want(case, "either" if case.flags["--chat_template"] == "chatml" else "bad", "chat.template")
+
+
+@mutation("columns")
+def columns_by_rename(case):
+    """Alpaca, Dolly and a nested column: dotted names, several columns into one."""
+    how = case.rng.choice(["alpaca", "dolly", "nested", "nested wrong", "template wrong", "old", "twice", "empty"])
+    if how == "nested" or how == "nested wrong":
+        case.become("grpo")
+        name = "ground_truth" if how == "nested" else "truth"
+        case.rows = [{"prompt": "1+2=", "reward_model": {"ground_truth": "3"}} for _ in range(ROWS)]
+        case.argv += ["--rename", f"reward_model.{name}:answer"]
+        case.names |= {"--rename", "reward_model"}
+        return want(case, "good" if how == "nested" else "bad", "rename|reward_model|answer", kept=ROWS)
+    case.become("sft")
+    rows = {"alpaca": {"instruction": "ask", "input": words(case), "output": "say"},
+            "dolly": {"instruction": "ask", "context": words(case), "response": "say"}}
+    row = rows["dolly" if how == "dolly" else "alpaca"]
+    only_row(case, row)
+    more, answer = ("context", "response") if how == "dolly" else ("input", "output")
+    flags = {"alpaca": "{instruction}\n{input}:prompt,output:completion",
+             "dolly": "{instruction}\n{context}:prompt,response:completion",
+             "template wrong": "{instruction} {nothing}:prompt,output:completion",
+             "old": "instruction:prompt,output:completion", "twice": "instruction:prompt,output:prompt",
+             "empty": case.rng.choice([":", "instruction:", ":prompt", "{}:prompt", "{instruction:prompt", ",,"])}
+    case.argv += ["--rename", flags[how]]
+    case.names |= {"--rename"}
+    if how in ("alpaca", "dolly", "old"):
+        prompt = "ask" if how == "old" else f"ask\\\\n{row[more]}"
+        return want(case, "good", out=[rf"first row +{prompt}>>"], scored=[f"{row[answer]}<|end|>"], kept=ROWS)
+    return want(case, "bad", "rename")
+
+
+@mutation("columns")
+def no_steps(case):
+    """--max_steps 0 prints the plan and the first rows, and ends."""
+    case.argv += ["--max_steps", "0"]
+    case.only_plan = True
+    return want(case, "good", out=["first row", rf"{ROWS} of {ROWS} rows kept"])
+
+
+@mutation("columns")
+def folder_of_a_run_that_was_refused(case):
+    """What ended in exit code 2 without a checkpoint does not occupy its folder."""
+    case.first = case.rng.choice([["--dataset", "no/such.jsonl"], ["--max_length", "3"], ["--rename", "x:y"],
+                                  ["--dataset", str(case.secret), "--rename", "prompt:prompt2"]])  # fmt: skip
+    return want(case, "good", kept=ROWS)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def loss_of(folder, rows, tied=None):
+    """The mean negative log-likelihood of the completions, by transformers alone."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    total = count = 0
+    with torch.no_grad():
+        for row in rows:
+            prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+            ids = prompt + tokenizer(row["completion"] + "<|end|>", add_special_tokens=False)["input_ids"]
+            scores = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+            total -= sum(scores[at - 1, ids[at]].item() for at in range(len(prompt), len(ids)))
+            count += len(ids) - len(prompt)
+    return total / count
+
+
+def text_rows(case):
+    case.become("sft")
+    case.rows = [{"prompt": f"What is {k} + 2?", "completion": f"#### {k + 2}"} for k in range(ROWS)]
+    case.chat = False
+    case.flags["--batch_size"] = str(ROWS)
+
+
+@mutation("models")
+def second_file_of_weights(case):
+    """A variant, old shards or consolidated weights beside model.safetensors."""
+    text_rows(case)
+    folder = case.model()
+    factor = case.rng.choice([0.5, -1.0])
+    other = {name: factor * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    name = case.rng.choice(["model.fp16.safetensors", "consolidated.safetensors", "zzz.safetensors", "a.safetensors",
+                            "model-00001-of-00001.safetensors", "pytorch_model.safetensors", "weights.safetensors",
+                            "model.safetensors.bak.safetensors", "original/consolidated.safetensors"])  # fmt: skip
+    (folder / name).parent.mkdir(exist_ok=True)
+    save_file(other, folder / name, metadata={"format": "pt"})
+    if name == "model-00001-of-00001.safetensors" and case.rng.random() < 0.5:  # and its index
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(other, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return want(case, "either", [re.escape(name)], loss=loss_of(folder, case.rows), kept=ROWS)
+
+
+@mutation("models")
+def old_shards_beside_an_index(case):
+    """The index names two files; a third and a fourth are of an older save."""
+    text_rows(case)
+    folder = case.model()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    index = {}
+    for number, half in enumerate(halves, 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in half}, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(half, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    expected = loss_of(folder, case.rows)
+    old = {name: -tensors[name] for name in case.rng.choice(halves)}
+    save_file(old, folder / case.rng.choice(["model-00003-of-00003.safetensors", "model-00001-of-00003.safetensors",
+                                             "model.v2.safetensors"]), metadata={"format": "pt"})  # fmt: skip
+    return want(case, "either", "safetensors", loss=expected, kept=ROWS)
+
+
+@mutation("models")
+def head_beside_a_tied_embedding(case):
+    """tie_word_embeddings is true, and the file has a head of its own: transformers' value, or a refusal."""
+    text_rows(case)
+    folder = case.model()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone() * case.rng.choice([1.0, 0.5, -1.0, 1.25])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return want(case, "either", "lm_head|tie_word|head", loss=loss_of(folder, case.rows), kept=ROWS)
+
+
+@mutation("models")
+def learned_positions(case):
+    """A row beyond a table of positions is refused before the first step."""
+    text_rows(case)
+    folder, size = case.model(), case.rng.choice([24, 32, 64, 128])
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    kind = case.rng.choice(["gpt2", "opt"])
+    torch.manual_seed(1)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=103, n_positions=size, n_embd=32, n_layer=2, n_head=2,
+                                         bos_token_id=None, eos_token_id=2)  # fmt: skip
+    else:
+        config = transformers.OPTConfig(vocab_size=103, max_position_embeddings=size, hidden_size=32, ffn_dim=64,
+                                        num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32,
+                                        pad_token_id=0, bos_token_id=None, eos_token_id=2)  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    generation = json.dumps({"eos_token_id": 2, "pad_token_id": 0})
+    (folder / "generation_config.json").write_text(generation)
+    longest = size + case.rng.choice([-3, -1, 0, 1, 2, 40])
+    case.rows[case.rng.randrange(ROWS)] = {"prompt": "a" * 8, "completion": "b" * (longest - 9)}
+    longest = max([longest, *(len(row["prompt"]) + len(row["completion"]) + 1 for row in case.rows)])
+    case.flags |= {"--max_length": "512", "--allow": "MODEL001"}
+    case.names |= {"--max_length"}
+    return want(case, "good" if longest <= size else "bad", "max_length|position")
+
+
+@mutation("models")
+def rows_beyond_the_configs_length(case):
+    """Rotary positions go on for ever, but the model has never seen such: a warning."""
+    text_rows(case)
+    longest = max(len(row["prompt"]) + len(row["completion"]) + 1 for row in case.rows)
+    limit = case.rng.choice([8, 16, longest - 1, longest, longest + 1, 400])
+    case.edit("config.json", lambda settings: settings.update(max_position_embeddings=limit))
+    case.flags["--max_length"] = "200"
+    case.names |= {"--max_length"}
+    if limit < longest:
+        return want(case, "good", alert="MODEL002", kept=ROWS)
+    return want(case, "good", no_alert="MODEL002", kept=ROWS)
+
+
+@mutation("models")
+def folder_that_a_run_holds(case):
+    """Another run, alive, or killed a moment ago, has the folder."""
+    case.become("sft")
+    case.holder = case.rng.choice(["alive", "killed", "alive without resume"])
+    if case.holder != "alive without resume":
+        case.argv += ["--resume", "auto", "--allow_changes"]
+    case.names |= {"out", "--resume", "pid", "--output_dir"}
+    if case.holder == "killed":
+        return want(case, "good")
+    return want(case, "bad", r"\d{2,}" if case.holder == "alive" else ())
+
+
+@mutation("models")
+def other_batch_size_on_resume(case):
+    """--allow_changes says at which row it goes on."""
+    earlier(case)
+    case.resumed = False
+    size = case.rng.choice([1, 3, 4, 5])
+    case.argv += ["--batch_size", str(size), "--allow_changes", "--max_steps", "3"]
+    return want(case, "good", out=[r"row\w* \d+|\d+ rows?|row of"])
+
+
+@mutation("models")
+def optimised_python(case):
+    """python -O and -OO: no guard is an assert, and no docstring is needed."""
+    how = case.rng.choice(["-O", "-OO"])
+    case.python = [how]
+    if case.script in ONLINE and case.rng.random() < 0.5:
+        case.argv += ["--reward", str(MODEL)]  # a language model
+        case.names |= {"--reward"}
+        return want(case, "bad", "reward")
+    return want(case, "good", kept=ROWS)
+
+
+@mutation("models")
+def terminal_without_unicode(case):
+    text = case.rng.choice(["\u6f22\u5b57", "\u00e9t\u00e9", "\U0001f600", "na\u00efve \u2192"])
+    case.python, case.environment = [], case.rng.choice([{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "LANG": "C",
+        "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "latin-1"}])  # fmt: skip
+    case.become("sft")
+    only_row(case, {"prompt": text, "completion": text})
+    return want(case, "good", kept=ROWS)
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+NOT_ONE_NUMBER = ["3/4", "(1, 2)", "\\frac{5}{7}", "x + 1", "", "yes", "1 or 2", "\\sqrt{2}", "2^3", "5, 6", "[1, 2]",
+                  "3:4", "1 2", "n = m", "-", "####", "\\boxed{\\frac{1}{9}}", "#### 8/9", "1e", "0x10"]  # fmt: skip
+ONE_NUMBER = ["7", "-3", "+4", "1,234", "12.0", "$5", "#### 7", "\\boxed{9}", "The sum is\n#### 1,000", "50%", "0.5",
+              " 8 ", "3.", "-0.25", "1e3", ["12"], 7, 2.5, -3]  # fmt: skip
+
+
+@mutation("judging")
+def answer_that_is_not_one_number(case):
+    """accuracy pays for none of them."""
+    case.become(case.rng.choice(ONLINE))
+    gold = case.rng.choice(NOT_ONE_NUMBER)
+    for row in case.rows:
+        row["answer"] = gold
+    return want(case, "bad", "GRPO003|answer")
+
+
+@mutation("judging")
+def answer_that_is_one_number(case):
+    case.become(case.rng.choice(ONLINE))
+    gold = case.rng.choice(ONE_NUMBER)
+    for row in case.rows:
+        row["answer"] = gold
+    return want(case, "good", no_alert="GRPO003", kept=ROWS)
+
+
+@mutation("judging")
+def answer_in_a_list(case):
+    case.become(case.rng.choice(ONLINE))
+    gold = case.rng.choice([["1", "2"], [], [[]], [["7"]], [None], [{"a": 1}], ["x"], [3, 4]])
+    for row in case.rows if case.rng.random() < 0.5 else case.rows[:1]:
+        row["answer"] = gold
+    return want(case, "either", "GRPO003|answer")
+
+
+@mutation("judging")
+def held_out_prompts_without_a_reward(case):
+    """Their share, by hand; they are neither right nor wrong."""
+    case.become(case.rng.choice(ONLINE))
+    count, silent = 20, case.rng.choice([0, 1, 2, 10, 20])
+    rows = [{"prompt": f"{k}+1=", "answer": str(k + 1)} for k in range(count)]
+    for row in rows[:silent]:
+        row["answer"] = case.rng.choice(NOT_ONE_NUMBER[:8])
+    (case.folder / "held.jsonl").write_text(lines_of(rows))
+    case.argv += ["--eval_dataset", str(case.folder / "held.jsonl"), "--eval_every", "1", "--eval_samples", "1"]
+    if silent > 2:
+        return want(case, "bad", "GRPO003")
+    metrics = {"eval/no_reward_frac": silent / count}
+    return want(case, "good", alert="GRPO003" if silent else None, metrics=metrics, kept=ROWS)
+
+
+@mutation("judging")
+def same_prompt_again(case):
+    """Its place is part of the noise: not the same completions again."""
+    case.become(case.rng.choice(ONLINE))
+    count = case.rng.choice([1, 2, 8])
+    case.rows = [{"prompt": "Tell me", "answer": "5"} for _ in range(count)]
+    case.flags |= {"--batch_size": str(max(2, count) if count > 1 else 1), "--temperature": "1.2"}
+    case.argv += ["--max_steps", "4", "--steps_per_generation", "1", "--num_iterations", "1"]
+    return want(case, "good", other_completions=True, kept=count)
+
+
+RETURNS = {  # what a reward function returns -> whether it counts
+    "numpy.arange(float(n))": True, "torch.arange(n)": True, "torch.ones(n, dtype=torch.bfloat16)": True,
+    "[numpy.float32(k) for k in range(n)]": True, "[torch.tensor(float(k)) for k in range(n)]": True,
+    "tuple(range(n))": True, "numpy.ones(n, dtype=bool)": True, "torch.ones(n, 1)": None, "numpy.ones((n, 2))": False,
+    "numpy.array(1.0)": False, "torch.tensor(2.0)": False, "numpy.array(['a'] * n)": False,
+    "{k: 1.0 for k in range(n)}": False,
+    "(1.0 for _ in range(n))": None, "numpy.full(n, numpy.nan)": None, "[numpy.datetime64('2020')] * n": False,
+    "torch.zeros(n + 1)": False, "[torch.zeros(2)] * n": False, "[1 + 2j] * n": False, "[None] * (n - 1) + [1]": None,
+    "[numpy.int64(2)] * n": True, "torch.zeros(n, requires_grad=True)": True, "numpy.full(n, 1e39)": None,
+}  # fmt: skip
+
+
+@mutation("judging", 2)
+def what_a_reward_returns(case):
+    case.become(case.rng.choice(ONLINE))
+    value = case.rng.choice(list(RETURNS))
+    lines = [f"import {name}\n" for name in ("numpy", "torch") if name + "." in value]
+    text = "def mine(prompts, completions, **columns):\n    n = len(completions)\n"
+    (case.folder / "mine.py").write_text("".join(lines) + text + f"    return {value}\n")
+    case.argv += ["--reward", f"{case.folder}/mine.py:mine"]
+    case.names |= {"--reward", "mine", "GRPO003"}
+    right = RETURNS[value]
+    return want(case, "either" if right is None else "good" if right else "bad", "GRPO003|reward|mine",
+                no_alert="GRPO003" if right else None)  # fmt: skip
+
+
+@mutation("judging")
+def reward_by_name(case):
+    """`math` needs a package; a name that is none is refused."""
+    case.become(case.rng.choice(ONLINE))
+    name = case.rng.choice(["math", "math", "mathh", "Accuracy", "maths"])
+    case.argv += ["--reward", name]
+    case.names |= {"--reward", "math"}
+    if name == "math":
+        found = importlib.util.find_spec("math_verify")
+        return want(case, "good" if found else "bad", "math.verify", kept=ROWS)
+    return want(case, "bad", "reward")
+
+
+@mutation("judging")
+def pairs_that_are_equal(case):
+    """They teach nothing: dropped and counted."""
+    case.become(case.rng.choice(PAIRS))
+    few = case.rng.random() < 0.4
+    count = 200 if few else ROWS
+    chat = case.rng.random() < 0.5
+    rows = []
+    for k in range(count):
+        right, wrong = f"say {k}", f"no {k}"
+        row = {"prompt": "ask " + words(case), "chosen": right, "rejected": wrong}
+        if chat:
+            roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+            row = {name: [{"role": roles[name], "content": text}] for name, text in row.items()}
+        rows.append(row)
+    equal = 1 if few else case.rng.choice([1, 3, ROWS])
+    for k in case.rng.sample(range(count), equal):
+        rows[k]["rejected"] = rows[k]["chosen"]
+    case.rows = rows
+    if few:
+        return want(case, "good", kept=count - 1, out=[rf"{count - 1} of {count} rows kept"])
+    return want(case, "bad" if equal == ROWS else "either", "DATA009|equal", alert="DATA009", kept=ROWS - equal)
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 MODULES, WHOLE = {}, {}
@@ -1717,13 +2695,49 @@ def process(case, argv):
     """The same as a user types it."""
     out, err, began = case.folder / "stdout", case.folder / "stderr", time.monotonic()
     with open(out, "w") as o, open(err, "w") as e:
-        command = [sys.executable, str(ROOT / "methods" / f"{case.script}.py"), *argv]
+        command = [sys.executable, *(case.python or []), str(ROOT / "methods" / f"{case.script}.py"), *argv]
         run = subprocess.Popen(command, cwd=case.folder, stdout=o, stderr=e, start_new_session=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"} | case.environment)
         hung = watch(case, lambda: run.poll() is None, run.pid, began + LIMIT)
         run.wait()
     texts = [path.read_text(errors="backslashreplace") for path in (out, err)]
     return None if hung else run.returncode, *texts, time.monotonic() - began
+
+
+def hold(case, argv):
+    """Another run in the case's folder, in its steps; dead if that is the case. -> its process id."""
+    pid = os.fork()
+    if not pid:
+        log = case.folder / "holder"
+        child(case, [*argv, "--max_steps", "100000", "--save_every", "1"], log, log)
+    metrics, end = case.folder / case.out / "metrics.jsonl", time.monotonic() + LIMIT
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.01)
+    if case.holder == "killed":
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return pid
+
+
+def held(case, argv):
+    """As forked, while (or after) another run holds the folder -> also what is wrong with how it took that."""
+    pid = hold(case, argv)
+    if case.holder == "killed":
+        steps = len((case.folder / case.out / "metrics.jsonl").read_text().splitlines()) + 3
+        return forked(case, [*argv, "--max_steps", str(steps)]), []
+    result = forked(case, argv)
+    known, wrong = read(case.folder / case.out / "run.json"), []
+    if (known.get("pid"), known.get("status")) != (pid, "running"):
+        wrong.append(f"run.json of the run that holds the folder says {known.get('pid')}, {known.get('status')}")
+    found, _ = os.waitpid(pid, os.WNOHANG)
+    if found:
+        wrong.append("the run that held the folder has ended")
+    else:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if case.holder == "alive" and str(pid) not in result[2]:
+        wrong.append("the line does not say who holds the folder")
+    return result, wrong
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
@@ -1775,6 +2789,59 @@ def judge(case, code, out, err, before):
         wrong += right(case, folder, out, err, known)
     elif code in (2, 3):
         wrong += refused(case, code, folder, lines, known, before)
+    return wrong + (as_wanted(case, code, out, err, folder) if case.want else [])
+
+
+def visible(text):
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_wanted(case, code, out, err, folder):
+    """-> what a case of the families that stand alone asks for and did not get."""
+    wrong, asked = [], case.want
+    errors = [line for line in err.split("\n") if line.startswith("error: ")]
+    log = folder / "alerts.jsonl"
+    alerts = {json.loads(line).get("code") for line in log.read_text().splitlines()} if log.is_file() else set()
+    alerts |= set(re.findall(r"\b([A-Z]+\d{3})\b", err))
+    if code in (2, 3):
+        line = (errors or [""])[-1]
+        wrong += [f"the line lacks {pattern}" for pattern in asked["line"] if not re.search(pattern, line)]
+    if asked["alert"] and asked["alert"] not in alerts and code != 2:
+        wrong.append(f"no alert {asked['alert']}, but {sorted(map(str, alerts))}")
+    if asked.get("no_alert") in alerts:
+        wrong.append(f"alert {asked['no_alert']}")
+    if code == 0:
+        wrong += values_as_wanted(case, asked, out, folder)
+    return wrong
+
+
+def values_as_wanted(case, asked, out, folder):
+    wrong, metrics = [], folder / "metrics.jsonl"
+    picture = re.search(r"^first row .*?(?=^first row|^data )", out, re.M | re.S)
+    spans = re.findall(">>(.*?)<<", picture[0].replace("|>>>", "|> >>")) if picture else []
+    if "scored" in asked and spans != [visible(text) for text in asked["scored"]]:
+        wrong.append(f"scored {spans}, expected {[visible(text) for text in asked['scored']]}")
+    if "scored_first" in asked and spans[:1] != [visible(asked["scored_first"])]:
+        wrong.append(f"scored {spans}, expected {visible(asked['scored_first'])!r} first")
+    for span, text in zip([*spans, "", ""], asked.get("scored_ends", [])):
+        if not span.endswith(visible(text)):
+            wrong.append(f"scored {span!r}, which does not end in {visible(text)!r}")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else [{}]
+    first = next((row for row in rows if "num_tokens" in row), {})
+    if "num_tokens" in asked and first.get("num_tokens") != asked["num_tokens"]:
+        wrong.append(f"{first.get('num_tokens')} tokens scored, expected {asked['num_tokens']}")
+    if "loss" in asked and not math.isclose(first.get("loss") or 0, asked["loss"], rel_tol=1e-3, abs_tol=1e-4):
+        wrong.append(f"loss {first.get('loss')}, expected {asked['loss']:.5f}")
+    for name, value in asked.get("metrics", {}).items():
+        seen = [row[name] for row in rows if name in row]
+        if not seen or not math.isclose(seen[0], value, abs_tol=1e-6):
+            wrong.append(f"{name} is {seen[:1]}, expected {value}")
+    wrong += [f"the plan lacks {pattern}" for pattern in asked.get("out", []) if not re.search(pattern, out)]
+    if asked.get("other_completions"):
+        texts = [json.loads(line)["completion"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+        pairs = list(zip(texts[::2], texts[1::2]))
+        if len(set(pairs)) < 0.7 * len(pairs):
+            wrong.append(f"{len(set(pairs))} kinds of completions from {len(pairs)} groups")
     return wrong
 
 
@@ -1804,6 +2871,8 @@ def refused(case, code, folder, lines, known, before):
         wrong.append("the line says nothing to type")
     if code == 3 and not re.search(r"[A-Z]{4,}\d{3}", line):
         wrong.append("no code")
+    if case.holder:
+        return wrong  # run.json and checkpoints are another run's
     if os.path.exists(folder / "final") and case.family != "folders":
         wrong.append("final/ stands")
     if contents(folder) != before and not case.resumed:
@@ -1821,6 +2890,9 @@ def right(case, folder, out, err, known):
     wrong = []
     if case.endless:
         return wrong
+    if case.only_plan:
+        trained = (folder / "final").exists() or re.search(r"^step 1 ", out, re.M)
+        return ["it trained"] if trained or known.get("status") in ("failed", "running") else []
     if (known.get("status"), known.get("exit_code")) != ("finished", 0):
         wrong.append(f"run.json says {known.get('status')}, {known.get('exit_code')}")
     if leftovers := [path.name for path in folder.glob(".*") if path.name not in (".tmp-link",)]:
@@ -1877,9 +2949,18 @@ def attempt(number, seed, root, only=None, via=None, scripts=SCRIPTS):
     argv = case.write()
     real = number % 20 == 7 and not hasattr(case, "file_size") if via is None else via == "process"
     real = real and all("\x00" not in word for word in argv)
+    real = real or case.python is not None
+    if case.first:
+        forked(case, [*argv, *case.first])
+        for name in "stdout", "stderr":
+            (case.folder / name).unlink(missing_ok=True)
     before = contents(case.folder / case.out)
-    code, out, err, seconds = (process if real else forked)(case, argv)
-    wrong = judge(case, code, out, err, before)
+    if case.holder:
+        (code, out, err, seconds), wrong = held(case, argv)
+        wrong += judge(case, code, out, err, before)
+    else:
+        code, out, err, seconds = (process if real else forked)(case, argv)
+        wrong = judge(case, code, out, err, before)
     error = next((line for line in err.split("\n") if line.startswith("error: ")), err[-300:] if code else "")
     error = error.replace(str(case.folder), ".").replace(str(ROOT), "ROOT").replace(str(root), "ALL")
     return {"case": number, "family": case.family, "script": case.script, "via": "process" if real else "fork",

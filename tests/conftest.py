@@ -3,6 +3,7 @@
 Scripts are used as their users use them: the command line, `parse_args`, `main`, and the files that a run leaves. Each
 training run lives in a forked child, so that a kill, a signal or a patched function touches nobody else.
 """
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -161,6 +162,7 @@ def _child(rank, world, folder, fn, args):
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)  # pytest has its own
+    gc.freeze()  # what the parent made is no garbage of ours: looking through it takes longer than a step
     torch.set_num_threads(1)
     try:
         store = f"file://{folder}/store"
@@ -243,6 +245,7 @@ def _command(name, argv, log):
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    gc.freeze()
     torch.set_num_threads(1)  # again: a pool does not survive the fork, and its first use must not be by two threads
     sys.argv, code = [f"methods/{name}.py", *argv], 0
     try:

@@ -3,6 +3,7 @@
 Most of this runs in forked children (`leave`); one case per exit code is a real `python methods/x.py`, too.
 """
 
+import gc
 import json
 import os
 import resource
@@ -37,6 +38,7 @@ def leave(name, *flags, patch=None, limit=60):
             for number, stream in (1, "stdout"), (2, "stderr"):  # pytest replaced the objects, too
                 os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
                 setattr(sys, stream, os.fdopen(number, "w", buffering=1))
+            gc.freeze()  # as in conftest
             torch.set_num_threads(1)
             if patch:
                 patch(module)

@@ -233,7 +233,7 @@ def small(folder):
     return [*flags, "--engine", "continuous"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_run(world, tmp_path):
     """Whole runs: sampler and trainer agree, the ranks' engines do not disturb each other."""
     train("grpo", tmp_path / "run", *small(tmp_path), "--max_steps", 4, world=world)

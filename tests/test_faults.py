@@ -74,7 +74,9 @@ def test_points_are_all(surveys):
 
 
 @pytest.mark.parametrize("name, world, kinds", [
-    ("sft", 1, ["all", "flip", "full", "read-only", "gone"]), ("grpo", 2, ["one", "full"])])
+    ("sft", 1, ["all", "flip", "full", "read-only", "gone"]),
+    pytest.param("grpo", 2, ["one", "full"], marks=pytest.mark.slow),  # `one` is test_resume's, on two ranks
+])
 def test_random_faults(name, world, kinds, tmp_path):
     """One after the other; `full` by RLIMIT_FSIZE, which needs no rights."""
     args = SimpleNamespace(seed=1, faults=len(kinds), kinds=kinds)

@@ -50,7 +50,7 @@ def test_a_copy_under_another_name_reads_the_same_flags(name, tmp_path, monkeypa
     assert flags["max_steps"] > 0, "no preset"
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("name", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_copy_trains_to_the_same_bytes(name, tmp_path):
     argv = [*tiny_flags(name), "--max_steps", "2", "--batch_size", "4"]
     folder = tmp_path / "somewhere"

@@ -16,6 +16,8 @@ from common.batches import flat_batch
 
 NUMERIC = {"attention": 8, "logprobs": 2, "rollout_logprobs_loop": 4, "rollout_logprobs_continuous": 4, "dpo_update": 2,
            "grpo_update": 2, "head": 2, "compile": 2, "activation_checkpointing": 2}  # fmt: skip
+QUICK = ["attention", "logprobs", "rollout_logprobs_continuous", "sft_0.6b", "grpo_update", "head", "trl_dpo",
+         "rollout_loop", "activation_checkpointing"]  # one of each function that makes cases
 TIMED = ["sft_1.7b", "sft_0.6b", "dpo_update", "grpo_update", "head", "rollout_continuous", "rollout_loop", "compile"]
 
 
@@ -29,9 +31,11 @@ def gpu(tmp_path, monkeypatch):
     return module
 
 
-def test_tiny(tmp_path):
+@pytest.mark.parametrize("cases", [QUICK, pytest.param([], marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_tiny(cases, tmp_path):
     """As a user runs it: one row a case, none with an error, all with the command and digest that made them."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--output", str(tmp_path / "gpu.jsonl")]
+    command += ["--only", *cases] if cases else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,7 +47,8 @@ def test_tiny(tmp_path):
         assert row["sha256"] and "--tiny" in row["command"] and row["versions"]["torch"] and row["device"]
         assert len(row["checks"]) >= NUMERIC.get(name, 0)
         assert all(0 <= check["value"] <= check["limit"] for check in row["checks"])
-    for name in TIMED:
+    assert cases == [] or sorted(rows) == sorted(cases)
+    for name in [name for name in TIMED if name in rows]:
         numbers = rows[name]["numbers"]
         variants = [x for x in [numbers, *numbers.values()] if isinstance(x, dict) and "tokens_per_s" in x]
         assert variants and all(x["range"][0] <= x["seconds"] <= x["range"][1] and x["tokens"] > 0 for x in variants)

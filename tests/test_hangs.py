@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, newest, read_jsonl, tiny_flags, tiny_rows, train, trainer_tensors, try_train
 
-LIMIT = 12  # seconds of --ddp_timeout
+LIMIT = 8  # seconds of --ddp_timeout
 
 
 def sleeps():
@@ -70,7 +70,7 @@ def children(pid):
 def test_torchrun_restarts_and_the_run_resumes_by_itself(tmp_path):
     """kill -9 of one worker: the other names it, torchrun starts both again, and the end is the undisturbed one's."""
     flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 12), "--batch_size", "2"]
-    flags += ["--max_steps", "40", "--save_every", "2"]
+    flags += ["--max_steps", "16", "--save_every", "2"]
     train("sft", tmp_path / "whole", *flags, world=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts",
                "1", str(ROOT / "methods" / "sft.py"), *flags, "--output_dir", str(tmp_path / "run")]

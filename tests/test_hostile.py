@@ -33,7 +33,8 @@ def number(hostile, family, turn):
     return scripts * (len(families) * turn + families.index(family)) + (turn + families.index(family)) % scripts
 
 
-FAMILIES = ("rows text lines tables templates tokenizers configs weights checkpoints flags folders own").split()
+FAMILIES = ("rows text lines tables templates tokenizers configs weights checkpoints flags folders own "
+            "scoring columns models judging").split()  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +50,8 @@ def test_a_slice_ends_as_asked(hostile, family):
 def test_cases_that_once_failed(hostile, case):
     """A forged meta.json, a file named final, an eos_token_id that is an object, a window that is not a number."""
     first = ["sft", "dpo", "grpo"]  # the numbers count these scripts, and the families before `own`
-    row, _ = hostile.attempt(case, 0, hostile.root / "once", FAMILIES[:-1], via="fork", scripts=first)
+    before = FAMILIES[: FAMILIES.index("own")]
+    row, _ = hostile.attempt(case, 0, hostile.root / "once", before, via="fork", scripts=first)
     assert row["ok"], row
 
 
@@ -118,6 +120,26 @@ def test_the_judge_counts_rows_and_wants_the_weights_of_an_undisturbed_run(hosti
     hostile.earlier(case)
     code, out, err, _ = hostile.forked(case, case.write())
     assert "ended elsewhere" in str(hostile.judge(case, code, out, err, {})), err
+
+
+WANTED = [  # what a case may ask for, and what the judge says of a run that does otherwise
+    ({"scored": ["other<|end|>"]}, "expected ['other<|end|>']"), ({"scored_first": "other"}, "expected 'other' first"),
+    ({"scored_ends": ["other"]}, "does not end in 'other'"), ({"num_tokens": 7}, "tokens scored, expected 7"),
+    ({"loss": 0.5}, "expected 0.50000"), ({"metrics": {"lr": 2.0}}, "expected 2.0"), ({"out": ["no such"]}, "no such"),
+    ({"alert": "DATA011"}, "no alert DATA011"),
+]  # fmt: skip
+
+
+def test_the_judge_compares_what_a_case_asks_for(hostile):
+    case = hostile.Case(0, SEED, hostile.root / "wanted", [])
+    code, out, err, _ = hostile.forked(case, case.write())
+    for asked, needle in WANTED:
+        case.want = {"line": [], "alert": None, **asked}
+        assert needle in str(hostile.judge(case, code, out, err, {})), needle
+    case.want = {"line": [], "alert": None, "out": ["rows kept"]}
+    assert hostile.judge(case, code, out, err, {}) == []
+    case.want = {"line": ["no such word"], "alert": None}
+    assert "lacks no such word" in str(hostile.as_wanted(case, 2, "", "error: rows.jsonl is wrong", case.folder))
 
 
 # ---- sources -------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_auto_decides_by_bytes_and_all_ranks_alike(free, again, tmp_path):
 
 
 @pytest.mark.parametrize("name, world, more", [
-    ("grpo", 1, ()), ("dpo", 2, ()), ("sft", 2, ("--tp_size", 2))])
+    ("grpo", 1, ()), pytest.param("dpo", 2, (), marks=pytest.mark.slow), ("sft", 2, ("--tp_size", 2))])
 def test_a_run_ends_the_same(name, world, more, tmp_path):
     rows, runs = tiny_rows(name, tmp_path / "rows.jsonl", 10), {}
     for flag in "off", "on":
