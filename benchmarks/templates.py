@@ -62,7 +62,7 @@ def own_words(messages):
     own, others = [], []
     for message in messages:
         said = own if message["role"] == "assistant" else others
-        said += words(message["content"] + str(message.get("reasoning_content", "")) + str(message.get("tool_calls", "")))
+        said += words(f"{message['content']} {message.get('reasoning_content', '')} {message.get('tool_calls', '')}")
     return own, [word for word in others if word not in own]
 
 

@@ -97,10 +97,12 @@ def write_turn(row, tokenizer, stop_pattern, options, messages, turn):
     whole = render(row, tokenizer, options, messages[: turn + 1], False)
     start = len(before) if whole.startswith(before) else len(commonprefix([before, whole]))
     opening = whole[:start]
-    asked = before[before.rfind((earlier[-1]["content"] or "").strip()) :]
-    if holds_other(earlier, whole, start) and asked and asked in whole:
-        # Mistral writes the system's text into the question while that is the last message.
-        opening, start = before, whole.rfind(asked) + len(asked)
+    if start < len(before) and not whole.startswith(render(row, tokenizer, options, earlier, False)):
+        # Mistral writes the system's text into a question, but only while that is the last message.
+        question = (earlier[-1]["content"] or "").strip()
+        asked = before[before.rfind(question) :] if question in before else ""
+        if asked and asked in whole:
+            opening, start = before, whole.rfind(asked) + len(asked)
     facts = {"foreign"} if holds_other(earlier, whole, start) else set()
     text = whole[start:]
     end = end_of_turn(message, text, stop_pattern)
