@@ -91,9 +91,8 @@ def end_of_turn(message, text, stop_pattern):
             if piece not in text[said:]:
                 piece = json.dumps(piece, ensure_ascii=False)[1:-1]
             said = max(said, text.find(piece, said) + len(piece)) if piece in text[said:] else said
-    ends = [stop.end() for stop in re.finditer(stop_pattern, text) if stop.start() >= said]
-    ends = ends or [stop.end() for stop in re.finditer(stop_pattern, text)][-1:]
-    return ends[0] if ends else None
+    stop = re.compile(stop_pattern).search(text, said)
+    return stop.end() if stop else None
 
 
 def write_turn(row, tokenizer, stop_pattern, options, messages, turn):
@@ -105,10 +104,12 @@ def write_turn(row, tokenizer, stop_pattern, options, messages, turn):
     whole = render(row, tokenizer, options, messages[: turn + 1], False)
     start = len(before) if whole.startswith(before) else len(commonprefix([before, whole]))
     opening = whole[:start]
-    asked = before[before.rfind((earlier[-1]["content"] or "").strip()) :]
-    if holds_other(earlier, whole, start) and asked and asked in whole:
-        # Mistral writes the system's text into the question while that is the last message.
-        opening, start = before, whole.rfind(asked) + len(asked)
+    if start < len(before) and not whole.startswith(render(row, tokenizer, options, earlier, False)):
+        # Mistral writes the system's text into a question, but only while that is the last message.
+        question = (earlier[-1]["content"] or "").strip()
+        asked = before[before.rfind(question) :] if question in before else ""
+        if asked and asked in whole:
+            opening, start = before, whole.rfind(asked) + len(asked)
     facts = {"foreign"} if holds_other(earlier, whole, start) else set()
     text = whole[start:]
     end = end_of_turn(message, text, stop_pattern)
@@ -119,6 +120,8 @@ def write_turn(row, tokenizer, stop_pattern, options, messages, turn):
         text += stop.group() if stop else ""
     else:
         text = text[:end]
-    if not all(is_written(own, text) for own in own_texts(message)):
-        facts.add("lost")
+    for own in own_texts(message):
+        begin = max(0, len(opening) - len(own) + 1)  # the opening may hold the <think> of a content already
+        if not is_written(own, opening[begin:] + text):
+            facts.add("lost")
     return opening, text, facts

@@ -2,7 +2,7 @@
 import re
 from array import array
 from functools import lru_cache
-from itertools import dropwhile, groupby, takewhile
+from itertools import groupby
 from os.path import commonprefix, isfile  # Path's own raises where a name is too long
 from pathlib import Path
 
@@ -38,11 +38,12 @@ def stop_ids(tokenizer, generation_config=None):
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
         _, answer, after_answer = render(Row(), tokenizer, None, turns, False).rpartition("ANSWER")
-        ids = ids_of(tokenizer, after_answer if answer else "")  # some templates write no content that is a string
-        control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
-        ending = list(takewhile(control.__contains__, dropwhile(lambda token: token not in control, ids)))
-        if not stops.intersection(ending):  # Command ends an answer, then the turn, and its eos is the second
-            stops.update(ending[:1])
+        control = {added.content: token for token, added in tokenizer.added_tokens_decoder.items()}
+        pattern = "|".join(re.escape(text) for text in control if text.strip())
+        ending = re.search(f"(?:{pattern})+", after_answer if answer else "")  # some write no content that is a string
+        ids = [control[text] for text in re.findall(pattern, ending.group())] if pattern and ending else []
+        if not stops.intersection(ids):  # Command ends an answer, then the turn, and its eos is the second
+            stops.update(ids[:1])
     if not stops:
         raise problem(tokenizer.name_or_path, "no token ends a completion", tokenizer.special_tokens_map,
                       "Set eos_token in tokenizer_config.json, or type --chat_template FILE with an end of turn")
@@ -63,14 +64,15 @@ def encode_text(tokenizer, text):
 def encode_apart(tokenizer, ids, text):
     """Return ids of the text that decode to it behind the ids, which stay as they are. SentencePiece writes a blank
     before a text that is encoded alone, so the text is encoded behind a lead, too, which is taken off again."""
-    shown = tokenizer.decode(ids, clean_up_tokenization_spaces=False) + text
+    alone = ids_of(tokenizer, text)
+    shown = "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, alone))
     for lead in ("", "\n", ".", "a"):
         begin, found = ids_of(tokenizer, lead), ids_of(tokenizer, lead + text)
         rest = found[len(begin) :]
         both = tokenizer.decode(ids + rest, clean_up_tokenization_spaces=False)
         if found[: len(begin)] == begin and both == shown:
             return rest
-    return ids_of(tokenizer, text)  # a tokenizer that decodes no text to itself, as WordPiece
+    return alone  # from a tokenizer that joins texts by blanks, as WordPiece
 
 
 def encode_after(tokenizer, ids, before, text):
