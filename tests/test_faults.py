@@ -2,17 +2,27 @@
 
 The campaign says at its top what a fault is and what equal means. Here are a few of each kind, on at most two ranks.
 """
+import errno
+import fcntl
 import importlib.util
 import json
 import os
+import platform
 import random
 import shutil
+import signal
 import sys
+import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SCRIPTS, command, ended, tiny_rows, train
+import torch.distributed as dist
+from conftest import ROOT, SCRIPTS, command, ended, ranks, script, tiny_flags, tiny_rows, train, try_ranks, try_train
+
+from common.runtime import folders
+from common.runtime.launch import launch
 
 spec = importlib.util.spec_from_file_location("fault_campaign", ROOT / "benchmarks" / "fault_campaign.py")
 faults = importlib.util.module_from_spec(spec)
@@ -195,3 +205,129 @@ def test_no_checkpoint_is_whole(three, tmp_path):
     assert code == 2 and len(errors) == 1 and "no checkpoint is whole" in errors[0], text[-2000:]
     assert text.count(": damaged") == 3 and "Traceback" not in text
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+# ---- two runs, one folder --------------------------------------------------------------------------------------------
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def training(out, *flags):
+    """A command that has made its first checkpoint and has hundreds of steps before it."""
+    worker = command("sft", out, *flags)
+    end = time.monotonic() + 60
+    while not list(out.glob("checkpoint-*")) and time.monotonic() < end:
+        assert worker.is_alive(), Path(worker.log).read_text()
+        time.sleep(0.02)
+    return worker
+
+
+def test_a_second_run_in_the_folder_of_a_live_one(tmp_path):
+    """It says who is there and touches nothing. A killed holder blocks nobody, not even while a child of it lives."""
+    rows, out = tiny_rows("sft", tmp_path / "rows.jsonl", 8), tmp_path / "run"
+    flags = ["--dataset", rows, "--batch_size", 2, "--save_every", 1, "--eval_every", 0, "--resume", "auto"]
+    first = training(out, *flags, "--max_steps", 100_000)
+    code, text = ended(command("sft", out, *flags, "--max_steps", 100_000))
+    (line,) = errors(text)
+    assert code == 2 and f"in use by process {first.pid} on {platform.node()} since 20" in line, text
+    assert json.loads((out / "run.json").read_text())["status"] == "running" and first.is_alive()
+    first.kill()
+    ended(first)
+    (result,) = try_ranks(1, takes, out)
+    assert result.value is True, result.log
+
+
+def lock_and_fork(rank, world, out):
+    assert folders.lock(out)
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def takes(rank, world, out):
+    return folders.lock(out)
+
+
+def test_a_child_does_not_inherit_the_lock(tmp_path):
+    (result,) = try_ranks(1, lock_and_fork, tmp_path / "run")
+    assert result.code == -signal.SIGKILL and ranks(1, takes, tmp_path / "run") == [True]
+
+
+def starts_by_name(rank, world, place):
+    os.chdir(place)
+    module = script("sft")
+    folder, _, error = folders.prepare_folder(module.parse_args([]), module.__file__, "0")
+    dist.barrier()  # both hold their folders, and nobody has written anything yet
+    return str(folder), error
+
+
+def test_two_that_start_together_take_two_folders(tmp_path):
+    assert sorted(ranks(2, starts_by_name, tmp_path)) == [("runs/sft", None), ("runs/sft-2", None)]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path):
+    def patch(_module):
+        def lockf(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        fcntl.lockf = lockf
+
+    flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 8), "--max_steps", 1, "--batch_size", 2]
+    (result,) = try_train("sft", tmp_path / "run", *flags, patch=patch)
+    lines = [line for line in result.log.splitlines() if "cannot be locked" in line]
+    assert result.code == 0 and len(lines) == 1 and "No locks available" in lines[0], result.log
+
+
+def test_a_refused_run_leaves_run_json_alone(three, tmp_path):
+    """In containers process numbers repeat: a command that was refused does not write how it ended over another run."""
+    flags, whole = three
+    shutil.copytree(whole, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+
+    def same_number(_module):
+        (tmp_path / "run" / "run.json").write_text(json.dumps(about | {"pid": os.getpid()}))
+
+    (result,) = try_ranks(1, launches, [*tiny_flags("sft"), *map(str, flags), "--output_dir", str(tmp_path / "run")],
+                          same_number)
+    assert result.code == 2 and "holds another run" in result.log
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def launches(rank, world, argv, patch):
+    module = script("sft")
+    patch(module)
+    launch(module.main, module.parse_args(argv), module.__file__)
+
+
+# ---- the order of checkpoints ----------------------------------------------------------------------------------------
+
+
+def renumbered(out, steps):
+    """The checkpoints of a short run as those of a long one: their names, and the step in meta.json."""
+    for folder, step in zip(sorted(out.glob("checkpoint-*")), steps):
+        path = folder / "trainer" / "meta.json"
+        meta = json.loads(path.read_text()) | {"step": step}
+        del meta["own_crc32"]
+        path.write_text(json.dumps(meta | {"own_crc32": zlib.crc32(json.dumps(meta).encode())}))
+        folder.rename(out / f"checkpoint-{step:06d}")
+
+
+def test_step_1000000_comes_after_999500(three, tmp_path):
+    """By number: what is resumed, what the rotation removes, what final/ is made of. A folder that only looks like a
+    checkpoint is nobody's to resume from or to remove."""
+    flags, whole = three
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "final")
+    renumbered(out, [999_000, 999_500, 1_000_000])
+    (out / "checkpoint-best" / "trainer").mkdir(parents=True)
+    more = ["--resume", "auto", "--allow_changes", "--max_steps", 1_000_001, "--keep_last", 2]
+    code, text = ended(command("sft", out, *flags, *more))
+    assert code == 0 and f"resumed   {out}/checkpoint-1000000\n" in text and "skipped" not in text, text
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        "checkpoint-1000000", "checkpoint-1000001", "checkpoint-best"}
+    newest = (out / "checkpoint-1000001" / "model.safetensors").read_bytes()
+    assert (out / "final" / "model.safetensors").read_bytes() == newest

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import LOOPS, ROOT, SCRIPTS, TIMEOUT, command, ended, newest, once, read_jsonl, script, tiny_flags
-from conftest import tiny_rows, train, trainer_tensors, try_train
+from conftest import tiny_rows, train, trainer_tensors, try_ranks, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 )  # fmt: skip
 
 from common.rewards import BUILT_IN
+from common.runtime.launch import launch
 
 STEPS, BATCH, KEPT = 8, 4, (3, 6, 8)
 WEIGHTS = "model.policy.lm."  # how the names of the policy's weights begin in trainer/
@@ -245,20 +247,99 @@ def test_sigterm(name, runs, tmp_path):
 
 
 def test_sigterm_to_a_command(runs, tmp_path):
-    """The same with nothing forked: the command of the README, stopped during its slow imports."""
+    """The same with nothing forked: the command of the README. Stopped during its slow imports it leaves at once, for
+    there is nothing to save; stopped when it trains it saves."""
     name, out = "sft", tmp_path / "run"
     flags, whole = runs(name)
     words = [sys.executable, ROOT / "methods" / f"{name}.py", *tiny_flags(name), "--output_dir", out, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen([*map(str, words)], **options)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.05)  # the handler stands before torch is imported, and the first step is far away
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=TIMEOUT)[0].decode()
-    assert process.returncode == 4, text[-2000:]
+    assert process.returncode == 4 and text.startswith("SIGTERM was heard: there is nothing to save"), text[-2000:]
+    assert not out.exists()
+    process = subprocess.Popen([*map(str, words)], **options)
+    when_it_trains(out, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=TIMEOUT)[0].decode()
+    assert process.returncode == 4 and "SIGTERM was heard: the run saves" in text, text[-2000:]
     stopped(out)
     train(name, out, *flags, "--resume", "auto")
     assert_equal(out, whole)
+
+
+def interrupted_in(rank, world, stage, argv):
+    """Ctrl-C in one function of the script, which then would take a minute."""
+    module = script("dpo")
+
+    def slow(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    setattr(module, stage, slow)
+    launch(module.main, module.parse_args(argv), module.__file__)
+
+
+@pytest.mark.parametrize("stage", ("load_model", "load_groups", "load_weights", "attach_reference", "evaluate"))
+def test_ctrl_c_before_step_1(stage, runs, tmp_path):
+    """One line at once, exit code 4, and the folder is free for the same command."""
+    flags, _ = runs("dpo")
+    argv = [*tiny_flags("dpo"), *map(str, flags), "--output_dir", str(tmp_path / "run")]
+    begun = time.monotonic()
+    (result,) = try_ranks(1, interrupted_in, stage, argv)
+    assert result.code == 4 and time.monotonic() - begun < 30
+    assert result.log.count("SIGINT was heard: there is nothing to save yet") == 1 and "Traceback" not in result.log
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (about["status"], about["exit_code"]) == ("stopped", 4)
+    code, text = ended(command("dpo", tmp_path / "run", *flags))
+    assert code == 0, text[-2000:]
+
+
+@pytest.mark.parametrize("name", once("sft", "dpo", "kto", "grpo"))
+def test_max_steps_0_shows_the_plan(name, tmp_path):
+    flags = ["--dataset", tiny_rows(name, tmp_path / "rows.jsonl", 6), "--batch_size", 2, "--eval_dataset", ""]
+    code, text = ended(command(name, tmp_path / "run", *flags, "--max_steps", 0))
+    assert code == 0 and text.count("first row") == 3 and "\ncommand   " in text, text[-2000:]
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left <= {"run.json", "run.lock", "alerts.jsonl"}, left
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (about["status"], about["exit_code"]) == ("planned", 0)
+    code, text = ended(command(name, tmp_path / "run", *flags, "--max_steps", 1))
+    assert code == 0, text[-2000:]
+
+
+def test_the_tracker_goes_on_in_the_same_run(runs, tmp_path):
+    """The id is the folder's: a resumed run hands it over, another run has another."""
+    flags, whole = runs("sft")
+
+    def fake(_module):
+        made = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+        made.init = lambda **given: print("INIT", json.dumps([given["id"], given["resume"]]))
+        sys.modules["wandb"] = made
+
+    ids = []
+    for out, more in ("a", []), ("a", ["--resume", "auto", "--max_steps", 9, "--allow_changes"]), ("b", []):
+        (result,) = try_train("sft", tmp_path / out, *flags, "--report_to", "wandb", *more, patch=fake)
+        (line,) = [line for line in result.log.splitlines() if line.startswith("INIT")]
+        ids.append(json.loads(line[5:]))
+    assert ids[0] == ids[1] != ids[2] and ids[0][1] == "allow"
+
+
+def test_another_batch_size_says_where_it_goes_on(runs, tmp_path):
+    flags, whole = runs("sft")
+    out = interrupted(whole, tmp_path / "run", 3)
+    code, text = ended(command("sft", out, *flags, "--resume", "auto", "--allow_changes", "--batch_size", 2))
+    assert code == 0 and "3 steps of --batch_size 4 read 12 rows, step 4 goes on at row 6 " in text, text[-2000:]
+
+
+def test_another_batch_size_within_a_rollout_is_refused(runs, tmp_path):
+    """The prompts of a rollout follow from the batch size: others would be paired with its completions."""
+    flags, whole = runs("grpo")
+    out = interrupted(whole, tmp_path / "run", 6)
+    code, text = ended(command("grpo", out, *flags, "--resume", "auto", "--allow_changes", "--batch_size", 2))
+    assert code == 2 and "within a rollout" in text and "batch_size" in text, text[-2000:]
 
 
 # ---- what may be resumed ---------------------------------------------------------------------------------------------
