@@ -500,7 +500,8 @@ def test_a_run_without_a_reference(tmp_path):
     line, pairs = first_step(tmp_path, "--reference_free")
     margins = [0.1 * (w[0].sum() - x[0].sum()).item() for w, x in pairs]
     assert line["loss"] == pytest.approx(sum(map(log_odds_loss, margins)) / 5, rel=1e-5)
-    assert not list((tmp_path / "out").glob("ref_logprobs*")) and not (tmp_path / "out" / "alerts.jsonl").exists()
+    assert not list((tmp_path / "out").glob("ref_logprobs*"))
+    assert {alert["code"] for alert in read_jsonl(tmp_path / "out" / "alerts.jsonl")} == {"DATA007"}  # plain text
 
 
 def test_a_run_with_weights_and_shortened_tails(tmp_path):
