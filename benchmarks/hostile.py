@@ -2181,7 +2181,7 @@ def one_row_that_the_template_refuses(case):
     case.flags["--batch_size"] = "8"
     at = case.rng.randrange(count)
     messages = case.rows[at]["messages"]
-    case.rng.choice([lambda: messages[0].update(role="critic"), lambda: messages[0].update(role="tool"),
+    case.rng.choice([lambda: messages[0].update(role="tool"), lambda: messages[0].update(role="developer"),
                      lambda: messages.insert(0, {"role": "developer", "content": "x"})])()
     return want(case, "good" if many else "bad", "DATA008", alert="DATA008", kept=149 if many else None)
 
@@ -2205,7 +2205,7 @@ def slice_of_a_file(case):
     case.argv += ["--dataset", f"{case.data}:{name}{part}"]
     kept = SLICES[part]
     if name == "test":  # a file has no split but train
-        return want(case, "bad", "train|split")
+        return want(case, "bad", "train|split|cannot read")
     return want(case, "either" if kept is None else "good" if kept else "bad", kept=kept)
 
 
