@@ -2057,7 +2057,7 @@ def null_in_a_row(case):
         as_parquet(case, table(case))
     elif kind == "json":
         rows_as(case, "rows.json", json.dumps(case.rows).encode())
-    return want(case, "bad", [rf"(row|line) ({at}|{at + 1})\b", "null|None|empty", name])
+    return want(case, "bad", [rf"(row |line |:)({at}|{at + 1})\b", "null|None|empty", name])
 
 
 @mutation("columns")
@@ -2067,7 +2067,7 @@ def missing_value_in_a_csv(case):
     texts = [words(case) for _ in range(ROWS)]
     texts[at] = spelling
     rows_as(case, "rows.csv", ("prompt,completion\n" + "".join(f"ask,{text}\n" for text in texts)).encode())
-    return want(case, "either", [rf"(row|line) ({at}|{at + 1}|{at + 2})\b", "null|None|empty|CSV"], kept=ROWS)
+    return want(case, "either", [rf"(row |line |:)({at}|{at + 1}|{at + 2})\b", "null|None|empty|CSV"], kept=ROWS)
 
 
 @mutation("columns")
@@ -2233,13 +2233,13 @@ def strings_as_chats(case):
     else:
         only_row(case, {"prompt": "ask", "chosen": "say", "rejected": "no"})
     if case.rng.random() < 0.5:
-        return want(case, "good", alert="DATA007", kept=ROWS, scored_first="say<|end|>", out=[r"first row +ask>>"])
+        return want(case, "good", alert="DATA007", kept=ROWS, scored_first="say<|end|>", out=[r"first row +ask\s*>>"])
     case.argv += ["--as_chat"] if case.rng.random() < 0.5 else ["--as_chat", "true"]
     case.names |= {"--as_chat", "as-chat"}
     if case.argv[-1] == "true":
         return want(case, "either", "as.chat")
     return want(case, "good", no_alert="DATA007", kept=ROWS, scored_first="say<|end|>",
-                out=[r"first row +<\|user\|>ask<\|end\|><\|assistant\|>>>"])
+                out=[r"first row +<\|user\|>ask<\|end\|><\|assistant\|>\s*>>"])
 
 
 @mutation("columns")
