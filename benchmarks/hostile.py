@@ -2234,10 +2234,7 @@ def strings_as_chats(case):
         only_row(case, {"prompt": "ask", "chosen": "say", "rejected": "no"})
     if case.rng.random() < 0.5:
         return want(case, "good", alert="DATA007", kept=ROWS, scored_first="say<|end|>", out=[r"first row +ask\s*>>"])
-    case.argv += ["--as_chat"] if case.rng.random() < 0.5 else ["--as_chat", "true"]
-    case.names |= {"--as_chat", "as-chat"}
-    if case.argv[-1] == "true":
-        return want(case, "either", "as.chat")
+    case.argv += ["--as_chat"]
     return want(case, "good", no_alert="DATA007", kept=ROWS, scored_first="say<|end|>",
                 out=[r"first row +<\|user\|>ask<\|end\|><\|assistant\|>\s*>>"])
 
@@ -2247,7 +2244,7 @@ def named_template(case):
     """chatml on a model that does not have its tokens: right by the text, or refused."""
     chat_row(case, "ask", "say")
     case.flags["--chat_template"] = case.rng.choice(["chatml", "chatml", "chatlm", "no-such"])
-    case.names |= {"chat template"}
+    case.names |= {"chat template", "--chat_template"}
     return want(case, "either" if case.flags["--chat_template"] == "chatml" else "bad", "chat.template")
 
 
