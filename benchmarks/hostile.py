@@ -2289,7 +2289,7 @@ def no_steps(case):
 @mutation("columns")
 def folder_of_a_run_that_was_refused(case):
     """What ended in exit code 2 without a checkpoint does not occupy its folder."""
-    case.first = case.rng.choice([["--dataset", "no/such.jsonl"], ["--max_length", "3"], ["--rename", "x:y"],
+    case.first = case.rng.choice([["--dataset", "no/such.jsonl"], ["--dtype", "int8"], ["--rename", "x:y"],
                                   ["--dataset", str(case.secret), "--rename", "prompt:prompt2"]])  # fmt: skip
     return want(case, "good", kept=ROWS)
 
