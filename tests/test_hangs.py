@@ -68,21 +68,24 @@ def children(pid):
 
 
 def test_torchrun_restarts_and_the_run_resumes_by_itself(tmp_path):
-    """kill -9 of one worker: the other names it, torchrun starts both again, and the end is the undisturbed one's."""
+    """kill -9 of one worker: the other names it, torchrun starts both again, and the end is the undisturbed one's.
+    Without --output_dir the restart finds its own folder, not the first of its name, which is another run's."""
     flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 12), "--batch_size", "2"]
     flags += ["--max_steps", "16", "--save_every", "2"]
-    train("sft", tmp_path / "whole", *flags, world=2)
+    whole, out = tmp_path / "runs" / "sft", tmp_path / "runs" / "sft-2"
+    train("sft", whole, *flags, world=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts",
-               "1", str(ROOT / "methods" / "sft.py"), *flags, "--output_dir", str(tmp_path / "run")]
+               "1", str(ROOT / "methods" / "sft.py"), *flags]
     log = tmp_path / "log"
-    with open(log, "w") as out:
-        runner = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as file:
+        runner = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, env=environment)
     end = time.monotonic() + 60
-    while not list((tmp_path / "run").glob("checkpoint-*")) and time.monotonic() < end:
+    while not list(out.glob("checkpoint-*")) and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(children(runner.pid)[1], signal.SIGKILL)
     assert runner.wait(120) == 0, log.read_text()[-3000:]
     assert "resumed " in log.read_text() and "rank 1 does not answer" in log.read_text()
-    a, b = (trainer_tensors(newest(tmp_path / name)) for name in ("whole", "run"))
+    a, b = (trainer_tensors(newest(folder)) for folder in (whole, out))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert read_jsonl(tmp_path / "whole" / "metrics.jsonl") == read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert read_jsonl(whole / "metrics.jsonl") == read_jsonl(out / "metrics.jsonl")
