@@ -144,8 +144,10 @@ def test_rows_with_different_columns(tmp_path):
 
 
 @pytest.mark.parametrize("text, kept", [
-    ("", range(10)), ("[:95%]", range(10)), ("[95%:]", []), ("[:3]", range(3)), ("[-2:]", [8, 9]), ("[20%:-10%]", range(2, 9)),
-    ("[:100]", range(10)), ("[2:50%]", range(2, 5)), ("[:66.6%]", range(7)), ("[66.6%:]", [7, 8, 9]), ("[5:][:2]", [5, 6]),
+    ("", range(10)), ("[:95%]", range(10)), ("[95%:]", []), ("[:3]", range(3)), ("[-2:]", [8, 9]),
+    ("[20%:-10%]", range(2, 9)),
+    ("[:100]", range(10)), ("[2:50%]", range(2, 5)), ("[:66.6%]", range(7)), ("[66.6%:]", [7, 8, 9]),
+    ("[5:][:2]", [5, 6]),
     (":train[:2]", [0, 1]), (":train[:50%][:50%]", [0, 1]), ("[:]", range(10)),
 ])  # fmt: skip
 def test_slices(tmp_path, text, kept):
@@ -214,14 +216,16 @@ ALPACA = {"instruction": "Add.", "input": "3+4", "output": "7"}
 @pytest.mark.parametrize("row, rename, expected", [
     (ALPACA, r"{instruction}\n{input}:prompt,output:completion", {"prompt": "Add.\n3+4", "completion": "7"}),
     (ALPACA | {"input": ""}, r"{instruction}\n{input}:prompt,output:completion", {"prompt": "Add.", "completion": "7"}),
-    (ALPACA | {"input": None}, "{instruction}\n{input}:prompt,output:completion", {"prompt": "Add.", "completion": "7"}),
+    (ALPACA | {"input": None}, "{instruction}\n{input}:prompt,output:completion",
+     {"prompt": "Add.", "completion": "7"}),
     ({"instruction": "Q", "context": "", "response": "A"}, r"{context}\n{instruction}:prompt,response:completion",
      {"prompt": "Q", "completion": "A"}),
     (ALPACA, r"### Do this, please:\n{instruction}\n{input}\n\n### Answer:\n:prompt,output:completion",
      {"prompt": "### Do this, please:\nAdd.\n3+4\n\n### Answer:\n", "completion": "7"}),
     ({"reward_model": {"ground_truth": "7", "style": "rule"}, "prompt": "a"}, "reward_model.ground_truth:answer",
      {"answer": "7", "prompt": "a"}),
-    ({"answers": {"text": ["7", "8"]}, "q": "a"}, "answers.text.0:completion,q:prompt", {"completion": "7", "prompt": "a"}),
+    ({"answers": {"text": ["7", "8"]}, "q": "a"}, "answers.text.0:completion,q:prompt",
+     {"completion": "7", "prompt": "a"}),
     ({"a.b": "x", "a": {"b": "y"}}, "a.b:prompt", {"prompt": "x"}),
     ({"a": 3, "b": 4.5}, "{a} + {b} = \\boxed{}:prompt", {"prompt": "3 + 4.5 = \\boxed{}"}),
     ({"a": "{b}", "b": "x"}, "{a}{b}:prompt", {"prompt": "{b}x"}),
@@ -274,7 +278,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 @pytest.mark.parametrize("row, formats, expected", [
     ({"conversations": [{"from": "human", "value": "3+4?"}, {"from": "gpt", "value": "7"}]}, ["conversations"], None),
     ({"prompt": [ASKS], "completion": [WRITES]}, ["prompt", "completion"], [[SYSTEM, ASKS], [WRITES]]),
-    ({"prompt": [ASKS], "completion": [ASKS, WRITES]}, ["prompt", "completion"], [[SYSTEM, ASKS], [SYSTEM, ASKS, WRITES]]),
+    ({"prompt": [ASKS], "completion": [ASKS, WRITES]}, ["prompt", "completion"],
+     [[SYSTEM, ASKS], [SYSTEM, ASKS, WRITES]]),
     ({"chosen": [ASKS, WRITES], "rejected": [ASKS, WRITES]}, ["chosen", "rejected"], [[SYSTEM, ASKS, WRITES]] * 2),
     ({"prompt": "a", "completion": "b"}, ["prompt", "completion"], ["a", "b"]),
 ])  # fmt: skip
@@ -321,10 +326,12 @@ TEXT = json.dumps(CALL["arguments"])
 @pytest.mark.parametrize("message, expected", [
     ({"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {
         "name": "weather", "arguments": TEXT}}]}, [{"id": "1", "type": "function", "function": CALL}]),
-    ({"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}, [{"type": "function", "function": CALL}]),
+    ({"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]},
+     [{"type": "function", "function": CALL}]),
     ({"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": TEXT}]}, [CALL]),
     ({"role": "assistant", "tool_calls": json.dumps([CALL])}, [CALL]),
-    ({"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": TEXT}, "tool_calls": None},
+    ({"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": TEXT},
+      "tool_calls": None},
      [{"type": "function", "function": CALL}]),
     ({"from": "function_call", "value": json.dumps(CALL)}, [{"type": "function", "function": CALL}]),
     ({"from": "function_call", "value": json.dumps([CALL, {"name": "f", "arguments": ""}])},
@@ -465,7 +472,10 @@ def test_flags_of_the_command_line(tmp_path):
     assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, ASCII],
                          ids=["ioencoding", "locale"])  # fmt: skip
 def test_a_terminal_without_letters_does_not_end_a_run(env, tmp_path):
     """Of the first row, the plan, the alerts and --help."""
