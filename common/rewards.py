@@ -30,7 +30,7 @@ from common.logprobs import Scorer
 from common.runtime.flags import InputError
 from common.runtime.parallel import agree, all_sum
 from common.runtime.run import first_line, write
-from common.data import Row
+from common.data import Row, problem
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
 
 
@@ -55,8 +55,12 @@ SHIPPED = {"math": str(Path(__file__).with_name("examples") / "math_reward.py") 
 
 
 # ---- judging completions -------------------------------------------------------------------------
-def load_rewards(args):
-    """Return the functions of --reward."""
+def load_rewards(args, groups):
+    """Return the functions of --reward. groups: of the data set, which must have a column that `accuracy` reads."""
+    columns = groups[0]["columns"]
+    if "accuracy" in args.reward and not {"answer", "solution"} & columns.unread:
+        raise problem(columns, "--reward accuracy needs a column answer or solution; found", sorted(columns),
+                      "Type --rename old:answer, or another --reward")
     if len(args.reward_weights) not in (0, len(args.reward)):
         raise InputError(f"--reward_weights: {len(args.reward_weights)} values for {len(args.reward)} rewards.")
     functions = []
@@ -65,12 +69,14 @@ def load_rewards(args):
         try:
             if name in BUILT_IN:
                 functions.append(BUILT_IN[name])
+                columns.unread.difference_update(["answer", "solution"])
             elif os.path.isdir(name):
                 functions.append(RewardModel(name, args.tokens_per_microbatch))
             elif ":" not in path:
                 raise ValueError("there is no such reward")
             else:
                 functions.append(RewardFile(path, args.reward_timeout, args.reward_memory))
+                columns.unread.clear()  # its function gets all of them
         except Exception as e:  # files and folders are input, and what loads them raises anything
             advice = f"Give {', '.join([*BUILT_IN, *SHIPPED])}, FILE.py:FUNCTION or the folder of a reward model."
             raise InputError(f"--reward {name}: {first_line(e)}. {advice}") from e

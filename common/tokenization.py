@@ -8,21 +8,33 @@ from pathlib import Path
 
 from common.batches import predicted_flags
 from common.data import Row, columns_of, problem
+from common.runtime.flags import COMMON
 from common.templates import render, write_turn
 
 
 def load_tokenizer(path, chat_template=""):
-    """Return the tokenizer of a model folder or hub id. chat_template: a FILE of jinja that replaces its template."""
+    """Return the tokenizer of a model folder or hub id. chat_template: a FILE of jinja that replaces its template, or
+    the name of one of common/chat_templates, for a model without one. Its control tokens must be tokens: spelled in
+    pieces, they would end no turn."""
     from transformers import AutoTokenizer  # takes seconds
-    if chat_template and not isfile(chat_template):
-        raise problem(chat_template, "no chat template", "no such file", "Type --chat_template FILE")
+    is_named = chat_template in ("chatml", "plain") and not isfile(chat_template)
+    file = COMMON / "chat_templates" / f"{chat_template}.jinja" if is_named else chat_template
+    if chat_template and not isfile(file):
+        raise problem(chat_template, "no chat template", "no such file", "Type --chat_template FILE, chatml or plain")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if chat_template:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        tokenizer.encode("a")  # what is broken inside shows only now
+            tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
+        begin = tokenizer.encode("a")[:1]  # what is broken inside shows only now
     except Exception as error:  # these loaders raise anything, plain Exception too; the files are input
         raise problem(path, "cannot load the tokenizer", error, "Check --model and --chat_template FILE") from error
+    if is_named:
+        absent = set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)) - tokenizer.get_added_vocab().keys()
+        if absent or tokenizer.eos_token is None:
+            raise problem(path, f"--chat_template {chat_template} needs control tokens that the tokenizer lacks",
+                          sorted(absent) or "eos_token", "Type --chat_template plain, which ends turns with eos_token")
+        if begin == [tokenizer.bos_token_id]:  # it writes BOS before every text
+            tokenizer.chat_template = "{{- bos_token }}" + tokenizer.chat_template
     return tokenizer
 
 

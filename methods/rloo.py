@@ -52,10 +52,12 @@ class Args(RunFlags):
     # ---- data ------------------------------------------------------------------------------------
     dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "tiny"  # file, folder, hub id or tiny; name:split
     dataset_split: str = ""  # of a hub dataset or folder (train)
-    eval_dataset: str = ""  # held-out rows, same spellings; tiny:test
+    eval_dataset: str = ""  # held-out rows, same spellings; tiny:test, rows.jsonl[95%:]
+    eval_fraction: float = 0.0  # instead: this share of the dataset is held out, its last rows
     eval_rows: int = 512  # at most so many held-out rows
-    rename: str = ""  # foreign columns, e.g. answer:completion,question:prompt
-    chat_template: Annotated[str, arg(aliases=["--chat-template-path"])] = ""  # jinja file for models without one
+    rename: str = ""  # foreign columns: question:prompt,reward.truth:answer,"{one}\n{two}:completion"
+    as_chat: bool = False  # plain strings become a user's prompt and an assistant's answer, in the chat template
+    chat_template: Annotated[str, arg(aliases=["--chat-template-path"])] = ""  # jinja file, chatml or plain
     chat_template_kwargs: str = "{}"  # JSON, handed to the template
     max_length: int = 1024  # tokens of prompt + completion
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"  # a completion is never cut
@@ -420,7 +422,7 @@ def main(args, run):
         steps = math.ceil(args.num_train_epochs * args.num_iterations * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    reward_functions = load_rewards(args)
+    reward_functions = load_rewards(args, train)
     sampler = Sampler(run, lm, tokenizer, stops)  # an unsharded copy
     reference = load_weights(run, shard(Policy(copy.deepcopy(lm), args.temperature), run)) if args.beta else None
     policy = load_weights(run, shard(Policy(lm, args.temperature), run))  # every rank reads its own slices of the files

@@ -148,7 +148,8 @@ def test_the_files_of_a_run(ran):
     name, out, _ = ran
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     shards = {path for path in found if SHARD.fullmatch(path)}
-    wanted = {"run.json", "run.lock", "metrics.jsonl", *EXTRA.get(name, []), *(f"final/{file}" for file in [*EXPORT, "README.md"])}
+    wanted = {"run.json", "run.lock", "metrics.jsonl", *EXTRA.get(name, [])}
+    wanted |= {f"final/{file}" for file in [*EXPORT, "README.md"]}
     for step in 2, 3:
         wanted |= {f"checkpoint-{step:06d}/{file}" for file in EXPORT + TRAINER}
     assert found - shards - {"alerts.jsonl"} == wanted

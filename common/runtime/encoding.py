@@ -28,6 +28,8 @@ def encode_rows(run, rows, encode, tokenizer, stops, **options):
     chunks = [rows[first : first + CHUNK_ROWS] for first in range(0, len(rows), CHUNK_ROWS)]
     own_chunks = chunks[run.rank :: run.world]
     settings = encode, tokenizer, stops, options
+    encode_chunk(rows[:1], *settings)  # in every process, as the columns that it reads leave `unread` there
+    run.unread = run.unread or rows[0].unread
     processes = os.cpu_count() if run.world == 1 and len(rows) >= MANY_ROWS else 1
     groups, refusals, errors = [], [], []
     for results in progress(run, "tokenise", encode_chunks(own_chunks, settings, processes), len(own_chunks)):

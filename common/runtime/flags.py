@@ -90,6 +90,8 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
         signal.signal(signal.SIGTERM, on_signal)
         signal.signal(signal.SIGINT, on_signal)
         argv = sys.argv[1:]
+        for stream in sys.stdout, sys.stderr:
+            stream.reconfigure(errors="backslashreplace")  # text that a terminal has no letters for must not end a run
     if version != VERSION:
         script = sys.modules[kind.__module__].__file__
         refuse(f"{script} was written for common/ {version}, but {COMMON} is {VERSION}. Use those of one release.")
@@ -110,12 +112,23 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
         import transformers.utils
 
         transformers.utils.auto_docstring = leave_docstring
+    if getattr(args, "eval_fraction", 0):
+        hold_out(args)
     return args
 
 
 def leave_docstring(item=None, **_):
     """Do nothing to a class or function, as a decorator with or without arguments."""
     return leave_docstring if item is None else item
+
+
+def hold_out(args):
+    """Write --eval_fraction as two slices of --dataset, so that a resume and the printed command name the same rows."""
+    if args.eval_dataset or not 0 < args.eval_fraction < 1:
+        refuse(f"--eval_fraction {args.eval_fraction:g}: must be below 1, and without --eval_dataset. Choose one.")
+    border = f"{100 - 100 * args.eval_fraction:g}%"
+    args.dataset, args.eval_dataset = f"{args.dataset}[:{border}]", f"{args.dataset}[{border}:]"
+    args.eval_fraction = 0.0
 
 
 def read_flags(default, argv):

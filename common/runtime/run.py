@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.batches import group_tokens
-from common.runtime.flags import InputError, PlanOnly
+from common.runtime.flags import InputError, PlanOnly, printable
 from common.tokenization import token_picture
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")  # what a resume cuts back; other files are not ours
@@ -42,6 +42,7 @@ class Run:
     in_steps: bool = False  # the first step has begun: a signal to stop waits for the end of a step, and saves
     state: dict = field(default_factory=lambda: {"alerts": {}})  # saved with every checkpoint
     data: str = ""  # fingerprint of the training rows
+    unread: set = field(default_factory=set)  # columns of the rows that nothing has asked for
     weights: int = 0  # how many the model in training has
     tracker: object = None  # the module wandb or trackio, on rank 0
     bar: object = None  # tqdm's, on rank 0 and a terminal
@@ -161,6 +162,8 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
     tokens = sum(map(group_tokens, train))
     show_groups(run, "first row", train[: 3 if only_plan else 1], tokenizer)
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
+    if run.unread:
+        say(run, f"unread    columns {printable(', '.join(sorted(run.unread)))}")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
     model = f"{run.weights / 1e6:.1f}M weights, {policy.road} road, dropout 0"
     static = 16e-9 * run.weights * run.args.replicate_size / run.world  # fp32 weights, gradients, Adam's two moments
