@@ -5,11 +5,10 @@ import signal
 import threading
 from os.path import commonprefix
 
-from common.data import problem
+from common.data import REASONING, problem
 from common.runtime.flags import InputError
 
 PATIENCE = 10  # seconds that a chat template may take for one conversation; milliseconds are usual
-REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys of a message that may hold it
 
 
 class Refusal(InputError):
@@ -52,7 +51,7 @@ def render(row, tokenizer, options, messages, generation):
 def own_texts(message):
     """Return the texts that a message itself brings, in the order in which templates write them."""
     texts = [message[key] for key in REASONING if isinstance(message.get(key), str)]
-    texts.append(message["content"] or "")
+    texts.append(message["content"])
     values = [message.get("tool_calls")]
     while values:
         value = values.pop(0)
@@ -71,10 +70,13 @@ def is_written(text, whole):
     return text in whole or any("".join(spelling.split()) in "".join(whole.split()) for spelling in spellings)
 
 
-def holds_other(messages, text, start):
-    """Return whether the text from start on holds the end of one of the messages, which the text before then lacks."""
-    contents = [(message["content"] or "").strip() for message in messages]
-    for content in filter(None, contents):
+def holds_other(messages, text, start, own):
+    """Return whether the text from start on holds the end of one of the messages, which the text before then lacks.
+    What the turn's own content says, too, is its own."""
+    contents = [message["content"].strip() for message in messages]
+    for content in contents:
+        if content in own:
+            continue
         is_near = content in text[max(0, start - len(content) + 1) :]
         if is_near and text.count(content, 0, start) < contents.count(content):
             return True
@@ -106,11 +108,11 @@ def write_turn(row, tokenizer, stop_pattern, options, messages, turn):
     opening = whole[:start]
     if start < len(before) and not whole.startswith(render(row, tokenizer, options, earlier, False)):
         # Mistral writes the system's text into a question, but only while that is the last message.
-        question = (earlier[-1]["content"] or "").strip()
+        question = earlier[-1]["content"].strip()
         asked = before[before.rfind(question) :] if question in before else ""
         if asked and asked in whole:
             opening, start = before, whole.rfind(asked) + len(asked)
-    facts = {"foreign"} if holds_other(earlier, whole, start) else set()
+    facts = {"foreign"} if holds_other(earlier, whole, start, message["content"]) else set()
     text = whole[start:]
     end = end_of_turn(message, text, stop_pattern)
     if end is None:  # GLM-4 ends a turn with the token of the next role

@@ -126,7 +126,7 @@ def text_facts(tokenizer, prompt, answer=""):
 
 
 def chat_facts(tokenizer, messages):
-    spelled = any(control_pattern(tokenizer).search(message["content"] or "") for message in messages)
+    spelled = any(control_pattern(tokenizer).search(message["content"]) for message in messages)
     return {"spelled"} if spelled else set()
 
 

@@ -151,7 +151,7 @@ def once(*names):
 
 def lone_run(args):
     """What shared code that loads data needs of a Run, for one process that trains nothing."""
-    return SimpleNamespace(args=args, rank=0, world=1, bar=None, beat=0.0, state={})
+    return SimpleNamespace(args=args, rank=0, world=1, bar=None, beat=0.0, state={}, unread=set())
 
 
 # ---- forked ranks ----------------------------------------------------------------------------------------------------

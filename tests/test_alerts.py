@@ -330,6 +330,13 @@ def test_model001_a_config_that_lies(tmp_path):
         assert stops_before_step_1("MODEL001", name, tmp_path, *flags, allow=allow)["value"] > 0.1
 
 
+def test_model002_a_row_beyond_what_the_model_was_made_for(tmp_path):
+    """Rotary embeddings go on beyond max_position_embeddings, and say nothing sensible there."""
+    folder = model(tmp_path, config={"max_position_embeddings": 12})
+    found = only_warns("MODEL002", "sft", tmp_path, "--model", folder, "--max_length", 200)
+    assert found["limit"] == 12 < found["value"]
+
+
 def plant_nan(tensors):
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
 

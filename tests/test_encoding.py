@@ -56,6 +56,7 @@ def test_processes(monkeypatch):
 def on_rank(rank, world, count):
     encoding.CHUNK_ROWS = 4
     run = SimpleNamespace(args=ARGS, rank=rank, world=world, group=dist.group.WORLD, device="cpu", bar=None, beat=0.0)
+    run.unread = set()
     rows = numbered_rows(count)
     return encoded(run, rows) == one_loop(rows) and (run.beat > 0 or rank * 4 >= count)
 
