@@ -2,8 +2,8 @@
 
   namespaces  of its own for processes, files, network, System V IPC and, where training is not root, users; with the
               first process of the pid namespace, which is ours and not the stranger's, all others end
-  files       an empty file system of 16 MB with Python's standard library and the shared libraries, read-only; no
-              packages, no /proc, no environment, no /dev
+  files       Python's standard library and the shared libraries, read-only, and an empty /tmp of 16 MB; no packages,
+              no /proc, no /dev, no environment
   user        no capabilities; where training is root, a user id that nobody else has
   calls       a seccomp filter: no keyrings, shared memory, message queues, tracing, sockets that leave the process
   limits      of memory, CPU, files and processes, and where a cgroup can be had of the memory of all together
@@ -25,6 +25,7 @@ LIMITS = {"AS": MEMORY, "FSIZE": 2**24, "NOFILE": 32, "NPROC": 8, "CORE": 0}
 ROOT = "/proc"  # where the new root is mounted: every Linux has this folder, and no library lies in it
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 NOSUID, NODEV, NOEXEC, BIND, REC, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18  # flags of mount(2)
+RECURSIVE = 0x8000  # a flag of mount_setattr(2)
 PDEATHSIG, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 22, 36, 38  # options of prctl(2)
 
 # Per machine: how seccomp names it, and the numbers of the system calls that the filter looks at.
@@ -109,7 +110,7 @@ def enter_namespaces(root):
 
 def change_root():
     """A small file system with the libraries becomes all that there is."""
-    mount_memory(ROOT, b"size=16m,nr_inodes=1000,mode=755")
+    mount_memory(ROOT, b"size=1m,nr_inodes=2000,mode=755")
     standard = os.path.dirname(os.__file__)
     compiled = [path for path in sys.path if path.endswith("lib-dynload")]
     for folder in filter(os.path.isdir, ["/lib", "/lib64", "/usr/lib", "/usr/lib64", standard, *compiled]):
@@ -122,8 +123,9 @@ def change_root():
             os.makedirs(os.path.dirname(ROOT + library), exist_ok=True)
             Path(ROOT + library).touch()
             mount_read_only(library)
-    os.mkdir(f"{ROOT}/tmp", 0o700)
-    os.chmod(f"{ROOT}/tmp", 0o777)
+    os.mkdir(f"{ROOT}/tmp")
+    make_read_only(ROOT, 0)
+    mount_memory(f"{ROOT}/tmp", b"size=16m,nr_inodes=1000,mode=777")
     os.chroot(ROOT)  # in which no new user namespace can be made
     os.chdir("/tmp")
 
@@ -134,10 +136,13 @@ def mount_memory(folder, options):
 
 def mount_read_only(path):
     """Show a folder or a file of this machine under the new root."""
-    target = (ROOT + path).encode()
-    call("mount", path.encode(), target, None, BIND | REC, None)
+    call("mount", path.encode(), (ROOT + path).encode(), None, BIND | REC, None)
+    make_read_only(ROOT + path, RECURSIVE)
+
+
+def make_read_only(folder, how):
     attributes = (ctypes.c_uint64 * 4)(1 | 2 | 4, 0, 0, 0)  # read-only, no set-uid programs, no devices
-    call("syscall", 442, -100, target, 0x8000, attributes, 32)  # mount_setattr, recursive
+    call("syscall", 442, -100, folder.encode(), how, attributes, 32)  # mount_setattr(2)
 
 
 def memory_group(limit):

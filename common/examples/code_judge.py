@@ -8,7 +8,7 @@ Only plain values travel between the last two (None, numbers, text, bytes, lists
 code can exit, print, patch builtins or search its memory: neither tests nor verdict are in its process, and an object
 that equals everything does not travel. Both are enclosed as code_isolation.py says.
 
-The verdict on stdout is one line: passed, failed, idle (it slept until PATIENCE was over), starved (it waited for a
+The verdict on stdout is one line: passed, failed, idle (it slept while PATIENCE went by), starved (it waited for a
 core), or what is wrong with the tests or with this machine. The second line says what memory is bounded by.
 """
 import builtins
@@ -80,6 +80,7 @@ def start(work, enclosure, verdict, keep):
 
 def wait_for_verdict(read, seconds, patience):
     end = time.monotonic() + patience
+    used = 0.0
     waited = 0.0
     while time.monotonic() < end:
         ready, _, _ = select.select([read], [], [], 0.2)
@@ -89,11 +90,11 @@ def wait_for_verdict(read, seconds, patience):
         used, waited = cpu_times()
         if used > seconds:
             return "failed"
-    return "starved" if waited > patience / 10 else "idle"
+    return "idle" if used + waited < patience / 2 else "starved"
 
 
 def cpu_times():
-    """-> seconds of CPU that this process and all below it have used, and seconds that those alive waited for a core."""
+    """-> seconds of CPU that this process and all below it have used, seconds that those alive waited for a core."""
     used = 0.0
     waited = 0.0
     pids = [os.getpid()]
