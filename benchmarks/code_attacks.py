@@ -789,20 +789,27 @@ def processes(mark):
     return found
 
 
+def abandoned_groups():
+    """Cgroups of judges that have ended. Other runs on this machine may have some whose judges are alive."""
+    groups = Path("/sys/fs/cgroup").glob("**/code_reward_*")
+    return [group for group in groups if not os.path.exists(f"/proc/{group.name.rpartition('_')[2]}")]
+
+
 def traces(folder, mark):
     """Everything that attacks could leave, as texts: two calls give the same where nothing was left."""
-    found = {"mounts": Path("/proc/self/mounts").read_text()}
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    found = {"mounts": "\n".join(line for line in mounts if line.split()[1].startswith("/proc"))}  # where ours would be
     for name in "shm", "sem", "msg":
         path = Path("/proc/sysvipc", name)
         found[name] = "\n".join(line.split()[0] for line in path.read_text().splitlines()) if path.exists() else ""
     keys = Path("/proc/keys").read_text().splitlines() if os.path.exists("/proc/keys") else []
     found["keys"] = "\n".join(sorted(line.split(maxsplit=7)[-1] for line in keys if mark in line or "memo" in line))
-    found["groups"] = "\n".join(map(str, Path("/sys/fs/cgroup").glob("**/code_reward_*")))
+    found["groups"] = "\n".join(map(str, abandoned_groups()))
     found["files"] = ""
     libraries = os.path.dirname(os.__file__)
     for place in "/", "/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run", "/usr", "/usr/lib", libraries:
         for name in os.listdir(place) if os.path.isdir(place) else []:
-            if name.startswith((mark, "code_reward")):
+            if name.startswith(mark):
                 found["files"] += f"{place}/{name}\n"
     bait = folder / "bait"
     found["bait"] = f"{bait.read_text()} {bait.stat().st_mtime_ns} {bait.stat().st_size} {sorted(os.listdir(folder))}"

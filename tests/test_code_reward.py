@@ -1,6 +1,7 @@
 """Code that a model wrote runs in processes that reach nothing, earn nothing by attacks and leave nothing behind; right
 code earns its reward all the same, whoever else uses the cores. The attacks are those of benchmarks/code_attacks.py."""
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_jsonl, train
@@ -22,7 +22,6 @@ spec = importlib.util.spec_from_file_location("code_attacks", ROOT / "benchmarks
 code_attacks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(code_attacks)
 ADD = "def add(a, b=1):\n    return a + b"
-GROUPS = Path("/sys/fs/cgroup")
 
 
 @pytest.fixture
@@ -140,14 +139,13 @@ def test_attacks(enclosed, kind):
 
 
 def test_what_never_ends(enclosed, tmp_path):
-    """A second of CPU is 0, and so are three seconds of sleep."""
+    """A second of CPU is 0, and so are two seconds of sleep. All of this kind: test_the_campaign."""
     every = code_attacks.attacks("burden", code_attacks.BURDEN, tmp_path, 0, "mark")
     enclosed.SECONDS, enclosed.WALL = 1, 30
-    names = ["uses a core", "burns with children"]
-    given = judged(enclosed, {name: (every[f"burden: {name}"], code_attacks.TASK) for name in names})
-    assert given == dict.fromkeys(names, 0.0)
-    enclosed.WALL = 3
-    names = ["sleeps", "ignores all signals", "hides a grandchild", "outlives its judge"]
+    children = every["burden: burns with children"]  # ended by what all its processes use together
+    assert judged(enclosed, {"children": (children, code_attacks.TASK)}) == {"children": 0.0}
+    enclosed.WALL = 2
+    names = ["ignores all signals", "outlives its judge"]
     given = judged(enclosed, {name: (every[f"burden: {name}"], code_attacks.TASK) for name in names})
     assert given == dict.fromkeys(names, 0.0)
     assert nobody(lambda _, line: f"{tmp_path}/code_" in line)
@@ -157,8 +155,12 @@ def test_no_life_beyond_its_judge(enclosed, tmp_path):
     """--reward_timeout strikes while code runs that asked not to be told: the code goes as well, and its cgroup."""
     one = RewardFile(f"{tmp_path}/code_reward.py:passes", 30, 8)
     code = fenced("import ctypes, os, time\nctypes.CDLL(None).prctl(1, 0)\nos.fork() or os.setsid()\ntime.sleep(30)")
-    call = threading.Thread(target=lambda: pytest.raises(ChildProcessError, one, prompts=["a"], completions=[code],
-                                                         tests=["assert f()"]))  # fmt: skip
+
+    def ask():
+        with contextlib.suppress(Exception):  # it is stopped from outside, by the test
+            one(prompts=["a"], completions=[code], tests=["assert f()"])
+
+    call = threading.Thread(target=ask)
     call.start()
     mine = lambda _, line: f"{tmp_path}/code_" in line and "reward.py:passes" not in line  # noqa: E731
     end = time.monotonic() + 20
@@ -168,7 +170,7 @@ def test_no_life_beyond_its_judge(enclosed, tmp_path):
     one.stop()
     call.join()
     assert nobody(lambda _, line: f"{tmp_path}/code_" in line)
-    assert [path for path in GROUPS.glob("**/code_reward_*") if not (path / "cgroup.procs").read_text()] == []
+    assert code_attacks.abandoned_groups() == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="without root every candidate has a user namespace of its own")
@@ -178,7 +180,7 @@ def test_candidates_do_not_share_their_limits(enclosed, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     code = """import threading, time
 def f():
-    threads = [threading.Thread(target=time.sleep, args=(1.5,)) for _ in range(4)]
+    threads = [threading.Thread(target=time.sleep, args=(1,)) for _ in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     return 1"""
@@ -187,7 +189,7 @@ def f():
 
 
 def test_memory_of_all_together(enclosed):
-    """Three processes with 250 MB each: every one is below its own limit, and together they are above."""
+    """Three processes with 200 MB each: every one is below its own limit, and together they are above."""
     _, bound = enclosed.judged("namespaces", ADD, "assert add(1) == 2", patience=30)
     if bound != "a memory cgroup":
         pytest.skip("this machine lets no memory cgroup be made")
@@ -198,7 +200,7 @@ def f():
         read, write = os.pipe()
         pipes.append(read)
         if os.fork() == 0:
-            kept = bytearray(b'x' * (125 << 20)) * 2
+            kept = bytearray(b'x') * (200 << 20)
             os.write(write, b'x')
             import time
             time.sleep(30)
@@ -228,7 +230,7 @@ def test_code_is_refused_without_isolation(tmp_path, capsys):
 def test_limits_only(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CODE_REWARD_ALLOW_WEAK", "1")
     module = rewritten(tmp_path, "code_isolation.py", '"unshare", NEWNS', '"unshare", 1 | NEWNS')
-    module.SECONDS, module.WALL = 2, 6
+    module.SECONDS, module.WALL = 1, 6
     reach = code_attacks.attacks("reach", code_attacks.REACH, tmp_path, 0, "mark")
     names = ["gigabyte", "prints a lot", "keys", "shared memory", "other sockets", "a life of its own"]
     if os.geteuid() == 0:
@@ -257,14 +259,19 @@ def one_core():
         neighbour.wait()
 
 
-BUSY = "import time\ndef f():\n    while time.process_time() < 1: pass\n    return 1"
+BUSY = "import time\ndef f():\n    while time.process_time() < 1.5: pass\n    return 1"
 
 
-def test_a_share_of_a_core_is_not_failure(enclosed, one_core):
-    """Right code that needs more wall clock than it may have of CPU: never 0."""
-    assert judged(enclosed, {"right": (BUSY, "assert f() == 1")})["right"] in (1.0, None)
-    enclosed.WALL = 1.2  # now there is no time for it at all
+def test_what_was_not_allowed_to_finish_is_not_failure(enclosed, one_core):
+    """Right code that may use two seconds of CPU, and got less: None, not 0."""
+    enclosed.WALL = 1.5
     assert judged(enclosed, {"right": (BUSY, "assert f() == 1")}) == {"right": None}
+
+
+@pytest.mark.slow
+def test_a_share_of_a_core_is_enough(enclosed, one_core):
+    enclosed.SECONDS, enclosed.WALL = 5, 30
+    assert judged(enclosed, {"right": (BUSY, "assert f() == 1")}) == {"right": 1.0}
 
 
 def test_right_code_beside_eight_busy_neighbours(enclosed):
@@ -281,11 +288,12 @@ def test_right_code_beside_eight_busy_neighbours(enclosed):
 
 def test_many_endless_ones_leave_time_for_the_others(enclosed):
     """A call has a time of its own, below --reward_timeout, which would take every completion's reward."""
-    enclosed.CALL = 6
-    codes = ["while True: pass", "import time\ntime.sleep(30)"] * 6 + [ADD]
+    enclosed.CALL = 4
+    workers = len(os.sched_getaffinity(0))
+    codes = ["while True: pass", "import time\ntime.sleep(30)"] * (2 * workers) + [ADD]
     started = time.monotonic()
-    given = enclosed.passes(["a"] * 13, [fenced(code) for code in codes], tests=["assert add(1) == 2"] * 13)
-    assert time.monotonic() - started < 8
+    given = enclosed.passes(codes, [fenced(code) for code in codes], tests=["assert add(1) == 2"] * len(codes))
+    assert time.monotonic() - started < 6
     assert given[-1] == 1.0 and 1.0 not in given[:-1]
 
 

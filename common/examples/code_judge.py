@@ -66,7 +66,7 @@ def start(work, enclosure, verdict, keep):
             end_with_parent()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             enclose(*enclosure)
-        except OSError as e:
+        except (OSError, ValueError) as e:  # the latter of a limit that may not be raised
             os.write(verdict, f"{e}\n".encode())
             os._exit(1)
         for descriptor in range(3, 32):

@@ -47,7 +47,7 @@ def passes(prompts, completions, tests=None, **_):
 
     def score_one(index):
         left = end - time.monotonic()
-        share = left * workers / (count - index)  # so many endless ones cannot take the time of those that follow
+        share = left * workers / (count - index + workers)  # many endless ones leave time for those that follow
         return score(isolation, completions[index], tests[index], min(left, share, WALL))
 
     with ThreadPoolExecutor(workers) as pool:
