@@ -119,7 +119,7 @@ def change_root():
         for packages in glob.glob(f"{ROOT}{folder}/*-packages") + glob.glob(f"{ROOT}{folder}/python3*/*-packages"):
             mount_memory(packages, b"size=4k,nr_inodes=1,mode=555")  # hidden: a package may hold data and answers
     for library in glob.glob(f"{sys.base_prefix}/lib/*.so*"):  # of a Python with libraries of its own, such as conda
-        if not os.path.exists(ROOT + library):
+        if os.path.isfile(library) and not os.path.exists(ROOT + library):
             os.makedirs(os.path.dirname(ROOT + library), exist_ok=True)
             Path(ROOT + library).touch()
             mount_read_only(library)
