@@ -914,7 +914,7 @@ def about(args):
         sha256[str(path.relative_to(ROOT))] = hashlib.sha256(path.read_bytes()).hexdigest()
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"command": "python benchmarks/code_attacks.py", "git": git, "sha256": sha256,
-            "python": platform.python_version(), "kernel": platform.release(),
+            "python": platform.python_version(), "kernel": platform.release().partition("-")[0],
             "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"}  # fmt: skip
 
 
