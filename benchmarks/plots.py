@@ -529,6 +529,9 @@ def part_compare():
     return table(("", "CleanPost", "TRL 1.16"), rows)
 
 
+ATTACKS = ("forge", "reach", "burden", "memo")  # kinds of code_attacks.py that are attacks
+
+
 def part_summary():
     """benchmarks/README: every question, its answer in a line, and where the data is."""
     rows = []
@@ -573,6 +576,11 @@ def part_summary():
         wrong = sum(not row["ok"] for row in hostile)
         text = f"{len(hostile)} bad inputs: {wrong} that did not end as they should"
         answer("What does bad input do?", text, "hostile")
+    attacks = [row for row in lines(RESULTS / "code_attacks.jsonl")[1:] if row["kind"] in ATTACKS]
+    if attacks:
+        through = sum(not row["held"] for row in attacks)
+        text = f"{len(attacks)} attacks on the code reward, as root and as a user: {through} that got anything"
+        answer("What does a model's code reach?", text, "code_attacks")
     if (RESULTS / "loading.json").is_file():
         answer("What does loading take?", "memory and seconds by number of ranks", "loading")
     points = {(row["part"], json.dumps(row["point"])) for row in lines(RESULTS / "scaling.jsonl")}
@@ -666,6 +674,22 @@ def part_hostile():
               sum(not row["ok"] for row in rows)] for family, rows in [*families.items(), ("all", found)]]
     head = "family", "cases:", *(f"exit code {code}:" for code in codes), "not as asked:"
     about = f"\n`{first.get('command')}`, {first.get('device')}.\n"
+    return table(head, shown) + about if found else ""
+
+
+def part_attacks():
+    """results/code_attacks: attacks on the code reward, and right answers beside them, by user and kind."""
+    first, *found = lines(RESULTS / "code_attacks.jsonl") or [{}]
+    kinds = {}
+    for row in found:
+        kinds.setdefault((row["user"], row["kind"]), []).append(row)
+    shown = []
+    for (user, kind), rows in kinds.items():
+        judged = [reward for row in rows for reward in row["rewards"]]
+        rewards = [judged.count(value) for value in (1.0, 0.0, None)]
+        shown.append([user, kind, len(rows), *rewards, sum(not row["held"] for row in rows)])
+    head = "user", "kind", "cases:", "reward 1:", "reward 0:", "no reward:", "not held:"
+    about = f"\n`{first.get('command')}`, Linux {first.get('kernel')}, {first.get('device')}.\n"
     return table(head, shown) + about if found else ""
 
 
