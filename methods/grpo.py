@@ -34,7 +34,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-VERSION = "0.3"  # of common/, which this script was written for
+VERSION = "0.4"  # of common/, which this script was written for
 places = [*Path(__file__).resolve().parents, Path(os.environ.get("CLEANPOST", "/"))]
 root = next((place for place in places if (place / "common" / "runtime" / "flags.py").is_file()), None)
 if not root:

@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-VERSION = "0.3"  # of common/, which this script was written for
+VERSION = "0.4"  # of common/, which this script was written for
 places = [*Path(__file__).resolve().parents, Path(os.environ.get("CLEANPOST", "/"))]
 root = next((place for place in places if (place / "common" / "runtime" / "flags.py").is_file()), None)
 if not root:
@@ -225,9 +225,12 @@ def load_groups(name, tokenizer, stops, args, run):
             groups.append(labelled(group, rejected, False))
         else:
             row = rows[group["row"]]
+            if "label" not in row:
+                wanted = "wanted columns prompt + completion + label | prompt + chosen + rejected; found"
+                raise problem(row, wanted, sorted(row), "Type --rename old:new,old:new")
             label = row.get("label")
             if type(label) is not bool:
-                raise problem(row, "label is neither true nor false", label, "Write one, or prompt + chosen + rejected")
+                raise problem(row, "label is neither true nor false", label, "Write true or false")
             groups.append(labelled(group, group["completions"][0], label))
     groups, counts = fit(groups, rows, args.max_length, args.overlong)
     return groups, counts, fingerprint(rows)

@@ -444,7 +444,7 @@ def test_columns_that_nothing_reads_are_in_the_plan(tmp_path):
 
 @pytest.mark.parametrize("name", once("grpo", "rloo"))
 def test_accuracy_without_an_answer_stops_before_the_weights(name, tmp_path):
-    path = lines(tmp_path / "mine.jsonl", *[{"prompt": "3+4=", "ground_truth": "7"}] * 8)
+    path = lines(tmp_path / "mine.jsonl", *[{"prompt": [{"role": "user", "content": "3+4="}], "ground_truth": "7"}] * 8)
     refused(attempt(name, tmp_path, "--dataset", path), tmp_path, "accuracy", "ground_truth", "--rename")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     result = attempt(name, tmp_path / "renamed", "--dataset", path, "--rename", "ground_truth:answer", "--max_steps", 1)

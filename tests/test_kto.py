@@ -216,7 +216,10 @@ def test_labels_that_are_neither_true_nor_false(label, tmp_path):
 
 @pytest.mark.parametrize("label", (True, False))
 def test_labels_that_are_all_alike(label, tmp_path):
-    rows = [{"prompt": "3+4=", "completion": str(x), "label": label} for x in range(4)]
+    asked = [{"role": "user", "content": "3+4="}]
+    rows = []
+    for x in range(4):
+        rows.append({"prompt": asked, "completion": [{"role": "assistant", "content": str(x)}], "label": label})
     wanted = f"{4 * label} of 4 labels are true"
     refused(attempt("kto", tmp_path, "--dataset", write_rows(tmp_path, *rows)), tmp_path, wanted)
 

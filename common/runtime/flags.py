@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import arg
 
-VERSION = "0.3"  # of common/; every script names the one that it was written for
+VERSION = "0.4"  # of common/; every script names the one that it was written for
 COMMON = Path(__file__).resolve().parents[1]  # common/, with the data of the tiny lab
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
 MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps")  # counts that 0 turns off
