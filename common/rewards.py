@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 from common.batches import flat_batch, pack
 from common.logprobs import Scorer
 from common.runtime.flags import InputError
-from common.runtime.parallel import agree
+from common.runtime.parallel import agree, layer_dtype
 from common.runtime.run import first_line, write
 from common.data import Row
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
@@ -74,7 +74,7 @@ def load_rewards(args):
             if name in BUILT_IN:
                 functions.append(BUILT_IN[name])
             elif os.path.isdir(name):
-                functions.append(RewardModel(name, args.tokens_per_microbatch))
+                functions.append(RewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
             elif ":" not in name:
                 raise ValueError("there is no such reward")
             else:
@@ -182,10 +182,11 @@ class RewardModel:
     """A sequence classifier with one label, in a folder as reward modelling saves it. Every rank holds all of it.
     Prompt and completion are encoded as its training encoded them, and it reads the end-of-turn token."""
 
-    def __init__(self, folder, tokens_per_microbatch):
+    def __init__(self, folder, tokens_per_microbatch, dtype=torch.float32):
         self.budget = tokens_per_microbatch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
+            self.device = torch.device("cuda", torch.cuda.current_device())
         lm, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )

@@ -23,6 +23,7 @@ import transformers
 
 from common.runtime.checkpoint import checkpoints, is_whole
 from common.runtime.flags import COMMON, HealthError, InputError, Preempted, printable
+from common.runtime.parallel import layer_dtype
 from common.runtime.run import LOGS, Run, first_line, peak_bytes, read_json, record
 
 
@@ -67,8 +68,8 @@ def setup(args, script):
     versions["device"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     run = Run(
         args=args, script=Path(script), rank=rank, world=world, dp_rank=rank // args.tp_size, dp_size=copies,
-        group=dist.group.WORLD, device=device, out=out, checkpoint=checkpoint, mesh_shape=mesh_shape,
-        versions=versions, command=command_line(args, script),
+        group=dist.group.WORLD, device=device, dtype=layer_dtype(args), out=out, checkpoint=checkpoint,
+        mesh_shape=mesh_shape, versions=versions, command=command_line(args, script),
     )
     if rank == 0:
         record(run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)

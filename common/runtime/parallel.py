@@ -21,6 +21,14 @@ STYLES = {
 }
 
 
+# ---- precision -----------------------------------------------------------------------------------
+def layer_dtype(args):
+    """Return the dtype that --dtype gives the layers of every model. Limits depend on it, never on the device."""
+    if args.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, args.dtype)
+
+
 # ---- exchange ------------------------------------------------------------------------------------
 def all_sum(run, *values):
     """Return the values, numbers or tensors of one element, summed over the data-parallel ranks, as floats. tp ranks

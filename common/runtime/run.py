@@ -32,6 +32,7 @@ class Run:
     dp_size: int  # number of ranks with rows of their own: those that share layers (tp) share their rows, too
     group: object  # the process group of every collective in shared code
     device: torch.device
+    dtype: torch.dtype  # that the layers compute in; weights and gradients are float32
     out: Path  # the output folder
     checkpoint: Path | None  # the folder that is resumed
     mesh_shape: tuple  # sizes of the mesh's dimensions: replicate, shard, tp
@@ -155,7 +156,8 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
     show_groups(run, "first row", train[:1], tokenizer)
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
-    model = f"{run.weights / 1e6:.1f}M weights, {policy.road} road, dropout 0"
+    dtype = str(run.dtype).removeprefix("torch.")
+    model = f"{run.weights / 1e6:.1f}M weights in float32, layers in {dtype}, {policy.road} road, dropout 0"
     static = 16e-9 * run.weights * run.args.replicate_size / run.world  # fp32 weights, gradients, Adam's two moments
     say(run, f"model     {model}; weights, gradients and Adam take {static:.2f} GB a rank")
     say(run, f"memory    {memory}")
