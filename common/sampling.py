@@ -18,7 +18,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from common.attention import PAGED, runs_flat, runs_paged
 from common.decoding import CacheDecoder, FlatDecoder
 from common.logprobs import fp32_product
-from common.runtime.model import materialize
+from common.runtime.flags import InputError
+from common.runtime.model import free_bytes, materialize
 from common.runtime.parallel import gather_tensors
 from common.runtime.run import say
 
@@ -45,6 +46,10 @@ class Sampler:
         self.lm = copy.deepcopy(lm)
         for parameter in self.lm.parameters():  # not the buffers: rotary tables stay fp32
             parameter.data = parameter.to(run.dtype)
+        need, free = sum(parameter.nbytes for parameter in self.lm.parameters()), free_bytes()
+        if need > free:
+            text = f"the copy that samples takes {need / 1e9:.1f} GB on every rank, and {free / 1e9:.1f} GB are free"
+            raise InputError(f"--model {run.args.model}: {text}. Choose a smaller model.")
         materialize(self.lm, run.device, run.device)
         head = self.lm.get_output_embeddings()
         head.forward = partial(fp32_head, head)  # as the trainer's: logits in bfloat16 would be off by 0.03 nats

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import STABLE, newest, ranks, read_jsonl, script, train, trainer_tensors
 from safetensors.torch import load_file, save_file
 from test_alerts import levels, provoke
 from torch.distributed.device_mesh import init_device_mesh
 
-from common import rewards
+from common import rewards, sampling
 from common.runtime import checkpoint, health, launch, model, parallel
+from common.runtime.flags import InputError
 from common.runtime.parallel import local
 
 BF16 = ["--dtype", "bfloat16"]
@@ -282,3 +284,73 @@ def test_a_reward_model_knows_the_number_of_its_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: places.append(device) or module)
     rewards.RewardModel(str(folder / "final"), 4096)
     assert places == [torch.device("cuda", 3)]
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+    """LOCAL_RANK 1 where torch sees one GPU, as Slurm may start it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert launch.find_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="^LOCAL_RANK is 1, but torch sees 1 GPUs"):
+        launch.find_device()
+
+
+def test_a_driver_that_is_too_old(tmp_path, monkeypatch):
+    """The wheel for CUDA 13 on a driver of CUDA 12: without a word torch would train on the CPU."""
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\nGCC version: 12\n")
+    monkeypatch.setattr(launch, "NVIDIA_DRIVER", version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch.find_device() == torch.device("cpu")  # its owner wants the CPU
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(InputError, match="CUDA 13.0, which driver 535.104.05 does not run"):
+        launch.find_device()
+
+
+def test_a_sampler_that_does_not_fit(tmp_path):
+    """Said in bytes, before a weight is read: the half million weights of the tiny model take 2 MB."""
+
+    def patch(_module):
+        sampling.free_bytes = lambda: 1e6
+
+    result = provoke("grpo", tmp_path, patch=patch)
+    assert result.code == 2 and "the copy that samples takes 0.0 GB on every rank" in result.err, result.err
+
+
+def _all_reduces(_rank, _world, out):
+    """How often FSDP2 sums gradients between copies of the model in each micro-batch of a step, and that sum's norm."""
+    module = script("sft")
+    args = module.parse_args(["--output_dir", out, "--replicate_size", "2", "--dtype", "bfloat16"])
+    run = launch.setup(args, module.__file__)
+    run.mesh = init_device_mesh("cpu", run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    _, lm = module.load_model(module.AutoModelForCausalLM, args)
+    policy = module.load_weights(run, module.shard(module.Policy(lm), run))
+    args.tokens_per_microbatch = 1  # each group alone
+    counts, norms, reduce = [], [], dist.all_reduce
+    for once in True, False:
+        for batch in module.micro_batches(run, model.probe_groups(100), spare=model.probe_groups(100)[0]):
+            if not once:
+                del batch["is_last"]  # an exchange for each micro-batch, as FSDP2 does it by itself
+            loss = policy(batch)["logprobs"].sum()
+            calls = []
+            dist.all_reduce = lambda *a, calls=calls, **k: calls.append(0) or reduce(*a, **k)
+            loss.backward()
+            dist.all_reduce = reduce
+            counts.append(len(calls))
+        norms.append(parallel.gradient_norm(run, policy.parameters()))
+        policy.zero_grad(set_to_none=True)
+    return counts, norms
+
+
+def test_copies_exchange_gradients_once_a_step(tmp_path):
+    for counts, (once, always) in ranks(2, _all_reduces, str(tmp_path / "out")):
+        half = len(counts) // 2
+        assert half > 1 and counts[: half - 1] == [0] * (half - 1) and counts[half - 1] > 0
+        assert min(counts[half:]) > 0
+        assert once == pytest.approx(always, rel=1e-5)

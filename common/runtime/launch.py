@@ -21,19 +21,22 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from common.attention import use_newest_kernel
 from common.runtime.checkpoint import checkpoints, is_whole
 from common.runtime.flags import COMMON, HealthError, InputError, Preempted, printable
 from common.runtime.parallel import layer_dtype
 from common.runtime.run import LOGS, Run, first_line, peak_bytes, read_json, record
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 # ---- start ---------------------------------------------------------------------------------------
 def setup(args, script):
     """Return the Run, with its process group, output folder, run.json, tracker and watchdog."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = find_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        use_newest_kernel()
     # A gather over tp and shard takes two steps, and torch warns of each.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if args.deterministic:
@@ -85,6 +88,22 @@ def setup(args, script):
         run.tracker.init(project="cleanpost", name=run.out.name, config=vars(args))
     threading.Thread(target=watch, args=[run], daemon=True).start()
     return run
+
+
+def find_device():
+    """Return this process's GPU, by LOCAL_RANK, or the CPU. A GPU that torch cannot use is not passed over."""
+    if torch.cuda.is_available():
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            text = "Start one process for each GPU, or unset LOCAL_RANK where each process sees one GPU only."
+            raise InputError(f"LOCAL_RANK is {number}, but torch sees {count} GPUs, from 0 on. {text}")
+        return torch.device("cuda", number)
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and NVIDIA_DRIVER.is_file() and not is_hidden:
+        driver = re.search(r"\d+\.[\d.]+", NVIDIA_DRIVER.read_text())[0]
+        text = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which driver {driver} does not run"
+        raise InputError(f"{text}. Update the driver, install a torch for it, or set CUDA_VISIBLE_DEVICES= (CPU).")
+    return torch.device("cpu")
 
 
 def command_line(args, script):
