@@ -53,6 +53,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is what this is about
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

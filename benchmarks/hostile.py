@@ -50,6 +50,7 @@ from dataclasses import fields
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read at import
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is what this is about
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch

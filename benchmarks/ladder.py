@@ -47,6 +47,7 @@ def one(script, seed, work):
     if not (out / "final").is_dir():
         command = [sys.executable, f"methods/{script}.py", "--seed", str(seed), "--output_dir", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
         started = time.monotonic()
         try:
             with open(work / f"{script}-s{seed}.log", "a") as log:

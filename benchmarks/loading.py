@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is what this is about
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

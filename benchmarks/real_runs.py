@@ -21,6 +21,7 @@ at random, is trained on (kto: its two solutions are rows with a label, no pair)
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -30,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is what this is about
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k", "reward", "reward_interval", "kto")
 HELD_OUT = 120  # questions with a right and a wrong solution that DPO never trains on

@@ -3,11 +3,13 @@
 A batch is one row of N tokens cut into segments (`flat_batch` in common/batches.py draws it). There are H heads, H_kv
 of keys and values, of width d, and d_v for values. What this file does not know raises InputError: attention that
 leaves something out returns wrong numbers without a word."""
+import importlib.util
 import inspect
 from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -19,6 +21,7 @@ try:
 except ImportError:  # It is never required: torch's own kernel lacks only the soft-cap.
     flash_attn_varlen_func = None
 
+WIDEST = 256  # numbers in a head that a fused kernel can take
 # Models find an attention by its name in their config. With "flash" in the name, continuous batching builds no mask
 # and records CUDA graphs.
 ATTENTION = "flash_varlen"
@@ -92,7 +95,7 @@ def _fused_attention(query, key, value, layout, scaling, window, softcap, sinks)
     sides = keys_to_the_left, 0
     if softcap:
         out = flash_attn_varlen_func(*widened, *layout, softmax_scale=scaling, causal=True, window_size=sides,
-                                     softcap=softcap)
+                                     softcap=softcap, deterministic=torch.are_deterministic_algorithms_enabled())
     else:
         out = varlen_attn(*widened, *layout, scale=scaling, window_size=sides, **GQA)
     return out[..., :value.shape[-1]]
@@ -166,7 +169,8 @@ def _explicit_attention(q, k, v, visible, scaling, softcap, sinks):
 
 def runs_flat(lm, device_type):
     """Return whether tokens meet only inside flat_attention: no recurrent state, no convolution, no chunked mask. On
-    CUDA no sinks either and, without flash_attn, no soft-caps: torch's kernel has no gradient for a replacement."""
+    CUDA no wide heads and no sinks either and, without flash_attn, no soft-caps: torch's kernel has no gradient for a
+    replacement."""
     config = lm.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     if not set(kinds) <= {"full_attention", "sliding_attention"}:
@@ -175,9 +179,27 @@ def runs_flat(lm, device_type):
         return False
     if device_type != "cuda":
         return True
+    for module in lm.modules():  # layers of one model may differ
+        if max(getattr(module, "head_dim", None) or 0, getattr(module, "qk_head_dim", None) or 0) > WIDEST:
+            return False
     if getattr(config, "attn_logit_softcapping", None):
         return flash_attn_varlen_func is not None
     return bool(lm._supports_sdpa)
+
+
+def use_newest_kernel():
+    """Let torch's fused attention run on FlashAttention 3 where its package and a GPU for it are there."""
+    if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability()[0] == 9:
+        activate_flash_attention_impl("FA3")
+
+
+def kernel_name(lm, device_type, dtype):
+    """Return what computes the attention of a model that runs flat, for the plan."""
+    if device_type != "cuda" or dtype == torch.float32:
+        return "scaled_dot_product_attention by segment"
+    if getattr(lm.config.get_text_config(), "attn_logit_softcapping", None):
+        return "flash_attn"
+    return f"varlen_attn ({current_flash_attention_impl() or 'FA2'})"
 
 
 def runs_paged(lm, device_type):

@@ -254,11 +254,13 @@ def micro_batches(run, groups, spare):
     are collectives, so every rank gets the same number of batches, at least one; agreeing on it is a collective, too.
     Multiply what is summed over batches by batch["weight"]: 0.0 where a rank with less work runs the group `spare`."""
     batches = pack(groups, run.args.tokens_per_microbatch)
-    for k in range(int(all_most(run, max(1, len(batches))))):
+    count = int(all_most(run, max(1, len(batches))))
+    for k in range(count):
         run.beat = time.monotonic()  # progress, for the watchdog
         has_work = k < len(batches)
         batch = flat_batch(batches[k] if has_work else [spare], run.device)
         batch["weight"] = 1.0 if has_work else 0.0
+        batch["is_last"] = k + 1 == count
         yield batch
 
 

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -86,7 +87,7 @@ class ScoredHead(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        half = hidden.is_cuda and hidden.dtype != torch.float32
+        half_on_cuda = hidden.is_cuda and hidden.dtype != torch.float32
         for start in reversed(range(0, len(labels), ctx.rows)):
             chunk = slice(start, start + ctx.rows)
             logp, slope = ctx.last_chunk
@@ -103,27 +104,30 @@ class ScoredHead(torch.autograd.Function):
             # d loss / d (h W^T + b): one slope for all logits, or with a cap one for each
             if torch.is_tensor(slope) or slope != 1:
                 d_z.mul_(slope)
-            if half:
-                d_z = d_z.to(hidden.dtype)
+            d_z = d_z.to(hidden.dtype)  # no copy in fp32
             d_hidden[chunk] = d_z @ weight.to(d_z.dtype)
             if d_bias is not None:
                 d_bias += d_z.sum(0, dtype=torch.float32)
-            if d_weight is not None and half:
+            if d_weight is not None and half_on_cuda:
                 torch.addmm(d_weight, d_z.T, hidden[chunk], out_dtype=torch.float32, out=d_weight)
             elif d_weight is not None:
-                d_weight.addmm_(d_z.T, hidden[chunk].float())
+                d_weight.addmm_(d_z.float().T, hidden[chunk].float())
         if ctx.group:
             dist.all_reduce(d_hidden, group=ctx.group)  # each rank has the share of its own rows of W
         return d_hidden, d_weight, d_bias, None, None, None, None  # autograd rounds them to the dtypes of the inputs
 
 
+def fp32_product(hidden, weight):
+    """Return hidden (rows, D) times weight (V, D) transposed, in fp32 whatever the dtype of the two."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:  # only CUDA's products of half precision can end in fp32
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
 def _log_probs(hidden, weight, bias, transform, group):
     """Return log p of a chunk, (rows, V) fp32 in memory of its own, and dz / d(h W^T + b): a number, or (rows, V)."""
     scale, cap, temperature = transform
-    if hidden.is_cuda and hidden.dtype != torch.float32:  # only CUDA's products of half precision can end in fp32
-        z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        z = hidden.float() @ weight.float().T
+    z = fp32_product(hidden, weight)
     if bias is not None:
         z.add_(bias)
     slope = scale / temperature
@@ -209,6 +213,8 @@ class Policy(nn.Module):
 
     def __call__(self, batch, want=()):
         # FSDP2 walks through all lists that a forward is given: 0.2 s for the flags of 16,000 tokens.
+        if isinstance(self, FSDPModule):  # copies of the model (--replicate_size) exchange gradients once a step
+            self.set_requires_all_reduce(batch.get("is_last", True))
         without_lists = {name: value for name, value in batch.items() if not isinstance(value, list)}
         return super().__call__(without_lists, want)
 

@@ -28,7 +28,7 @@ from common.answers import NUMBER, final_number, gold_number, last_text
 from common.batches import flat_batch, pack
 from common.logprobs import Scorer
 from common.runtime.flags import InputError
-from common.runtime.parallel import agree, all_sum
+from common.runtime.parallel import agree, all_sum, layer_dtype
 from common.runtime.run import first_line, write
 from common.data import Row, problem
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
@@ -71,7 +71,7 @@ def load_rewards(args, groups):
                 functions.append(BUILT_IN[name])
                 columns.unread.difference_update(["answer", "solution"])
             elif os.path.isdir(name):
-                functions.append(RewardModel(name, args.tokens_per_microbatch))
+                functions.append(RewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
             elif ":" not in path:
                 raise ValueError("there is no such reward")
             else:
@@ -205,10 +205,11 @@ class RewardModel:
     """A sequence classifier with one label, in a folder as reward modelling saves it. Every rank holds all of it.
     Prompt and completion are encoded as its training encoded them, and it reads the end-of-turn token."""
 
-    def __init__(self, folder, tokens_per_microbatch):
+    def __init__(self, folder, tokens_per_microbatch, dtype=torch.float32):
         self.budget = tokens_per_microbatch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
+            self.device = torch.device("cuda", torch.cuda.current_device())
         lm, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )

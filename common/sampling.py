@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 from array import array
+from functools import partial
 from itertools import chain, product
 
 import torch
@@ -16,7 +17,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common.attention import PAGED, runs_flat, runs_paged
 from common.decoding import CacheDecoder, FlatDecoder
-from common.runtime.model import materialize
+from common.logprobs import fp32_product
+from common.runtime.flags import InputError
+from common.runtime.model import free_bytes, materialize
 from common.runtime.parallel import gather_tensors
 from common.runtime.run import say
 
@@ -31,8 +34,8 @@ ROLLOUT_FIELDS = {
 
 # ---- sampler -------------------------------------------------------------------------------------
 class Sampler:
-    """An unsharded copy of the model that this rank samples with and nobody trains, bfloat16 on CUDA. It has no values
-    until the script copies the policy's weights into it. lm: the model on the meta device, before Policy replaces its
+    """An unsharded copy of the model, in --dtype, that this rank samples with and nobody trains. It has no values until
+    the script copies the policy's weights into it. lm: the model on the meta device, before Policy replaces its
     attention. stops: ids that end a completion."""
 
     def __init__(self, run, lm, tokenizer, stops):
@@ -41,10 +44,15 @@ class Sampler:
         self.stops = stops
         self.engine = None
         self.lm = copy.deepcopy(lm)
-        dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
         for parameter in self.lm.parameters():  # not the buffers: rotary tables stay fp32
-            parameter.data = parameter.to(dtype)
+            parameter.data = parameter.to(run.dtype)
+        need, free = sum(parameter.nbytes for parameter in self.lm.parameters()), free_bytes()
+        if need > free:
+            text = f"the copy that samples takes {need / 1e9:.1f} GB on every rank, and {free / 1e9:.1f} GB are free"
+            raise InputError(f"--model {run.args.model}: {text}. Choose a smaller model.")
         materialize(self.lm, run.device, run.device)
+        head = self.lm.get_output_embeddings()
+        head.forward = partial(fp32_head, head)  # as the trainer's: logits in bfloat16 would be off by 0.03 nats
 
     def sample(self, groups, copies, place, greedy=False):
         """Fill every group["completions"] with `copies` samples, or with greedy ones. What the noise depends on beside
@@ -125,6 +133,12 @@ class Sampler:
         self.engine.batch_processor.cache.reset()  # or a later rollout finds its prompts' pages of these weights
         # In the order of the prompts: what the engine calls a fork begins with the request_id of its parent.
         return [(results[name].generated_tokens, results[name].logprobs) for name in sorted(results)]
+
+
+def fp32_head(head, hidden):
+    """What the linear head of a model returns for hidden states (..., D), in fp32."""
+    logits = fp32_product(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
+    return logits if head.bias is None else logits + head.bias
 
 
 # ---- the loop ------------------------------------------------------------------------------------

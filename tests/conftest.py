@@ -21,6 +21,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# Before torch looks for it: the tests are about the CPU, and a GPU would not survive their forks. --gpu runs those of
+# tests/gpu/ instead. xdist's workers see the variable, not the flag.
+if "--gpu" in sys.argv:
+    os.environ["CLEANPOST_GPU_TESTS"] = "1"
+if "CLEANPOST_GPU_TESTS" in os.environ:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    collect_ignore = ["gpu"]
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -130,6 +141,7 @@ def script(name):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="the tests of tests/gpu/, which need a GPU, and no others")
     parser.addoption("--slow", action="store_true", help="everything: what is shared on every script, every mesh")
 
 

@@ -628,13 +628,13 @@ def softer(factor, after=0):
 
 def test_grpo004_a_sampler_that_is_not_the_policy(tmp_path):
     found = stops_before_step_1("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.3))
-    assert found["metric"] == "sampler_gap"
-    only_warns("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(0.8))
+    assert found["metric"] == "sampler_gap / entropy"
+    only_warns("GRPO004", "grpo", tmp_path, *ONLINE, patch=softer(1 / 1.05))
 
 
 def test_grpo004_rises_to_an_error(tmp_path):
     def patch(module):
-        softer(0.8)(module)
+        softer(1 / 1.05)(module)
         softer(0.4, after=2)(module)
 
     result = provoke("grpo", tmp_path, *ONLINE, patch=patch, steps=4)

@@ -314,6 +314,82 @@ def test_attention_refuses_what_it_would_leave_out():
             attention._fused_attention(**arguments)
 
 
+def reference_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size, softcap=0.0, **_):
+    """varlen_attn's contract, one segment and one head at a time, with its demands on dtypes, widths and strides."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) == len(cu_k)
+    assert q.shape[-1] % 8 == 0 and q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    left, right = window_size
+    out = []
+    for start_q, end_q, start_k, end_k in zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:]):
+        n_q, n_k = end_q - start_q, end_k - start_k
+        assert n_q <= max_q and n_k <= max_k
+        distance = torch.arange(n_k) - (torch.arange(n_q)[:, None] + n_k - n_q)
+        hidden = distance > right
+        if left >= 0:
+            hidden |= distance < -left
+        heads = []
+        for head in range(q.shape[1]):
+            shared = head * k.shape[1] // q.shape[1]
+            scores = q[start_q:end_q, head] @ k[start_k:end_k, shared].T * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            heads.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[start_k:end_k, shared])
+        out.append(torch.stack(heads, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("softcap", (None, 2.0))
+@pytest.mark.parametrize("window", (None, 1, 4, 100))
+@pytest.mark.parametrize("heads, heads_kv", [(4, 2), (4, 4), (6, 1)])
+@pytest.mark.parametrize("width, width_v", [(16, 16), (12, 12), (24, 20), (64, 64)])
+def test_the_fused_road_is_the_segment_road(width, width_v, heads, heads_kv, window, softcap, monkeypatch):
+    """Through a reference kernel in place of torch's and flash_attn's, forward and gradients, in float64."""
+    flash = lambda *inputs, softmax_scale, causal, **more: reference_kernel(*inputs, scale=softmax_scale, **more)  # noqa: E731
+    monkeypatch.setattr(attention, "varlen_attn", reference_kernel)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", flash)
+    batch = flat_batch(make_groups())
+    torch.manual_seed(0)
+    count = len(batch["input_ids"])
+    shapes = [(count, heads, width), (count, heads_kv, width), (count, heads_kv, width_v)]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    layout = tuple(batch[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_q", "max_k"))
+    weights = torch.linspace(-1, 1, count * heads * width_v, dtype=torch.float64).view(count, heads, width_v)
+    answers = []
+    for road in attention._segment_attention, attention._fused_attention:
+        key, value = (attention.select_rows(x, batch["kv_index"]) for x in leaves[1:])
+        options = {"scaling": width**-0.5, "window": window, "softcap": softcap, "sinks": None}
+        out = road(leaves[0], key, value, layout, **options)
+        answers.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
+    for segments, fused in zip(*answers):
+        assert (segments - fused).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ("head_dim", "qk_head_dim"))
+def test_no_kernel_takes_heads_wider_than_256(name):
+    lm = build("Qwen3")
+    setattr(lm.model.layers[1].self_attn, name, 512)  # one layer of many, as in Gemma 4
+    assert runs_flat(lm, "cpu") and not runs_flat(lm, "cuda")
+
+
+def test_the_plan_names_the_kernel():
+    names = {device: attention.kernel_name(build("Llama"), device, torch.bfloat16) for device in ("cpu", "cuda")}
+    assert names == {"cpu": "scaled_dot_product_attention by segment", "cuda": "varlen_attn (FA2)"}
+    assert attention.kernel_name(build("Gemma2"), "cuda", torch.bfloat16) == "flash_attn"
+    assert attention.kernel_name(build("Llama"), "cuda", torch.float32) == names["cpu"]
+
+
+def test_flash_attention_3_where_it_is_installed(monkeypatch):
+    """On the GPUs that it is for, and only there: 9 is the H100 and H200."""
+    chosen = []
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", chosen.append)
+    for installed, major in ((None, 9), ("a spec", 8), ("a spec", 9)):
+        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda _, found=installed: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number=major: (number, 0))
+        attention.use_newest_kernel()
+    assert chosen == ["FA3"]
+
+
 def test_roads():
     for name in FLAT:
         lm = build(name)

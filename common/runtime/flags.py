@@ -51,6 +51,7 @@ class RunFlags:
     replicate_size: int = 1  # copies of the sharded model (HSDP); ranks / (replicate_size * tp_size) shard one copy
     tp_size: int = 1  # ranks that share each layer's matrices (tensor parallelism), adjacent ones: one machine
     cpu_offload: bool = False  # parameters and optimizer in host memory
+    dtype: str = "auto"  # of the layers: float32 or bfloat16; auto: bfloat16 on CUDA, else float32. Weights stay fp32
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"  # compute layers again in backward; auto: if needed
     compile: bool = False  # each decoder layer by torch.compile
     deterministic: bool = False  # bitwise reruns on CUDA too, slower
@@ -72,6 +73,10 @@ class RunFlags:
             most = 2**20 if name in SIZES else 2**53
             if not least <= value <= most:  # false for nan, too
                 raise InputError(f"--{name} {value}: must be a number from {least} to {most}.")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            text = "Its gradients vanish without loss scaling; bfloat16 has the range of float32."
+            reason = text if self.dtype in ("float16", "fp16", "half") else "Give auto, float32 or bfloat16."
+            raise InputError(f"--dtype {self.dtype}: {reason}")
         try:
             dict(**json.loads(getattr(self, "chat_template_kwargs", "{}")))  # a TypeError for all but an object
         except (TypeError, ValueError, RecursionError):

@@ -5,18 +5,24 @@ import math
 import sys
 from itertools import compress
 
+import torch
+
 from common.batches import flat_batch, pack, scored_flags
 from common.runtime.flags import HealthError, InputError
 from common.runtime.parallel import all_sum, gradient_norm, local
 from common.runtime.run import say, show_groups, write
 
 
-def check(run, code, step, metric, value, message, *, warn=math.inf, error=math.inf, patience=1, fix=None):
+def check(run, code, step, metric, value, message, *, warn=math.inf, error=math.inf, patience=1, fix=None,
+          rounding=0.0):
     """Raise an alert, a line in alerts.jsonl and on stderr (at powers of two only), when `value` has been above a limit
     `patience` times in a row; nan is above any. An error before step 1 ends the run unless --allow names the code. fix:
-    a flag, its value, a better one. Numbers and fixed text only: neither data nor model may speak to agents here."""
+    a flag, its value, a better one. rounding: what both limits rise by where layers compute in bfloat16. Numbers and
+    fixed text only: neither data nor model may speak to agents here."""
     level = None
-    for name, limit in {"warn": warn, "error": error}.items():
+    if run.dtype != torch.bfloat16:
+        rounding = 0.0
+    for name, limit in {"warn": warn + rounding, "error": error + rounding}.items():
         if streak(run.state, f"{code} {metric} {name}", not value <= limit) >= patience:
             level, passed = name, limit
     if level is None:
@@ -41,6 +47,13 @@ def streak(counts, name, holds):
     """Return how many times in a row something has held, this time included, and keep that in `counts`."""
     counts[name] = counts.get(name, 0) + 1 if holds else 0
     return counts[name]
+
+
+def spread_gap(values, expected):
+    """Return the mean difference of two tensors over the standard deviation of what is expected: a gap that means the
+    same for every model. The floor is for models whose outputs are all but equal."""
+    gap = (values - expected).abs().mean() / expected.std().clamp(min=1e-2)
+    return gap.item()
 
 
 # ---- data ----------------------------------------------------------------------------------------

@@ -22,18 +22,22 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from common.attention import use_newest_kernel
 from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable
 from common.runtime.folders import prepare_folder
+from common.runtime.parallel import layer_dtype
 from common.runtime.run import Run, first_line, peak_bytes, read_json, record
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 # ---- start ---------------------------------------------------------------------------------------
 def setup(args, script):
     """Return the Run, with its process group, output folder, run.json, tracker and watchdog."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = find_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        use_newest_kernel()
     # A gather over tp and shard takes two steps, and torch warns of each.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if args.deterministic:
@@ -74,8 +78,8 @@ def setup(args, script):
     versions["device"] = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     run = Run(
         args=args, script=Path(script), rank=rank, world=world, dp_rank=rank // args.tp_size, dp_size=copies,
-        group=dist.group.WORLD, device=device, out=out, checkpoint=checkpoint, mesh_shape=mesh_shape,
-        versions=versions, command=command_line(args, script),
+        group=dist.group.WORLD, device=device, dtype=layer_dtype(args), out=out, checkpoint=checkpoint,
+        mesh_shape=mesh_shape, versions=versions, command=command_line(args, script),
     )
     if rank == 0:
         if args.report_to != "none" and args.max_steps != 0:
@@ -87,6 +91,22 @@ def setup(args, script):
         record(run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
     threading.Thread(target=watch, args=[run], daemon=True).start()
     return run
+
+
+def find_device():
+    """Return this process's GPU, by LOCAL_RANK, or the CPU. A GPU that torch cannot use is not passed over."""
+    if torch.cuda.is_available():
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            text = "Start one process for each GPU, or unset LOCAL_RANK where each process sees one GPU only."
+            raise InputError(f"LOCAL_RANK is {number}, but torch sees {count} GPUs, from 0 on. {text}")
+        return torch.device("cuda", number)
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and NVIDIA_DRIVER.is_file() and not is_hidden:
+        driver = re.search(r"\d+\.[\d.]+", NVIDIA_DRIVER.read_text())[0]
+        text = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which driver {driver} does not run"
+        raise InputError(f"{text}. Update the driver, install a torch for it, or set CUDA_VISIBLE_DEVICES= (CPU).")
+    return torch.device("cpu")
 
 
 def start_tracker(run):

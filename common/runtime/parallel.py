@@ -21,6 +21,14 @@ STYLES = {
 }
 
 
+# ---- precision -----------------------------------------------------------------------------------
+def layer_dtype(args):
+    """Return the dtype that --dtype gives the layers of every model. Limits depend on it, never on the device."""
+    if args.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, args.dtype)
+
+
 # ---- exchange ------------------------------------------------------------------------------------
 def all_sum(run, *values):
     """Return the values, numbers or tensors of one element, summed over the data-parallel ranks, as floats. tp ranks
@@ -84,7 +92,9 @@ def gradient_norm(run, parameters):
     for p in parameters:
         if p.grad is None:
             continue
-        parts = local(p.grad).flatten().split(2**20)  # a CPU makes a float64 copy of whatever it is given
+        gradient = local(p.grad).flatten()
+        size = max(1, len(gradient)) if gradient.is_cuda else 2**20  # a CPU makes a float64 copy of what it is given
+        parts = gradient.split(size)
         square = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square().sum()
         dimensions = p.device_mesh.mesh_dim_names if isinstance(p, DTensor) else ()
         if "tp" in dimensions and p.placements[-1].is_shard():  # each tp rank has another part
@@ -100,9 +110,8 @@ def clip_grad_norm(run, policy, limit):
     norm = gradient_norm(run, policy.parameters())
     factor = min(1.0, limit / (norm + 1e-6))  # 1 for a norm that is NaN: the script skips such a step
     if limit > 0 and factor < 1:
-        for p in policy.parameters():
-            if p.grad is not None:
-                local(p.grad).mul_(factor)
+        gradients = [local(p.grad) for p in policy.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)  # few kernels for all of them
     return norm
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.attention import kernel_name
 from common.batches import group_tokens
 from common.runtime.flags import InputError, PlanOnly, printable
 from common.tokenization import token_picture
@@ -32,6 +33,7 @@ class Run:
     dp_size: int  # number of ranks with rows of their own: those that share layers (tp) share their rows, too
     group: object  # the process group of every collective in shared code
     device: torch.device
+    dtype: torch.dtype  # that the layers compute in; weights and gradients are float32
     out: Path  # the output folder
     checkpoint: Path | None  # the folder that is resumed
     mesh_shape: tuple  # sizes of the mesh's dimensions: replicate, shard, tp
@@ -165,9 +167,18 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
     if run.unread:
         say(run, f"unread    columns {printable(', '.join(sorted(run.unread)))}")
     say(run, f"run       {steps} steps of {run.args.batch_size} rows on {run.world} x {run.versions['device']}")
-    model = f"{run.weights / 1e6:.1f}M weights, {policy.road} road, dropout 0"
+    dtype = str(run.dtype).removeprefix("torch.")
+    model = f"{run.weights / 1e6:.1f}M weights in float32, layers in {dtype}, {policy.road} road, dropout 0"
+    kernel = "the model's own"
+    if policy.road == "flat":
+        kernel = kernel_name(policy.lm, run.device.type, run.dtype)
     static = 16e-9 * run.weights * run.args.replicate_size / run.world  # fp32 weights, gradients, Adam's two moments
     say(run, f"model     {model}; weights, gradients and Adam take {static:.2f} GB a rank")
+    say(run, f"attention {kernel}")
+    machines = run.world // int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
+    if machines > 1 and run.args.replicate_size == 1:
+        text = "every layer's weights cross the network; if one holds the model, they need not with --replicate_size"
+        say(run, f"machines  {machines}: {text} {machines}")
     say(run, f"memory    {memory}")
     say(run, f"command   {run.command}")
     if only_plan:

@@ -186,15 +186,15 @@ def load_groups(name, tokenizer, stops, args, run):
 # ---- fsdp ----------------------------------------------------------------------------------------
 def shard(policy, run):
     """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
-    group, tied or not. fp32 master weights; on GPU bf16 compute with fp32 reduction, on CPU fp32 throughout. One CPU
-    process has nothing to share or to convert, where FSDP2 would copy every weight and gradient: left as it is."""
+    group, tied or not. Master weights and reduction are fp32, layers compute in --dtype. One CPU process in fp32 has
+    nothing to share or to convert, where FSDP2 would copy every weight and gradient: left as it is."""
     policy.partial = tensor_parallel(run, policy.lm)  # cuts nothing at --tp_size 1
     cuda = run.device.type == "cuda"
-    if run.world == 1 and not cuda:
+    if run.world == 1 and run.dtype == torch.float32 and not cuda:
         return policy
     options = {
         "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if cuda else torch.float32, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(run.dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if run.args.cpu_offload else OffloadPolicy(),
     }
     for layer in policy.modules():
