@@ -1,6 +1,6 @@
 """TRL's own losses and gradients on numbers that are written down: what tests/ compares the scripts with.
 
-    PYTHON benchmarks/trl_fixtures.py [FAMILY ...]     (PYTHON: of an environment with TRL 1.16.0; none: all families)
+    PYTHON benchmarks/trl_fixtures.py [FAMILY ...]     (PYTHON: of an environment with TRL 1.16.0; none: all it has)
 
 A family is a function below that returns {"batches": name -> inputs, "cases": [{flags, batch, loss, gradient}]}, one of
 FAMILIES; its result becomes tests/fixtures/trl_FAMILY.json with the versions, one batch or case per line. Inputs stand
@@ -235,17 +235,56 @@ def cpo():
     return {"batches": batches, "cases": cases}
 
 
+# ---- bco -------------------------------------------------------------------------------------------------------------
+
+
+def bco():
+    """Steps one after another, with the running mean of all rewards; with the density ratio that TRL makes of given
+    probabilities (a classifier's, of prompts) where they are there."""
+    from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments
+
+    generator = torch.Generator().manual_seed(0)
+    batches, cases = {}, []
+    for name, sizes in {"first": (3, 4), "second": (2, 2), "third": (1, 5)}.items():
+        rows = {"desirable": [1] * sizes[0] + [0] * sizes[1]}
+        for key in "logprobs", "ref_logprobs":
+            rows[key] = [round(x, 3) for x in (-20 * torch.rand(sum(sizes), generator=generator)).tolist()]
+        rows["probabilities"] = [round(x, 3) for x in torch.rand(sizes[1], generator=generator).tolist()]
+        batches[name] = rows
+    for beta, matched in (0.1, False), (0.5, False), (0.5, True):
+        trainer = object.__new__(BCOTrainer)
+        trainer.beta = beta
+        trainer.running = RunningMoments(accelerator=SimpleNamespace(use_distributed=False))
+        trainer.embedding_func = trainer.embedding_tokenizer = "given" if matched else None
+        trainer.args = SimpleNamespace(min_density_ratio=0.5, max_density_ratio=10.0)
+        trainer._get_chosen_prob = lambda probabilities: probabilities
+        for name, rows in batches.items():
+            count = sum(rows["desirable"])
+            logprobs = torch.tensor(rows["logprobs"], dtype=torch.float64, requires_grad=True)
+            ref = torch.tensor(rows["ref_logprobs"], dtype=torch.float64)
+            given = torch.tensor(rows["probabilities"], dtype=torch.float64)
+            parts = logprobs[:count], logprobs[count:], ref[:count], ref[count:]
+            losses, _, _, delta = trainer.bco_loss(*parts, None, given)
+            loss = losses.nanmean()
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            case = {"flags": {"beta": beta, "udm": matched}, "batch": name, "loss": loss.item(), "delta": delta.item()}
+            cases.append(case | {"gradient": [float(f"{x:.12g}") for x in gradient.tolist()]})
+    return {"batches": batches, "cases": cases}
+
+
 # ---- all families ----------------------------------------------------------------------------------------------------
 
-FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo}
+FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo, "bco": bco}
+LAST_RELEASE = {"bco": "1.9.0"}  # with what VERSION has no more: put its wheel, unpacked, in PYTHONPATH
 
 
 def main():
-    if trl.__version__ != VERSION:
-        raise SystemExit(f"error: TRL {trl.__version__} is installed, the fixtures are of {VERSION}")
-    for name in sys.argv[1:] or FAMILIES:
+    for name in sys.argv[1:] or [name for name in FAMILIES if name not in LAST_RELEASE]:
         if name not in FAMILIES:
             raise SystemExit(f"error: {name}: choose from {', '.join(FAMILIES)}")
+        version = LAST_RELEASE.get(name, VERSION)
+        if trl.__version__ != version:
+            raise SystemExit(f"error: TRL {trl.__version__} is installed, the fixtures of {name} are of {version}")
         made = FAMILIES[name]()
         batches = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(batch)}" for key, batch in made["batches"].items())
         cases = ",\n  ".join(json.dumps(case) for case in made["cases"])
