@@ -142,11 +142,12 @@ def part_rloo_diff():
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
 }  # by the first script of methods/ among a script and its parents
+OFFSHOOTS = {"orpo": "Pairs without a reference"}  # or by one of these, which do something else than their parent
 
 
 def family(path):
     """methods/experimental/dpo_batch.py -> dpo"""
-    while Path(path).parent.name == "experimental":
+    while Path(path).parent.name == "experimental" and Path(path).stem not in OFFSHOOTS:
         path = re.search(r"^Parent: (\S+)", (ROOT / path).read_text(), re.M)[1]
     return Path(path).stem
 
@@ -178,7 +179,7 @@ def part_methods():
         cells.append("yes" if row["trl"] else "no")
         groups.setdefault(family(row["command"].split()[0]), []).append((row["row"], cells))
     head, text = ("method", "script and flags", "formula", "test", "TRL 1.16"), ""
-    for script, title in FAMILIES.items():
+    for script, title in (FAMILIES | OFFSHOOTS).items():
         if rows := [cells for _, cells in sorted(groups.pop(script, []))]:
             new = sum(cells[-1] == "no" for cells in rows)
             summary = f"{title}: {len(rows)} method{'s' * (len(rows) > 1)}" + f", {new} not in TRL 1.16" * (new > 0)

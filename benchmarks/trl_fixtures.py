@@ -1,6 +1,6 @@
 """TRL's own losses and gradients on numbers that are written down: what tests/ compares the scripts with.
 
-    PYTHON benchmarks/trl_fixtures.py [FAMILY ...]     (PYTHON: of an environment with TRL 1.16.0; none: all families)
+    PYTHON benchmarks/trl_fixtures.py [FAMILY ...]     (PYTHON: of an environment with TRL 1.16.0; none: all it has)
 
 A family is a function below that returns {"batches": name -> inputs, "cases": [{flags, batch, loss, gradient}]}, one of
 FAMILIES; its result becomes tests/fixtures/trl_FAMILY.json with the versions, one batch or case per line. Inputs stand
@@ -130,17 +130,161 @@ def dpo():
     return {"batches": batches, "cases": cases}
 
 
+# ---- orpo, cpo -------------------------------------------------------------------------------------------------------
+
+CHOSEN_ALIKE = {  # where the chosen ones are alike, TRL's mean over a micro-batch's tokens is one over completions
+    "mixed": ([3, 5, 2, 4], [4, 2, 6, 4]),
+    "alike": ([4, 4, 4], [3, 6, 4]),
+}
+
+
+def without_reference_batch(chosen, rejected, prompt, generator):
+    """Per token, completions in the order chosen, rejected, chosen, ...: log pi; of the prompts' tokens but the first,
+    which nothing predicts, too."""
+    lengths = [n for pair in zip(chosen, rejected) for n in pair]
+
+    def uniform(n):
+        return [round(x, 3) for x in (-2.5 + 2.45 * torch.rand(n, generator=generator)).tolist()]
+
+    prompts = [uniform(prompt - 1) for _ in chosen]
+    return {"logprobs": [uniform(n) for n in lengths], "prompt_logprobs": prompts}
+
+
+def trl_without_reference(trainer, batch):
+    """Return TRL's loss of the batch, d loss / d log pi of the completions, and its metrics. A model of two words gives
+    the second one, of which all rows consist, the log-probs that are wanted."""
+    prompts = torch.tensor(batch["prompt_logprobs"], dtype=torch.float64)
+    logprobs = [torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in batch["logprobs"]]
+    order = [*range(0, len(logprobs), 2), *range(1, len(logprobs), 2)]  # TRL: all chosen, then all rejected
+    rows, inputs = [], {}
+    for side, start in {"chosen": 0, "rejected": 1}.items():
+        parts = logprobs[start::2]
+        longest = max(map(len, parts))
+        labels = torch.full((len(parts), 1 + prompts.shape[1] + longest), -100)
+        attention = torch.zeros_like(labels)
+        for row, part in enumerate(parts):
+            attention[row, : 1 + prompts.shape[1] + len(part)] = 1
+            labels[row, 1 + prompts.shape[1] : 1 + prompts.shape[1] + len(part)] = 1
+        inputs[f"{side}_input_ids"] = torch.ones_like(labels)
+        inputs[f"{side}_attention_mask"], inputs[f"{side}_labels"] = attention, labels
+    width = max(inputs[f"{side}_labels"].shape[1] for side in ("chosen", "rejected"))
+    for index in order:
+        values = torch.cat([prompts[index // 2], logprobs[index]])
+        rows.append(torch.nn.functional.pad(values, (0, width - len(values)), value=-1.0))
+    log_p = torch.stack(rows)
+    logits = torch.stack([(-log_p.expm1()).log(), log_p], dim=-1)
+    loss, metrics = trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), inputs)
+    gradient = torch.autograd.grad(loss, logprobs)
+    return loss.item(), [[float(f"{x:.12g}") for x in part.tolist()] for part in gradient], metrics
+
+
+def without_reference_trainer(kind, values):
+    """What get_batch_loss_metrics of TRL's trainers without a reference reads of its trainer."""
+    trainer = object.__new__(kind)
+    vars(trainer).update(values, is_encoder_decoder=False, aux_loss_enabled=False, pad_token_id=0, padding_value=0)
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x)
+    return trainer
+
+
+def without_reference_batches(prompt):
+    generator = torch.Generator().manual_seed(0)
+    return {name: without_reference_batch(*lengths, prompt, generator) for name, lengths in CHOSEN_ALIKE.items()}
+
+
+def orpo():
+    """A prompt of one token, which nothing predicts: its loss is in TRL's, and in nobody else's. Then one of three."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    batches = {"alike": without_reference_batches(1)["alike"], "prompt": without_reference_batches(3)["alike"]}
+    cases = []
+    for beta in 0.1, 0.7:
+        for name, batch in batches.items():
+            trainer = without_reference_trainer(ORPOTrainer, {"beta": beta})
+            loss, gradient, metrics = trl_without_reference(trainer, batch)
+            log_odds = metrics["log_odds_chosen"]
+            case = {"flags": {"beta": beta}, "batch": name, "loss": loss, "log_odds_ratio": log_odds}
+            cases.append(case | {"gradient": gradient})
+    return {"batches": batches, "cases": cases}
+
+
+def cpo_cases():
+    """(flags, batch): every loss, alone and with the chosen completions' loss."""
+    for name in "sigmoid", "hinge", "ipo", "simpo":
+        for beta in 0.1, 2.5:
+            yield {"loss_type": name, "beta": beta, "cpo_alpha": 0.0}, "mixed"
+            yield {"loss_type": name, "beta": beta, "cpo_alpha": 0.6}, "alike"
+    yield {"loss_type": "sigmoid", "cpo_alpha": 0.6}, "mixed"  # where TRL's mean over tokens is not ours
+    yield {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.375, "cpo_alpha": 1.0}, "alike"  # CPO-SimPO
+    for name in "sigmoid", "simpo":
+        yield {"loss_type": name, "label_smoothing": 0.2, "cpo_alpha": 0.0}, "mixed"
+    for alpha in 0.0, 0.25, 1.0:
+        yield {"loss_type": "alphapo", "beta": 2.5, "simpo_gamma": 0.1, "alpha": alpha}, "mixed"
+
+
+def cpo():
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    fields = "beta", "label_smoothing", "loss_type", "cpo_alpha", "simpo_gamma", "alpha"
+    batches = without_reference_batches(2)
+    cases = []
+    for flags, name in cpo_cases():
+        config = CPOConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=False, **flags)
+        trainer = without_reference_trainer(CPOTrainer, {field: getattr(config, field) for field in fields})
+        loss, gradient, _ = trl_without_reference(trainer, batches[name])
+        cases.append({"flags": flags, "batch": name, "loss": loss, "gradient": gradient})
+    return {"batches": batches, "cases": cases}
+
+
+# ---- bco -------------------------------------------------------------------------------------------------------------
+
+
+def bco():
+    """Steps one after another, with the running mean of all rewards; with the density ratio that TRL makes of given
+    probabilities (a classifier's, of prompts) where they are there."""
+    from trl.experimental.bco.bco_trainer import BCOTrainer, RunningMoments
+
+    generator = torch.Generator().manual_seed(0)
+    batches, cases = {}, []
+    for name, sizes in {"first": (3, 4), "second": (2, 2), "third": (1, 5)}.items():
+        rows = {"desirable": [1] * sizes[0] + [0] * sizes[1]}
+        for key in "logprobs", "ref_logprobs":
+            rows[key] = [round(x, 3) for x in (-20 * torch.rand(sum(sizes), generator=generator)).tolist()]
+        rows["probabilities"] = [round(x, 3) for x in torch.rand(sizes[1], generator=generator).tolist()]
+        batches[name] = rows
+    for beta, matched in (0.1, False), (0.5, False), (0.5, True):
+        trainer = object.__new__(BCOTrainer)
+        trainer.beta = beta
+        trainer.running = RunningMoments(accelerator=SimpleNamespace(use_distributed=False))
+        trainer.embedding_func = trainer.embedding_tokenizer = "given" if matched else None
+        trainer.args = SimpleNamespace(min_density_ratio=0.5, max_density_ratio=10.0)
+        trainer._get_chosen_prob = lambda probabilities: probabilities
+        for name, rows in batches.items():
+            count = sum(rows["desirable"])
+            logprobs = torch.tensor(rows["logprobs"], dtype=torch.float64, requires_grad=True)
+            ref = torch.tensor(rows["ref_logprobs"], dtype=torch.float64)
+            given = torch.tensor(rows["probabilities"], dtype=torch.float64)
+            parts = logprobs[:count], logprobs[count:], ref[:count], ref[count:]
+            losses, _, _, delta = trainer.bco_loss(*parts, None, given)
+            loss = losses.nanmean()
+            (gradient,) = torch.autograd.grad(loss, logprobs)
+            case = {"flags": {"beta": beta, "udm": matched}, "batch": name, "loss": loss.item(), "delta": delta.item()}
+            cases.append(case | {"gradient": [float(f"{x:.12g}") for x in gradient.tolist()]})
+    return {"batches": batches, "cases": cases}
+
+
 # ---- all families ----------------------------------------------------------------------------------------------------
 
-FAMILIES = {"dpo": dpo}
+FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo, "bco": bco}
+LAST_RELEASE = {"bco": "1.9.0"}  # with what VERSION has no more: put its wheel, unpacked, in PYTHONPATH
 
 
 def main():
-    if trl.__version__ != VERSION:
-        raise SystemExit(f"error: TRL {trl.__version__} is installed, the fixtures are of {VERSION}")
-    for name in sys.argv[1:] or FAMILIES:
+    for name in sys.argv[1:] or [name for name in FAMILIES if name not in LAST_RELEASE]:
         if name not in FAMILIES:
             raise SystemExit(f"error: {name}: choose from {', '.join(FAMILIES)}")
+        version = LAST_RELEASE.get(name, VERSION)
+        if trl.__version__ != version:
+            raise SystemExit(f"error: TRL {trl.__version__} is installed, the fixtures of {name} are of {version}")
         made = FAMILIES[name]()
         batches = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(batch)}" for key, batch in made["batches"].items())
         cases = ",\n  ".join(json.dumps(case) for case in made["cases"])

@@ -80,9 +80,14 @@ FAST = {
         "--learning_rate", "8e-5", "--loss_type", "aot", "bco_pair", "sft", "--loss_weights", "1", "0.5", "0.1"]},
     "experimental/tr_dpo": {"data": "pairs", "micro": 90, "flags": [
         "--learning_rate", "8e-5", "--ref_model_sync_steps", "2", "--bema", "--bias_power", "1", "--beta", "0.5"]},
+    "experimental/orpo": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "8e-5", "--beta", "0.5"]},
+    "experimental/cpo": {"data": "pairs", "micro": 90, "flags": [
+        "--learning_rate", "8e-5", "--loss_type", "simpo", "--beta", "5", "--cpo_alpha", "1"]},
     "reward": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "1e-4"]},
     # a seed with which each of their steps has rows of both labels: metrics of a label that is absent are null
     "kto": {"data": "labelled", "micro": 90, "flags": ["--learning_rate", "8e-5", "--beta", "1", "--seed", "15"]},
+    "experimental/bco": {"data": "labelled", "micro": 90, "flags": [
+        "--learning_rate", "8e-5", "--beta", "0.3", "--seed", "15", "--udm"]},
     "grpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--beta", "0.01"]},
     "rloo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--normalize_advantages"]},
     "experimental/grpo_sequence": {"data": "prompts", "micro": 90, "flags": [

@@ -117,7 +117,8 @@ def test_refused_before_any_weight(name):
 STEPS, BATCH, ROWS = 10, 5, 15
 LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "rloo": "5e-4",
       "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4", "experimental/neftune": "1e-3",
-      "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3"}  # fmt: skip
+      "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3", "experimental/orpo": "5e-4",
+      "experimental/cpo": "5e-4", "experimental/bco": "1e-4"}  # fmt: skip
 ONLINE = [name for name in SCRIPTS if hasattr(script(name), "rollout")]
 LR |= {name: "5e-4" for name in ONLINE if "/" in name}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
@@ -201,8 +202,9 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     model, reference = single(name, kind)
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
-    # rewards of dpo, kto: 0.1 (tr_dpo: 0.5) times differences of log-probs that sum to some -100, in fp32 known to 8e-6
-    coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5}
+    # rewards of dpo, kto: 0.1 (tr_dpo 0.5, bco 0.3) times differences of log-probs that sum to some -100, known to 8e-6
+    coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5,
+              "experimental/bco": 1.2e-5}
     wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), name)
     wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]

@@ -56,6 +56,15 @@ METRICS = {  # of a training row and of an evaluation row, in their order: a con
     ),
 }  # fmt: skip
 METRICS["rloo"] = METRICS["grpo"]
+SHIFTED = ["loss", "delta", *LABELLED[2:]]
+METRICS["experimental/bco"] = (
+    ["step", *SHIFTED, "reward_margin", "num_tokens", "grad_norm", "lr", *PERF],
+    ["step", *(f"eval/{key}" for key in (*SHIFTED, "accuracy", "reward_margin"))],
+)
+WITHOUT_REFERENCE = {"orpo": ["loss", "nll", "log_odds_ratio", *PAIR[1:]], "cpo": ["loss", "nll", *PAIR[1:]]}
+for name, keys in WITHOUT_REFERENCE.items():
+    training = ["step", *keys, "num_tokens", "grad_norm", "lr", *PERF]
+    METRICS[f"experimental/{name}"] = training, ["step", *(f"eval/{key}" for key in keys), "eval/accuracy"]
 METRICS |= {f"experimental/{name}": METRICS["sft"] for name in ("neftune", "sft_bema")}
 METRICS["experimental/sft_moe"] = ["step", "loss", "aux_loss", *METRICS["sft"][0][2:]], METRICS["sft"][1]
 PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
@@ -78,6 +87,7 @@ EXTRA = {
     "dpo": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "experimental/dpo_batch": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     "kto": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
+    "experimental/bco": ["ref_logprobs_heldout.safetensors", "ref_logprobs_train.safetensors"],
     **{name: ["samples.jsonl"] for name in METRICS if "perf/rollout_seconds" in METRICS[name][0]},
 }
 for name in set(SCRIPTS) - set(METRICS):  # a fork without rows of its own writes what its parent writes
