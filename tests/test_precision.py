@@ -132,7 +132,7 @@ def _check_model(_rank, _world, out, fault):
         return batch
 
     model.flat_batch = wrong
-    model.check_model(run, policy, tokenizer)
+    model.check_model(run, policy, tokenizer, model.probe_groups(len(tokenizer)))
 
 
 @pytest.mark.parametrize("fault", (_right, _shifted_keys, _running_positions, _gap_in_positions, _other_temperature))
