@@ -138,7 +138,8 @@ def files(out):
 def alert(module, tmp):
     """Keys of a line in alerts.jsonl."""
     args = SimpleNamespace(allow=())
-    run = SimpleNamespace(state={"alerts": {}}, checkpoint=None, rank=0, out=tmp, args=args, bar=None)
+    run = SimpleNamespace(state={"alerts": {}}, checkpoint=None, rank=0, out=tmp, args=args, bar=None,
+                          dtype=None)
     check(run, "TEST001", step=1, metric="share", value=1.0, error=0.5, message="a test", fix=("--flag", 1, 2))
     return list(json.loads((tmp / "alerts.jsonl").read_text()))
 
