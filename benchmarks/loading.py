@@ -48,7 +48,8 @@ def one(rank, world, folder, store, road, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     mesh = sft.init_device_mesh("cpu", (1, world, 1), mesh_dim_names=("replicate", "shard", "tp"))
     args = SimpleNamespace(tp_size=1, replicate_size=1, cpu_offload=False, model=folder, seed=0)
-    run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), rank=rank, world=world, weights=0)
+    run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), dtype=torch.float32, rank=rank, world=world,
+                          weights=0)
     run.group = dist.group.WORLD
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):

@@ -77,7 +77,7 @@ def fake_world(module, rank, world, tp, replicate):
         shape = replicate, world // (replicate * tp), tp
         mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
         yield SimpleNamespace(args=args, mesh=mesh, rank=rank, world=world, device=torch.device("cpu"),
-                              group=dist.group.WORLD, dp_size=world // tp, dp_rank=rank // tp)
+                              dtype=torch.float32, group=dist.group.WORLD, dp_size=world // tp, dp_rank=rank // tp)
     finally:
         dist.destroy_process_group()
 
@@ -85,6 +85,7 @@ def fake_world(module, rank, world, tp, replicate):
 def sharded(module, lm, run, gpu):
     """lm, on the meta device, as the script shards it; for a GPU although the mesh is of CPUs."""
     run.device = torch.device("cuda" if gpu else "cpu")
+    run.dtype = torch.bfloat16 if gpu else torch.float32
     policy = module.shard(logprobs.Policy(lm), run)
     run.device = torch.device("cpu")
     return policy

@@ -23,7 +23,6 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
 from conftest import METHODS, ROOT, STABLE, lone_run, script, train
 
@@ -139,8 +138,8 @@ def files(out):
 def alert(module, tmp):
     """Keys of a line in alerts.jsonl."""
     args = SimpleNamespace(allow=())
-    run = SimpleNamespace(state={"alerts": {}}, checkpoint=None, rank=0, out=tmp, args=args, bar=None)
-    run.dtype = torch.float32
+    run = SimpleNamespace(state={"alerts": {}}, checkpoint=None, rank=0, out=tmp, args=args, bar=None,
+                          dtype=None)
     check(run, "TEST001", step=1, metric="share", value=1.0, error=0.5, message="a test", fix=("--flag", 1, 2))
     return list(json.loads((tmp / "alerts.jsonl").read_text()))
 

@@ -27,7 +27,8 @@ def make_sampler(**changes):
     """A Sampler with the weights of the tiny model, and a run that has what it reads of one."""
     flags = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH, "max_length": 1024}
     flags |= {"seed": 42, "deterministic": False, "engine": "auto"}
-    run = SimpleNamespace(args=SimpleNamespace(**flags | changes), device=torch.device("cpu"), rank=0)
+    args = SimpleNamespace(**flags | changes)
+    run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=torch.float32, rank=0)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)

@@ -56,7 +56,7 @@ def load(rank, world, path, replicate, tp, size):
     shape = replicate, world // (replicate * tp), tp
     mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
     run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=rank, weights=0)
-    run.group = dist.group.WORLD
+    run.dtype, run.group = torch.float32, dist.group.WORLD
     args.replicate_size, checkpoint.FILE_BYTES = replicate, size
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):

@@ -45,7 +45,8 @@ def fake_run(world, replicate, tp):
     shape = replicate, world // (replicate * tp), tp
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
     return SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=dist.get_rank(),
-                           group=dist.group.WORLD, dp_size=world // tp, dp_rank=dist.get_rank() // tp)
+                           dtype=torch.float32, group=dist.group.WORLD, dp_size=world // tp,
+                           dp_rank=dist.get_rank() // tp)
 
 
 def sharded(rank, world, name, changes, replicate, tp):
