@@ -10,8 +10,8 @@ The model   is pretrained on questions that never end in a file, by a writer who
             right), while samples remember a carry in 35 of 100 cases: there is something to reinforce and something to
             prefer, and nearly all mistakes are well-formed answers.
 The data    the same TRAIN questions in every train file, so that methods are compared on equal knowledge:
-            demonstrations (right), pairs (right over slipped), labelled (right and slipped in turn), prompts (answer
-            only), and TEST held-out questions with all columns.
+            demonstrations (right), pairs (right over slipped), triples (the right one again, as reference), labelled
+            (right and slipped in turn), prompts (answer only), and TEST held-out questions with all columns.
 
 presets.json, the flags that the scripts use on all this, is not made here: it is edited by hand.
 Deterministic on one machine with one set of library versions. Takes about four minutes on one core.
@@ -96,7 +96,7 @@ def make_data(out, rng):
     while len(questions) < TRAIN + TEST:
         if (pair := question(rng)) not in questions:
             questions.append(pair)
-    files = {name: [] for name in ("demonstrations", "pairs", "labelled", "prompts", "test")}
+    files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "prompts", "test")}
     for i, (a, b) in enumerate(questions):
         prompt, answer = user(a, b), str(a + b)
         right, wrong = assistant(write_out(a, b)), assistant(slipped(a, b, rng))
@@ -106,6 +106,7 @@ def make_data(out, rng):
             continue
         files["demonstrations"].append({"prompt": prompt, "completion": right})
         files["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
+        files["triples"].append({"prompt": prompt, "chosen": right, "rejected": wrong, "reference": right})
         files["labelled"].append({"prompt": prompt, "completion": wrong if i % 2 else right, "label": i % 2 == 0})
         files["prompts"].append({"prompt": prompt, "answer": answer})
     for name, rows in files.items():

@@ -182,7 +182,8 @@ def without_reference_trainer(kind, values):
     """What get_batch_loss_metrics of TRL's trainers without a reference reads of its trainer."""
     trainer = object.__new__(kind)
     vars(trainer).update(values, is_encoder_decoder=False, aux_loss_enabled=False, pad_token_id=0, padding_value=0)
-    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x)
+    same = lambda x: x  # noqa: E731
+    trainer.accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
     return trainer
 
 
@@ -235,6 +236,51 @@ def cpo():
     return {"batches": batches, "cases": cases}
 
 
+# ---- tpo -------------------------------------------------------------------------------------------------------------
+
+
+def tpo_cases():
+    for name in "sigmoid", "hinge", "ipo", "tpo-l":
+        for beta in 0.01, 2.5:
+            yield {"loss_type": name, "beta": beta, "tpo_alpha": 0.6}, "alike"
+        yield {"loss_type": name, "beta": 0.3, "tpo_alpha": 0.6}, "mixed"  # where TRL's mean over tokens is not ours
+    for name in "sigmoid", "tpo-l":
+        yield {"loss_type": name, "label_smoothing": 0.2, "tpo_l_gamma": 1.2}, "alike"
+
+
+def tpo():
+    """Completions in the order chosen, rejected, reference, chosen, ...; as in the models of two words above."""
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = {"alike": ([4, 3, 2], [3, 6, 4], [5, 5, 5]), "mixed": ([4, 3, 2], [3, 6, 4], [1, 5, 3])}
+    batches, cases = {}, []
+    for name, sides in lengths.items():
+        counts = [count for triple in zip(*sides) for count in triple]
+        uniform = [(-2.5 + 2.45 * torch.rand(count, generator=generator)).tolist() for count in counts]
+        batches[name] = {"logprobs": [[round(x, 3) for x in values] for values in uniform]}
+    fields = "beta", "label_smoothing", "loss_type", "tpo_alpha", "tpo_l_gamma"
+    for flags, name in tpo_cases():
+        config = TPOConfig(output_dir="unused", report_to="none", use_cpu=True, bf16=False, **flags)
+        trainer = without_reference_trainer(TPOTrainer, {field: getattr(config, field) for field in fields})
+        trainer.model, trainer._tp_size, trainer._total_train_tokens = torch.nn.Identity(), 1, 0
+        trainer._metrics = defaultdict(lambda: defaultdict(list))
+        given = batches[name]["logprobs"]
+        logprobs = [torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in given]
+        order = [*range(0, 9, 3), *range(1, 9, 3), *range(2, 9, 3)]  # TRL: all chosen, all rejected, all references
+        width = max(map(len, logprobs))
+        rows = [torch.nn.functional.pad(logprobs[k], (0, width - len(logprobs[k]) + 1), value=-1.0) for k in order]
+        log_p = torch.stack(rows)
+        logits = torch.stack([(-log_p.expm1()).log(), log_p], dim=-1)
+        mask = torch.tensor([[0] + [1] * len(logprobs[k]) + [0] * (width - len(logprobs[k])) for k in order])
+        inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+        loss = trainer._compute_loss(lambda logits=logits, **_: SimpleNamespace(logits=logits), inputs, False)
+        gradient = torch.autograd.grad(loss, logprobs)
+        parts = [[float(f"{x:.12g}") for x in part.tolist()] for part in gradient]
+        cases.append({"flags": flags, "batch": name, "loss": loss.item(), "gradient": parts})
+    return {"batches": batches, "cases": cases}
+
+
 # ---- bco -------------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +320,7 @@ def bco():
 
 # ---- all families ----------------------------------------------------------------------------------------------------
 
-FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo, "bco": bco}
+FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo, "tpo": tpo, "bco": bco}
 LAST_RELEASE = {"bco": "1.9.0"}  # with what VERSION has no more: put its wheel, unpacked, in PYTHONPATH
 
 

@@ -62,6 +62,7 @@ METRICS["experimental/bco"] = (
     ["step", *(f"eval/{key}" for key in (*SHIFTED, "accuracy", "reward_margin"))],
 )
 WITHOUT_REFERENCE = {"orpo": ["loss", "nll", "log_odds_ratio", *PAIR[1:]], "cpo": ["loss", "nll", *PAIR[1:]]}
+WITHOUT_REFERENCE["tpo"] = WITHOUT_REFERENCE["cpo"]
 for name, keys in WITHOUT_REFERENCE.items():
     training = ["step", *keys, "num_tokens", "grad_norm", "lr", *PERF]
     METRICS[f"experimental/{name}"] = training, ["step", *(f"eval/{key}" for key in keys), "eval/accuracy"]

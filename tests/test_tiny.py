@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "common" / "tiny"
-TRAIN = ("demonstrations", "pairs", "labelled", "prompts")
+TRAIN = ("demonstrations", "pairs", "triples", "labelled", "prompts")
 COLUMNS = {
     "demonstrations": {"prompt", "completion"},
     "pairs": {"prompt", "chosen", "rejected"},
+    "triples": {"prompt", "chosen", "rejected", "reference"},
     "labelled": {"prompt", "completion", "label"},
     "prompts": {"prompt", "answer"},
     "test": {"prompt", "completion", "chosen", "rejected", "answer"},
@@ -89,6 +90,7 @@ def test_right_is_right_and_wrong_is_wrong(name):
         if "chosen" in row:
             wrong = text(row["rejected"], "assistant")
             assert text(row["chosen"], "assistant") == gold
+            assert row.get("reference", row["chosen"]) == row["chosen"]
             assert WELL_FORMED.fullmatch(wrong) and int(wrong.split()[-1]) != a + b
         if "completion" in row:
             completion = text(row["completion"], "assistant")
