@@ -1,11 +1,14 @@
 """Every GPU case in one command: first whether the numbers are right, then how fast, against the limits of the device.
 
-    python benchmarks/gpu.py                     under 10 minutes on one H100 or H200 -> results/gpu.jsonl
+    python benchmarks/gpu.py --half 1            under 5 minutes on one H100 or H200 -> results/gpu.jsonl
+    python benchmarks/gpu.py --half 2            the rest, mostly speed; without --half both
     python benchmarks/gpu.py --tiny              the same cases whole, with tiny shapes on the CPU, in a minute or two
     python benchmarks/gpu.py --only sft_1.7b     one of them, or several
 
-Random weights of real shapes; no download, no network. Needs what methods/ needs; torch 2.11 and transformers 5.17 will
-do (continuous batching from 5.20 on). TRL and Liger are compared where they can be imported. Without a GPU: --tiny.
+First whole scripts, as users start them, on the tiny lab: no alert, a reward model that judges in a thread,
+--cpu_offload, --deterministic twice. Then random weights of real shapes. No download, no network. Needs torch,
+transformers and the wheels of tyro; torch 2.11 and transformers 5.17 will do (continuous batching from 5.20 on). TRL
+and Liger are compared where they can be imported. Without a GPU: --tiny.
 
 Checks     attention: flat_attention (torch's varlen kernel) forward and backward against dense attention in fp32, with
            grouped heads, shared prompts and a window. logprobs: the sharded policy in bf16 against one sequence at a
@@ -22,11 +25,12 @@ Bound      of a rollout: the time in which the memory gives every step the weigh
 
 Every case runs in a process of its own with a time limit: one that fails, or runs out of memory or time, costs one line
 and its own row. A row: case, ok, checks, numbers, device, versions, command, sha256 of this file and of what it runs.
-Exit code 0 where all are ok, else 2. Cases that the rest of the ten minutes cannot hold are named and left out.
+Exit code 0 where all are ok, else 2. Cases that the time cannot hold are named and left out.
 """
 
 import argparse
 import copy
+import gc
 import hashlib
 import importlib.util
 import json
@@ -79,7 +83,7 @@ TINY_SIZE = {"row": 96, "rows": 2, "budget": 192, "pairs": 3, "prompts": 2, "gro
              "completion": 16, "rollouts": 3, "new": 12, "stops": 30, "matmul": 128, "copy": 2**20,
              "head": 64, "windows": 2, "warmup": 1}  # fmt: skip
 DATASHEET = 989e12  # FLOP/s of an H100 or H200 in bf16, dense
-TOTAL = 600  # seconds that the command may take
+TOTAL = 300  # seconds that each half may take
 LEARNING_RATE = 1e-6
 
 
@@ -402,6 +406,7 @@ def sft_flag(lab, flag, values):
         first, found = time_sft(lab, "0.6b", **{flag: value})
         firsts.append(first)
         lab.speed(f"{flag} {value}", *found, rates)
+        gc.collect()  # FSDP's modules are in cycles: their memory would count as the next variant's
         if not lab.tiny:
             lab.torch.cuda.empty_cache()
     for name, a, b in zip(("loss", "gradient norm"), *firsts):
@@ -459,6 +464,7 @@ def rollout(lab, engine):
     started = time.perf_counter()
     sample()
     first = time.perf_counter() - started
+    lab.size = lab.size | {"warmup": 0, "windows": 2}  # that was the warm-up, and one takes up to 20 s
     found = lab.measure({"rollout": sample})["rollout"]
     lengths = [(len(g["prompt"]), len(c["ids"])) for g in groups for c in g["completions"]]
     config, weights = sampler.lm.config, sum(p.numel() for p in sampler.lm.parameters()) * lab.dtype.itemsize
@@ -621,8 +627,54 @@ def trl_update(lab, method):
         del trainer, lm
 
 
-# name: function, arguments, seconds that it may take; checks first, then what matters most
+# ---- whole scripts ---------------------------------------------------------------------------------------------------
+
+
+def whole_run(lab, name, *flags):
+    """A script from its flags to final/, on the tiny lab; returns its folder. An alert breaks a limit."""
+    module = script(name)
+    out = Path(tempfile.mkdtemp(dir=os.environ["GPU_SCRATCH"]), "run")
+    short = ["--max_steps", "2", "--batch_size", "4", "--eval_rows", "4", "--dtype", "bfloat16"]
+    args = module.parse_args([*short, "--output_dir", str(out), *flags])
+    module.main(args, setup(args, module.__file__))
+    alerts = out / "alerts.jsonl"
+    count = len(alerts.read_text().splitlines()) if alerts.is_file() else 0
+    lab.check(f"{name} {' '.join(flags)}: alerts", count, 0)
+    lab.check(f"{name} {' '.join(flags)}: no final model", not (out / "final" / "model.safetensors").is_file(), 0)
+    return out
+
+
+def whole_scripts(lab):
+    """The six stable ones. Several log-probs of a rollout are compared where it spans more than one step."""
+    for name in "sft", "dpo", "reward", "kto":
+        whole_run(lab, name)
+    for name in "grpo", "rloo":
+        whole_run(lab, name, "--num_iterations", "2", "--engine", "loop")
+        whole_run(lab, name, "--num_iterations", "2")
+
+
+def reward_model(lab):
+    """A reward model on this process's GPU, where the thread that judges must find it."""
+    trained = whole_run(lab, "reward")
+    whole_run(lab, "rloo", "--reward", str(trained / "final"))
+
+
+def cpu_offload(lab):
+    whole_run(lab, "sft", "--cpu_offload")
+
+
+def deterministic(lab):
+    """The same weights twice, to the bit."""
+    first, second = (whole_run(lab, "sft", "--deterministic") / "final" / "model.safetensors" for _ in range(2))
+    lab.check("two runs differ", first.read_bytes() != second.read_bytes(), 0)
+
+
+# name: function, arguments, seconds that it may take; the most telling first
 CASES = {
+    "scripts": (whole_scripts, (), 120),
+    "reward_model": (reward_model, (), 60),
+    "cpu_offload": (cpu_offload, (), 60),
+    "deterministic": (deterministic, (), 60),
     "attention": (attention, (), 60),
     "logprobs": (logprobs, (), 60),
     "rollout_logprobs_loop": (rollout_logprobs, ("loop",), 90),
@@ -639,6 +691,10 @@ CASES = {
     "compile": (sft_flag, ("compile", (False, True)), 150),
     "activation_checkpointing": (sft_flag, ("activation_checkpointing", ("off", "on")), 90),
 }
+
+SPEED = ("sft_0.6b", "dpo_update", "grpo_update", "trl_dpo", "trl_grpo", "rollout_continuous", "rollout_loop",
+         "compile", "activation_checkpointing")  # fmt: skip
+HALVES = {1: [name for name in CASES if name not in SPEED], 2: list(SPEED)}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -695,7 +751,7 @@ def describe(row):
     words = [row["error"]] if "error" in row else []
     words += [f"{c['name']} {c['value']:.2g} > {c['limit']:g}" for c in checks if not c["value"] <= c["limit"]]
     if row["ok"] and checks:
-        worst = max(c["value"] / c["limit"] for c in checks)
+        worst = max(c["value"] / c["limit"] if c["limit"] else 0.0 for c in checks)
         words.append(f"{len(checks)} checks, the worst at {worst:.2g} of its limit")
     for name, found in {row["case"]: numbers, **numbers}.items():
         if isinstance(found, dict) and "tokens_per_s" in found:
@@ -713,16 +769,19 @@ def describe(row):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, rows only with --output")
-    parser.add_argument("--only", nargs="+", default=list(CASES), choices=CASES, metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--half", type=int, choices=HALVES, help="1: whole scripts and numbers, 2: speed")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--output", type=Path, help="rows are added to this file; benchmarks/results/gpu.jsonl")
     options = parser.parse_args()
+    options.only = options.only or HALVES.get(options.half) or list(CASES)
+    total = TOTAL if options.half else len(HALVES) * TOTAL
     import torch
 
     tiny, started = options.tiny or not torch.cuda.is_available(), time.perf_counter()
     output = options.output or (None if tiny else ROOT / "benchmarks" / "results" / "gpu.jsonl")
     if tiny:
         torch.set_num_threads(1)  # a pool of threads does not survive the fork
-        for method in "sft", "dpo", "grpo":
+        for method in "sft", "dpo", "reward", "kto", "grpo", "rloo":
             script(method)  # imported once: a fork is all that a case costs
     if tiny and not options.tiny:
         print("no GPU here: tiny shapes on the CPU, whose times mean nothing")
@@ -733,9 +792,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="gpu") as scratch:
         os.environ["GPU_SCRATCH"] = scratch
         for name in options.only:
-            left = TOTAL - (time.perf_counter() - started)
+            left = total - (time.perf_counter() - started)
             if left < 20:
-                print(f"left out {name}: {TOTAL} s are over; --only {name} runs it alone", flush=True)
+                print(f"left out {name}: {total} s are over; --only {name} runs it alone", flush=True)
                 failed += 1
                 continue
             row = run_case(name, tiny, min(left, CASES[name][2]), Path(scratch)) | about

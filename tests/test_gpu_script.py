@@ -14,7 +14,8 @@ from conftest import ROOT, ranks, script
 from common import batches
 from common.batches import flat_batch
 
-NUMERIC = {"attention": 8, "logprobs": 2, "rollout_logprobs_loop": 4, "rollout_logprobs_continuous": 4, "dpo_update": 2,
+NUMERIC = {"scripts": 16, "reward_model": 4, "cpu_offload": 2, "deterministic": 5, "attention": 8,
+           "logprobs": 2, "rollout_logprobs_loop": 4, "rollout_logprobs_continuous": 4, "dpo_update": 2,
            "grpo_update": 2, "head": 2, "compile": 2, "activation_checkpointing": 2}  # fmt: skip
 QUICK = ["attention", "logprobs", "rollout_logprobs_continuous", "sft_0.6b", "grpo_update", "head", "trl_dpo",
          "rollout_loop", "activation_checkpointing"]  # one of each function that makes cases
@@ -52,6 +53,28 @@ def test_tiny(cases, tmp_path):
         numbers = rows[name]["numbers"]
         variants = [x for x in [numbers, *numbers.values()] if isinstance(x, dict) and "tokens_per_s" in x]
         assert variants and all(x["range"][0] <= x["seconds"] <= x["range"][1] and x["tokens"] > 0 for x in variants)
+
+
+def test_halves(gpu):
+    """Each case is in one half, and the first half holds what is about numbers."""
+    assert sorted(gpu.HALVES[1] + gpu.HALVES[2]) == sorted(gpu.CASES)
+    assert {"scripts", "reward_model", "cpu_offload", "deterministic", "attention", "logprobs"} <= set(gpu.HALVES[1])
+
+
+def test_scripts_see_an_alert(gpu, monkeypatch):
+    """A run that ends well and warns is not ok."""
+    monkeypatch.setitem(gpu.CASES, "warns", (lambda lab: gpu.whole_run(lab, "sft"), (), 60))
+    health = importlib.import_module("common.runtime.health")
+    whole = health.check_share
+
+    def warns(run, code, part, *more, **limits):
+        whole(run, code, part, *more, **limits)
+        if code == "DATA005":
+            health.check(run, code, 0, "share", 1.0, "a test", warn=0)
+
+    monkeypatch.setattr(health, "check_share", warns)
+    row = forked(gpu, "warns")
+    assert not row["ok"] and [c["value"] for c in row["checks"]] == [1, 0], row
 
 
 # ---- a check sees what it is for -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 numbers still sees its planted fault: wide limits would be no solution."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -284,6 +285,10 @@ def test_a_reward_model_knows_the_number_of_its_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: places.append(device) or module)
     rewards.RewardModel(str(folder / "final"), 4096)
     assert places == [torch.device("cuda", 3)]
+
+
+def test_the_tests_hide_the_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 # ---- devices -------------------------------------------------------------------------------------
