@@ -77,7 +77,8 @@ def fake_world(module, rank, world, tp, replicate):
         shape = replicate, world // (replicate * tp), tp
         mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
         yield SimpleNamespace(args=args, mesh=mesh, rank=rank, world=world, device=torch.device("cpu"),
-                              dtype=torch.float32, group=dist.group.WORLD, dp_size=world // tp, dp_rank=rank // tp)
+                              dtype=torch.float32, group=dist.group.WORLD, dp_size=world // tp, dp_rank=rank // tp,
+                              unread=set(), bar=None, beat=0.0)
     finally:
         dist.destroy_process_group()
 

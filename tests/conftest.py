@@ -98,7 +98,7 @@ FAST = {
     "experimental/grpo_token": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--sapo_temperature_neg", "2"]},
     "experimental/dppo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--divergence_type", "binary_kl", "--epsilon", "1e-4"]},
-    "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": ONLINE},
+    "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--learning_rate", "1e-4"]},
     "experimental/gfpo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--num_remains_in_group", "3", "--group_filter", "token_efficiency"]},
     # cooler: at 1.2 its prompts draw tokens so rare that exp(log ref - log pi) makes 2e-5 of rounding in that one step

@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
 
 from common import rewards
+from common.data import Row
 from common.rewards import RewardFile, accuracy, ends_in_number, heldout_metrics, load_rewards, reward_groups
 from common.rewards import reward_table, rollout_metrics, write_samples
 from common.runtime.flags import InputError
@@ -609,7 +610,8 @@ def test_a_part_of_an_answer_is_not_paid(text, number):
 
 
 def load_math():
-    return load_rewards(SimpleNamespace(reward=["math"], reward_weights=[], reward_timeout=60, reward_memory=8))[0]
+    args = SimpleNamespace(reward=["math"], reward_weights=[], reward_timeout=60, reward_memory=8)
+    return load_rewards(args, [{"columns": Row(answer="7")}])[0]
 
 
 def test_math_reads_what_is_no_number():

@@ -18,8 +18,8 @@ Delta:
   bco_loss, means, forward, evaluate: delta instead of the KL term
   estimate_kl, mismatched, with_one, label_balance, running_mean: no mismatched pairs; a step's rewards, for delta
   attach_reference, main.reference: one completion a row; density ratios
-  fit_classifier, attach_ratios: which undesirable rows count how much
-  load_groups, labelled: rows of both labels, which count alike
+  fit_classifier, attach_ratios: which undesirable rows count how much; rows of both labels
+  labelled: rows count alike
   main.step: delta
 Paper differences
   none known (paper not read: formulas as in TRL up to 1.9, which takes delta of a micro-batch after the other)
@@ -207,6 +207,8 @@ def attach_ratios(policy, train, heldout, args, run):
     a line for the plan."""
     desirable = [group for group in train if group["label"]]
     undesirable = [group for group in train if not group["label"]]
+    if not desirable or not undesirable:
+        raise InputError(f"--dataset {args.dataset}: all rows have one label. Give rows of both.")
     if args.udm:
         embeddings = []
         for rows in desirable, undesirable:
@@ -262,8 +264,6 @@ def load_groups(name, tokenizer, stops, args, run):
                 raise problem(row, "label is neither true nor false", label, "Write true or false")
             groups.append(labelled(group, group["completions"][0], label))
     groups, counts = fit(groups, rows, args.max_length, args.overlong)
-    if len({group["label"] for group in groups}) == 1:
-        raise InputError(f"--dataset {name}: all rows have one label. Give rows of both.")
     return groups, counts, fingerprint(rows)
 
 

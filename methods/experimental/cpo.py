@@ -21,6 +21,7 @@ Delta:
   Args.method, parse_args: the loss types and their numbers, and the preset
   logistic, cpo_loss: a loss of the margin between the two completions, and the weight of the chosen one's own loss
 Paper differences
+  papers not read: formulas as in TRL, and CPO's equations as quoted elsewhere;
   equation 5 has S(y_w) for the second term, here as in TRL a mean per token: of a completion (TRL: of a micro-batch).
   cpo_alpha is 1, with simpo and alphapo 0 as in their papers (TRL: 1 with simpo too, which is CPO-SimPO)
 Expect  tiny lab, 2 CPU cores: held-out accuracy 0.30 -> 0.99 within a minute (benchmarks/README.md)
@@ -83,7 +84,7 @@ class Args(RunFlags):
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"] = "sigmoid"
     cpo_alpha: float | None = None  # weight of the chosen completion's own loss; none: 1, simpo and alphapo 0
     simpo_gamma: float = 0.5  # margin that simpo and alphapo ask for (TRL: 0.5)
-    alpha: float = 0.25  # of alphapo: the shape of its reward; 0 is simpo (TRL: 0, the paper: 0.25)
+    alpha: float = 0.25  # of alphapo: the shape of its reward; 0 is simpo (TRL: 0, 0.25 in recipes)
     label_smoothing: float = 0.0  # share of pairs labelled the wrong way round: sigmoid, simpo, alphapo
 
     def check(self):
