@@ -8,6 +8,7 @@ from the same flags: the script's own rows, order, shares and micro-batches.
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import plan
 from conftest import FAST, ranks, script, tiny_rows
@@ -59,7 +60,8 @@ def predicted(rank, world, name, argv):
         run.args = args
         tokenizer, lm = load_model(AutoModelForCausalLM, args)
         stops = stop_ids(tokenizer, lm.generation_config)
-        groups = module.load_groups(args.dataset, tokenizer, stops, args, run)[0]
+        alone = SimpleNamespace(**{**vars(run), "rank": 0, "world": 1})  # what a fake world gathers is nothing
+        groups = module.load_groups(args.dataset, tokenizer, stops, args, alone)[0]
         chosen = [groups[i] for i in order(len(groups), args.seed, 0, args.batch_size)]
         batches = list(micro_batches(run, share(run, chosen), spare=groups[0]))
         policy = plan.sharded(module, lm, run, gpu=False)

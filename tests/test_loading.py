@@ -72,7 +72,8 @@ def load(rank, world, path, replicate, tp, size):
     dist.barrier()
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     weights = {name: full(p).detach() for name, p in lm.named_parameters()}
-    return weights, state(lm.named_buffers()), tied, len(broadcasts)
+    buffers = [(name, full(buffer)) for name, buffer in lm.named_buffers()]  # tp makes those of an embedding DTensors
+    return weights, state(buffers), tied, len(broadcasts)
 
 
 def names(path):
@@ -212,7 +213,7 @@ def load_all(rank, world, path):
     args = module.parse_args([*tiny_flags("sft"), "--model", str(path)])
     mesh = module.init_device_mesh("cpu", (1, world, 1), mesh_dim_names=("replicate", "shard", "tp"))
     run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=rank, weights=0)
-    run.group = dist.group.WORLD
+    run.dtype, run.group = torch.float32, dist.group.WORLD
     _, lm = model.load_model(AutoModelForCausalLM, args)
     policy = model.load_weights(run, module.shard(module.Policy(lm), run))
     groups = [{"prompt": array("i", range(5)), "completions": [{"ids": array("i", range(5, 25)), "scored": None}]}]

@@ -159,8 +159,6 @@ def run(name, model, out, mesh, batch=BATCH):
     flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
     flags += ["--eval_dataset", out.parent / "heldout.jsonl", "--batch_size", batch, "--eval_every", 0]
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
-    if name == "reward":  # the head that 42 draws leaves a weight a first gradient of mere rounding: 1e-9, others 1e-3
-        flags += ["--seed", 1]
     if name in ONLINE:
         (out.parent / "reward.py").write_text(REWARD)
         flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
@@ -207,7 +205,9 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5,
               "experimental/bco": 1.2e-5}
     wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), name)
-    wrong += weight_differences(newest(reference), newest(out), float(LR[name]))
+    # Adam's first step is one learning rate, whatever the size of a gradient: a weight whose first gradient is only
+    # rounding (1e-9 beside 1e-3) goes where rounding says. Measured: at most 4 of some 100,000 weights.
+    wrong += weight_differences(newest(reference), newest(out), float(LR[name]), strays=1e-4)
     texts = [[row["completion"] for row in read_jsonl(folder / "samples.jsonl")] for folder in (reference, out)]
     wrong += [f"{sum(a != b for a, b in zip(*texts))} completions differ"] if texts[0] != texts[1] else []
     if name == "grpo":  # a KL of k nats: log-probs that changed by about sqrt(2 k)

@@ -63,14 +63,17 @@ def metric_differences(a, b, floor=DEFAULT_FLOOR, name=None):
     return out
 
 
-def weight_differences(a, b, lr):
-    """Two checkpoints -> their worst weight, when it is further apart than PER_LR learning rates."""
+def weight_differences(a, b, lr, strays=0.0):
+    """Two checkpoints -> their worst weight, when it is further apart than PER_LR learning rates. strays: the share of
+    all weights that may be, up to 0.2 of one."""
     a, b = trainer_tensors(a), trainer_tensors(b)
     assert a.keys() == b.keys()
-    apart = {k: (v - b[k]).abs().max().item() / lr for k, v in a.items() if k.startswith("model.")}
-    assert all(a[k].dtype == torch.float32 for k in apart) and len(apart) > 10
-    worst = max(apart, key=apart.get)
-    return [f"{worst}: {apart[worst]:.4f} learning rates apart"] if apart[worst] > PER_LR else []
+    gaps = {k: (v - b[k]).abs().flatten() / lr for k, v in a.items() if k.startswith("model.")}
+    assert all(a[k].dtype == torch.float32 for k in gaps) and len(gaps) > 10
+    worst = max(gaps, key=lambda k: gaps[k].max())
+    apart, every = gaps[worst].max().item(), torch.cat(list(gaps.values()))
+    share = (every > PER_LR).double().mean().item()
+    return [f"{worst}: {apart:.4f} learning rates apart"] if share > strays or apart > 0.2 else []
 
 
 def sample_differences(name, a, b):
