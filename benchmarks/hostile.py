@@ -1547,7 +1547,8 @@ def pairs_among_labels(case):
     for one in case.rows if how == 0 else [row]:
         said = one["completion"]
         one.pop("label"), one.pop("completion")
-        one |= {"chosen": said, "rejected": said}
+        other = "no" if isinstance(said, str) else [{"role": "assistant", "content": "no"}]
+        one |= {"chosen": said, "rejected": other}
     if how == 2:
         row |= {"label": True}
     elif how == 3:

@@ -239,6 +239,13 @@ def encode_preference(row, tokenizer, stops, template_kwargs=None):
     return {**groups[1], **groups[0], "prompt": array("i", shared), "completions": completions}
 
 
+def encode_labelled(row, tokenizer, stops, template_kwargs=None):
+    """Return groups of one completion, or of a row with a pair instead of a label the group of both."""
+    if "chosen" in row and "label" not in row:
+        return encode_preference(row, tokenizer, stops, template_kwargs)
+    return encode_demonstration(row, tokenizer, stops, template_kwargs)
+
+
 def encode_prompt(row, tokenizer, stops=(), template_kwargs=None):
     """Return a group without completions: what the model sees before its own first token."""
     (prompt,) = columns_of(row, ["prompt"])

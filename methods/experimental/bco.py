@@ -113,7 +113,7 @@ from common.runtime.launch import launch
 from common.runtime.model import check_model, fit_memory, load_model, load_weights, longest
 from common.runtime.parallel import all_sum, clip_grad_norm, local, param_groups, partial_parameters, tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, say, schedule
-from common.tokenization import encode_demonstration, encode_preference, stop_ids
+from common.tokenization import encode_labelled, stop_ids
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -246,11 +246,9 @@ def load_groups(name, tokenizer, stops, args, run):
     """Return the rows of a dataset as groups of one completion and a label, counts of what was dropped, and the rows'
     fingerprint. The label travels with the completion, too: 1 is desirable."""
     rows = load_rows(name, args, tiny="labelled")
-    are_pairs = "chosen" in rows[0] and "label" not in rows[0]
-    encode = encode_preference if are_pairs else encode_demonstration
     groups = []
-    for group in encode_rows(run, rows, encode, tokenizer, stops):
-        if are_pairs:
+    for group in encode_rows(run, rows, encode_labelled, tokenizer, stops):
+        if len(group["completions"]) == 2:
             chosen, rejected = group["completions"]
             groups.append(labelled(group, chosen, True))
             groups.append(labelled(group, rejected, False))
