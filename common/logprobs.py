@@ -104,14 +104,15 @@ class ScoredHead(torch.autograd.Function):
             # d loss / d (h W^T + b): one slope for all logits, or with a cap one for each
             if torch.is_tensor(slope) or slope != 1:
                 d_z.mul_(slope)
-            d_z = d_z.to(hidden.dtype)  # no copy in fp32
+            if half_on_cuda:
+                d_z = d_z.to(hidden.dtype)
             d_hidden[chunk] = d_z @ weight.to(d_z.dtype)
             if d_bias is not None:
                 d_bias += d_z.sum(0, dtype=torch.float32)
             if d_weight is not None and half_on_cuda:
                 torch.addmm(d_weight, d_z.T, hidden[chunk], out_dtype=torch.float32, out=d_weight)
             elif d_weight is not None:
-                d_weight.addmm_(d_z.float().T, hidden[chunk].float())
+                d_weight.addmm_(d_z.T, hidden[chunk].float())
         if ctx.group:
             dist.all_reduce(d_hidden, group=ctx.group)  # each rank has the share of its own rows of W
         return d_hidden, d_weight, d_bias, None, None, None, None  # autograd rounds them to the dtypes of the inputs

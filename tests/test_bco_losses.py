@@ -197,6 +197,7 @@ def test_flags_without_a_meaning(tmp_path):
 def test_rows_of_one_label_stop_before_step_1(tmp_path):
     """Held-out rows may have one."""
     rows = tmp_path / "mine.jsonl"
-    rows.write_text('{"prompt": "3+4=", "completion": "7", "label": true}\n' * 8)
+    asked, said = [{"role": "user", "content": "3+4="}], [{"role": "assistant", "content": "7"}]
+    rows.write_text((json.dumps({"prompt": asked, "completion": said, "label": True}) + "\n") * 8)
     refused(attempt("experimental/bco", tmp_path, "--dataset", rows), tmp_path, "--dataset", "one label")
     assert attempt("experimental/bco", tmp_path / "heldout", "--eval_dataset", rows).code == 0

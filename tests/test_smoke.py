@@ -305,7 +305,7 @@ FORBIDDEN = {
     r"except\s*:": "a bare except",
     r"\b(TODO|FIXME|XXX|HACK)\b": "unfinished",
     r"trust_remote_code\s*=\s*True": "code from a model folder",
-    r"\bfloat16\b": "sums in half precision",
+    r"torch\.(float16|half)\b|\.half\(\)": "sums in half precision",
     r"\b(requests|urllib|http\.client|socket)\b": "network of its own",
     r"\beval\((?!\))|\bexec\(|os\.system|shell=True": "text that is run",
 }

@@ -75,7 +75,7 @@ class RunFlags:
                 raise InputError(f"--{name} {value}: must be a number from {least} to {most}.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             text = "Its gradients vanish without loss scaling; bfloat16 has the range of float32."
-            reason = text if self.dtype in ("float16", "fp16", "half") else "Give auto, float32 or bfloat16."
+            reason = text if self.dtype in ("float16", "fp16") else "Give auto, float32 or bfloat16."
             raise InputError(f"--dtype {self.dtype}: {reason}")
         try:
             dict(**json.loads(getattr(self, "chat_template_kwargs", "{}")))  # a TypeError for all but an object
