@@ -125,6 +125,8 @@ def load_rows(name, args, tiny="demonstrations"):
     split = ""
     if ":" in name and not exists(name):
         name, split = name.rsplit(":", 1)
+        if not split:
+            raise problem(name, "no split behind the colon", split, "Type --dataset NAME, or NAME:SPLIT")
     split = split or args.dataset_split
     while found := SLICE.fullmatch(split):
         split, *bounds = found.groups(default="")

@@ -156,7 +156,7 @@ def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
         raise problem(row, "no assistant turn after the prompt", messages, "Let an assistant's message follow a user's")
     turns = [k for k in turns if messages[k].get("weight") != 0 and messages[k].get("train") is not False]
     if not turns:
-        raise problem(row, "weight or train leaves no turn to score", messages, "Remove weight and train from one")
+        return [make_group(row, [], [])]  # without a scored token: dropped and counted
     if scope == "last":
         turns = turns[-1:]
     stop_pattern = "|".join(re.escape(tokenizer.decode([stop])) for stop in stops)

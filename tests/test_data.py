@@ -451,6 +451,11 @@ def test_accuracy_without_an_answer_stops_before_the_weights(name, tmp_path):
     assert result.code == 0 and "unread" not in result.out, result.err
 
 
+@pytest.mark.parametrize("name", ("tiny:", "tiny:[:9]"))
+def test_a_colon_without_a_split_is_no_default(name, tmp_path):
+    refused(attempt("sft", tmp_path, "--dataset", name), tmp_path, "no split", "--dataset")
+
+
 def test_flags_of_the_command_line(tmp_path):
     """--eval_fraction, --as_chat, a template string and a template by name, in one run; its command says the same."""
     path = lines(tmp_path / "mine.jsonl", *[ALPACA] * 20)
