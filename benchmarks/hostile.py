@@ -501,7 +501,7 @@ def not_lines(case):
     case.raw = [case.rng.choice([
         b"", b"\n\n \n", whole.decode().encode("utf-16"), gzip.compress(whole, mtime=0), noise, b"PAR1" + noise,
         b'{"data": [' + b",".join(whole.split(b"\n")) + b"]}", b"[" + whole + b"]", b"[]", b"[[]]", b"{}", b"[1, 2]",
-        b"prompt,completion\na,b\n", b"<html>", b"\x00" * 1000, b"[" * 100_000, whole[: len(whole) // 2],
+        b"prompt,completion\na,b\n", b"<html>", b"\x00" * 1000, b"[" * 100_000, whole[: len(whole) // 2 - 2],
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     ])]
     return "bad"

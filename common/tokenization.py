@@ -206,9 +206,9 @@ def encode_demonstration(row, tokenizer, stops, template_kwargs=None, scope="all
 def encode_preference(row, tokenizer, stops, template_kwargs=None):
     """Return a group with the completions [chosen, rejected]; without a column prompt it is what both begin with."""
     *before, chosen, rejected = columns_of(row, ["prompt", "chosen", "rejected"], ["chosen", "rejected"])
-    are_texts = isinstance(chosen, str) and isinstance(rejected, str)
     if before:
         prompt = before[0]
+        are_texts = all(isinstance(text, str) for text in (prompt, chosen, rejected))
         if are_texts and " " in prompt.strip() and chosen.startswith(prompt) and rejected.startswith(prompt):
             raise problem(row, "chosen and rejected repeat the prompt", prompt, "Type --rename prompt:question")
     else:

@@ -292,6 +292,12 @@ def test_messages_that_are_left_unscored(unscored):
     assert fit([group], [0], 99)[1]["unscored"] == 1  # of the row nothing is left: it is dropped and counted
 
 
+def test_messages_before_texts_are_one_line():
+    row = {"prompt": asks("hi"), "chosen": "hi yes", "rejected": "hi no"}
+    with pytest.raises(InputError, match="text and messages are mixed"):
+        tok.encode_preference(row, make(CHATML), [1])
+
+
 def test_a_shared_text_ends_where_the_tokenisations_agree():
     tokenizer = make(None)
     for chosen, rejected in ("The answer is this one", "The answer is that"), ("It: return", "It: result"):
