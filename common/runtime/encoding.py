@@ -30,7 +30,9 @@ def encode_rows(run, rows, encode, tokenizer, stops, **options):
     settings = encode, tokenizer, stops, options
     encode_chunk(rows[:1], *settings)  # in every process, as the columns that it reads leave `unread` there
     run.unread = run.unread or rows[0].unread
-    processes = os.cpu_count() if run.world == 1 and len(rows) >= MANY_ROWS else 1
+    processes = 1
+    if run.world == 1 and len(rows) >= MANY_ROWS:
+        processes = min(os.cpu_count(), len(chunks))
     groups, refusals, errors = [], [], []
     for results in progress(run, "tokenise", encode_chunks(own_chunks, settings, processes), len(own_chunks)):
         groups += results[0]
