@@ -140,6 +140,7 @@ def say(run, line, file=None):
 
 def progress(run, title, items, total):
     """Yield the items. Each counts as progress for the watchdog and, on a terminal, moves a bar that then vanishes."""
+    tqdm.monitor_interval = 0  # no thread that looks after bars: it would still run when the process ends
     hidden = run.rank != 0 or not sys.stdout.isatty()
     with tqdm(desc=title, total=total, disable=hidden, leave=False, dynamic_ncols=True, file=sys.stdout) as bar:
         for item in items:
