@@ -90,7 +90,8 @@ def encode_apart(tokenizer, ids, text):
 def encode_after(tokenizer, ids, before, text):
     """Return ids of the text as it goes on after the text `before`, which has the ids. A control token cuts a text:
     what stands since the last one is all that can merge with what follows, so a long chat is encoded once."""
-    control, start, anchor = tokenizer.added_tokens_decoder, 0, 0
+    control = tokenizer.added_tokens_decoder
+    start = anchor = 0  # where the last control token stands in the text, and in the ids
     for index in range(len(ids) - 1, -1, -1):
         if ids[index] in control:
             start, anchor = before.rfind(control[ids[index]].content), index
@@ -161,11 +162,15 @@ def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
         turns = turns[-1:]
     stop_pattern = "|".join(re.escape(tokenizer.decode([stop])) for stop in stops)
     parts = [write_turn(row, tokenizer, stop_pattern, options, messages, turn) for turn in turns]
-    last, end, only_appends = parts[-1][0] + parts[-1][1], 0, True
-    for opening, text, _ in parts:
-        only_appends = only_appends and len(opening) >= end and last.startswith(opening + text)
+    last_opening, last_text, _ = parts[-1]
+    whole = last_opening + last_text
+    facts = chat_facts(tokenizer, messages)
+    only_appends = True
+    end = 0  # of the turn before
+    for opening, text, facts_of_turn in parts:
+        facts |= facts_of_turn
+        only_appends = only_appends and len(opening) >= end and whole.startswith(opening + text)
         end = len(opening + text)
-    facts = chat_facts(tokenizer, messages).union(*[facts for _, _, facts in parts])
     if only_appends:
         return [make_group(row, *encode_turns(tokenizer, parts), facts)]
     return [make_group(row, *encode_turns(tokenizer, [part]), facts | {"split"}) for part in parts]

@@ -14,7 +14,12 @@ def soft_overlong(completions, completion_ids, max_completion_length, **_):
     """0 up to four fifths of the limit, from there falling to -1 at it: a penalty, to be added to what is earned.
     Yu et al. 2025 (DAPO), https://arxiv.org/abs/2503.14476, equation 13 (limit 20480, of them the last 4096 cost)."""
     cache = max_completion_length // 5
-    return [min(0.0, max(-1.0, (max_completion_length - cache - len(ids)) / cache)) for ids in completion_ids]
+    free = max_completion_length - cache
+    rewards = []
+    for ids in completion_ids:
+        penalty = (free - len(ids)) / cache
+        rewards.append(min(0.0, max(-1.0, penalty)))
+    return rewards
 
 
 def cosine(completions, completion_ids, max_completion_length, answer, **_):
@@ -28,15 +33,26 @@ def cosine(completions, completion_ids, max_completion_length, answer, **_):
         return float(found[-1].replace(",", "")) if found else None
 
     rewards = []
-    for completion, gold, ids in zip(completions, map(number, answer), completion_ids):
-        sign = 1 if number(completion) == gold else -1
-        fall = (1 + math.cos(math.pi * min(1.0, len(ids) / max_completion_length))) / 2
-        rewards.append(None if gold is None else sign * (0.5 + 0.5 * fall))
+    for completion, text, ids in zip(completions, answer, completion_ids):
+        gold = number(text)
+        used = min(1.0, len(ids) / max_completion_length)
+        fall = (1 + math.cos(math.pi * used)) / 2  # from 1 to 0
+        size = 0.5 + 0.5 * fall
+        if gold is None:
+            rewards.append(None)
+        elif number(completion) == gold:
+            rewards.append(size)
+        else:
+            rewards.append(-size)
     return rewards
 
 
 def repetition(completions, completion_ids, size=3, **_):
     """Minus the share of n-grams of `size` tokens that occurred before in the completion: 0 without any repetition.
     Yeo et al. 2025, https://arxiv.org/abs/2502.03373."""
-    grams = [[*zip(*(ids[i:] for i in range(size)))] for ids in completion_ids]
-    return [len({*g}) / len(g) - 1 if g else 0.0 for g in grams]
+    rewards = []
+    for ids in completion_ids:
+        count = len(ids) - size + 1
+        grams = {tuple(ids[i : i + size]) for i in range(count)}
+        rewards.append(len(grams) / count - 1 if count > 0 else 0.0)
+    return rewards
