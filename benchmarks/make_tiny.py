@@ -13,6 +13,9 @@ The data    the same TRAIN questions in every train file, so that methods are co
             demonstrations (right), pairs (right over slipped), triples (the right one again, as reference), labelled
             (right and slipped in turn), prompts (answer only), and TEST held-out questions with all columns.
 
+The teacher is the model after methods/sft.py with no flags, in bfloat16: it adds right. `--only teacher` makes it
+            alone, from the model that is there, in half a minute.
+
 presets.json, the flags that the scripts use on all this, is not made here: it is edited by hand.
 Deterministic on one machine with one set of library versions. Takes about four minutes on one core.
 """
@@ -20,8 +23,13 @@ Deterministic on one machine with one set of library versions. Takes about four 
 import argparse
 import json
 import math
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -210,6 +218,28 @@ def measure(model, tokenizer, questions):
     }
 
 
+# ---- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def make_teacher(out, seed):
+    """Train out/model by methods/sft.py with the flags of its preset, and write out/teacher."""
+    root = Path(__file__).resolve().parents[1]
+    flags = json.loads((root / "common" / "tiny" / "presets.json").read_text())["sft"]
+    flags |= {"model": out / "model", "dataset": out / "demonstrations.jsonl", "eval_dataset": out / "test.jsonl"}
+    flags |= {"seed": seed, "save_dtype": "bfloat16"}
+    shutil.rmtree(out / "teacher", ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, root / "methods" / "sft.py", "--output_dir", run]
+        for name, value in flags.items():
+            command += [f"--{name}", str(value)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(command, check=True, env=environment)
+        (run / "final" / "README.md").unlink()  # it names the temporary folder
+        shutil.copytree(run / "final", out / "teacher")
+    (out / "teacher" / "model.safetensors").chmod(0o644)
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +247,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("common/tiny"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["teacher"], help="make this, and leave the rest as it is")
     args = parser.parse_args()
+    if args.only:
+        make_teacher(args.out, args.seed)
+        return
     torch.set_num_threads(1)  # another number of threads adds up in another order, and ends at other weights
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -233,6 +267,7 @@ def main():
     model = LlamaForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)  # what the scripts will load
     for name, value in measure(model, tokenizer, test).items():
         print(f"{name:30s} {value:.3f}" if isinstance(value, float) else f"{name:30s} {value}")
+    make_teacher(args.out, args.seed)
 
 
 if __name__ == "__main__":

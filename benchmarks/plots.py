@@ -142,7 +142,9 @@ def part_rloo_diff():
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
 }  # by the first script of methods/ among a script and its parents
-OFFSHOOTS = {"orpo": "Pairs without a reference"}  # or by one of these, which do something else than their parent
+OFFSHOOTS = {  # or by one of these, which do something else than their parent, or have none
+    "orpo": "Pairs without a reference", "distillation": "Distillation",
+}  # fmt: skip
 
 
 def family(path):

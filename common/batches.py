@@ -7,7 +7,7 @@ import heapq
 import time
 from array import array
 from functools import lru_cache
-from itertools import accumulate, compress
+from itertools import accumulate, compress, islice
 
 import numpy as np
 import torch
@@ -46,16 +46,17 @@ def group_tokens(group):
     return len(group["prompt"]) + sum(len(completion["ids"]) for completion in group["completions"])
 
 
-def fit(groups, rows, max_length, overlong="drop"):
+def fit(groups, rows, max_length, overlong="drop", room=0):
     """Return the groups that training can use, and counts of rows: all, kept, overlong, equal (a pair of one text),
     refused (they became no group), or without a scored token in one of their completions; "longest" is the most tokens
     of a prompt and a completion. What is beyond max_length is dropped, is an error, or with "truncate_prompt" loses
-    tokens on the left; no completion is ever cut. A row may have become several groups."""
+    tokens on the left; no completion is ever cut. A row may have become several groups. room: tokens of a completion
+    that is still to be sampled."""
     kept, too_long, unscored, equal = [], [], [], []
     longest = 0
     for group in groups:
         completions = group["completions"]
-        answer_length = max((len(completion["ids"]) for completion in completions), default=0)
+        answer_length = max([room, *(len(completion["ids"]) for completion in completions)])
         length = len(group["prompt"]) + answer_length
         longest = max(longest, length)
         if not all(any(predicted_flags(group, completion)) for completion in completions):
@@ -236,6 +237,17 @@ def flat_batch(groups, device="cpu"):
     return {**batch, **carried_entries(completions, device)}
 
 
+def probe_groups(vocab_size):
+    """Return two groups of fixed ids with shared prompts, 40 tokens: there a Policy meets its plain forward."""
+    ids = iter([(7919 * i + 13) % vocab_size for i in range(40)])
+    groups = []
+    for row, lengths in enumerate([(7, 5, 9, 3), (8, 6, 2)]):  # of a prompt and its completions
+        prompt, *answers = [array("i", islice(ids, length)) for length in lengths]
+        completions = [{"ids": answer, "scored": None} for answer in answers]
+        groups.append({"prompt": prompt, "completions": completions, "row": row})
+    return groups
+
+
 def carried_entries(completions, device):
     """Return what scripts attached to the completions, under the same names: tensors of a value for each scored token,
     together (M,), and Python floats, together (S,) in float32. Other types stay. What the first has, all must have."""
@@ -287,14 +299,12 @@ def prompt_embeddings(run, policy, groups):
         prompts.append({"prompt": array("i"), "completions": [{"ids": ids, "scored": None}], "number": number})
     size = policy.lm.config.get_text_config().hidden_size
     embeddings = torch.zeros(len(groups), size, dtype=torch.float64, device=run.device)
-    policy.read = lambda hidden, batch, want: {"hidden": hidden}  # the policy without its head
     for batch in micro_batches(run, share(run, prompts), spare=prompts[0]):
-        hidden = policy(batch)["hidden"].double()
+        hidden = policy(batch, ["hidden"])["hidden"].double()
         sums = hidden.new_zeros(batch["num_seqs"], size).index_add_(0, batch["seq"], hidden)
         lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).clamp(min=1)
         numbers = [group["number"] for group in batch["groups"]]
         embeddings[numbers] += batch["weight"] * sums / lengths[:, None]
-    del policy.read  # its class has the one with a head
     dist.all_reduce(embeddings, group=run.group)
     embeddings = embeddings / run.args.tp_size  # its ranks compute the same rows
     return torch.nn.functional.pad(embeddings, (0, 1), value=1.0).cpu()

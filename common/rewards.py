@@ -85,14 +85,16 @@ def load_rewards(args, groups):
 
 def sample_and_judge(run, sampler, groups, copies, functions, place, greedy=False):
     """Give every group `copies` completions with their rewards, 256 completions at a time: while the next ones are
-    sampled, a thread judges those before. Every rank calls this: a function's wrong answer ends the run on all."""
+    sampled, a thread judges those before. Every rank calls this: a function's wrong answer ends the run on all. Without
+    functions there are no rewards."""
     size = max(1, 256 // copies)
     answers = []
     with ThreadPoolExecutor(1) as judge:
         for first in range(0, len(groups), size):
             part = groups[first : first + size]
             sampler.sample(part, copies, place, greedy)
-            answers.append(judge.submit(reward_groups, part, functions, sampler.tokenizer, run.args))
+            if functions:
+                answers.append(judge.submit(reward_groups, part, functions, sampler.tokenizer, run.args))
         errors = [answer.result() for answer in answers]
     agree(run, next(filter(None, errors), None))
 
@@ -195,7 +197,9 @@ def write_samples(run, step, groups, tokenizer):
         for completion in group["completions"]:
             text = tokenizer.decode(completion["ids"])
             line = {"step": step, "row": group["row"], "prompt": prompt, "completion": text}
-            line.update(reward=completion["reward"], advantage=completion["advantage"], parts=completion["rewards"])
+            if "reward" in completion:
+                parts = completion["rewards"]
+                line.update(reward=completion["reward"], advantage=completion["advantage"], parts=parts)
             line["stop"] = "stop" if completion["stopped"] else "length"
             write(run, "samples.jsonl", line)
 

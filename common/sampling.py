@@ -18,8 +18,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from common.attention import PAGED, runs_flat, runs_paged
 from common.decoding import CacheDecoder, FlatDecoder
 from common.logprobs import fp32_product
-from common.runtime.flags import InputError
-from common.runtime.model import free_bytes, materialize
+from common.runtime.model import check_fits, materialize
 from common.runtime.parallel import gather_tensors
 from common.runtime.run import say
 
@@ -36,20 +35,19 @@ ROLLOUT_FIELDS = {
 class Sampler:
     """An unsharded copy of the model, in --dtype, that this rank samples with and nobody trains. It has no values until
     the script copies the policy's weights into it. lm: the model on the meta device, before Policy replaces its
-    attention. stops: ids that end a completion."""
+    attention. stops: ids that end a completion. top_k, top_p: see `truncated`; log-probs stay those of the policy."""
 
-    def __init__(self, run, lm, tokenizer, stops):
+    def __init__(self, run, lm, tokenizer, stops, top_k=0, top_p=1.0):
         self.run = run
         self.tokenizer = tokenizer
         self.stops = stops
+        self.top_k, self.top_p = top_k, top_p
         self.engine = None
         self.lm = copy.deepcopy(lm)
         for parameter in self.lm.parameters():  # not the buffers: rotary tables stay fp32
             parameter.data = parameter.to(run.dtype)
-        need, free = sum(parameter.nbytes for parameter in self.lm.parameters()), free_bytes()
-        if need > free:
-            text = f"the copy that samples takes {need / 1e9:.1f} GB on every rank, and {free / 1e9:.1f} GB are free"
-            raise InputError(f"--model {run.args.model}: {text}. Choose a smaller model.")
+        need = sum(parameter.nbytes for parameter in self.lm.parameters())
+        check_fits(f"--model {run.args.model}: the copy that samples takes", need)
         materialize(self.lm, run.device, run.device)
         head = self.lm.get_output_embeddings()
         head.forward = partial(fp32_head, head)  # as the trainer's: logits in bfloat16 would be off by 0.03 nats
@@ -68,7 +66,7 @@ class Sampler:
             for group, k in product(groups, range(copies)):
                 noise.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
             noise = torch.stack(noise).to(self.run.device)
-            sequences = generate(self.lm, prompts, copies, noise, self.stops, args)
+            sequences = generate(self.lm, prompts, copies, noise, self.stops, args, self.top_k, self.top_p)
         for group in groups:
             group["completions"] = []
         for i, (ids, logprobs) in enumerate(sequences):
@@ -100,6 +98,9 @@ class Sampler:
         rules.max_new_tokens = args.max_completion_length
         self.lm.config._attn_implementation = PAGED
         self.engine = self.lm.init_continuous_batching(rules, settings)
+        if self.top_k > 0 or self.top_p < 1:  # by top_k and top_p in `rules`, log-probs would be those of what is left
+            self.engine.batch_processor = self.engine._create_batch_processor()
+            self.engine.batch_processor.model_runner._sample = partial(sample_scores, self.top_k, self.top_p)
         self.engine.warmup()  # takes the memory and records the graphs now
 
     def sample_continuous(self, prompts, copies, place):
@@ -135,6 +136,17 @@ class Sampler:
         return [(results[name].generated_tokens, results[name].logprobs) for name in sorted(results)]
 
 
+def sample_scores(top_k, top_p, scores, output_ids):
+    """In the engine's place: of scores (1, R, V), the logits over the temperature, write a token of each row, drawn
+    from the truncated distribution, and its log-prob in the whole one into output_ids (2, R or more) int32. The second
+    row holds the bits of fp32."""
+    p = scores[0].softmax(-1)
+    tokens = torch.multinomial(truncated(p, top_k, top_p), 1)
+    logprobs = p.gather(1, tokens).log()
+    output_ids[0, : len(tokens)].copy_(tokens[:, 0])
+    output_ids[1, : len(tokens)].copy_(logprobs[:, 0].view(torch.int32))
+
+
 def fp32_head(head, hidden):
     """What the linear head of a model returns for hidden states (..., D), in fp32."""
     logits = fp32_product(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
@@ -165,8 +177,23 @@ def draw(p, noise):
     return (block * width + inside)[:, 0]
 
 
+def truncated(p, top_k, top_p):
+    """Return the probabilities p (R, V) with 0 for all but the top_k most likely tokens of a row (0: all) and, of what
+    that leaves, for all but the fewest likely ones that together hold at least the share top_p of it."""
+    if top_k == 0 and top_p == 1:
+        return p
+    ranked, tokens = p.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    sums = ranked.cumsum(-1, dtype=torch.float64)
+    more_likely = sums - ranked  # what the tokens before a token hold: 0 for the first, which always stays
+    if top_p < 1:
+        ranked.masked_fill_(more_likely >= top_p * sums[:, -1:], 0)
+    return torch.zeros_like(p).scatter_(1, tokens, ranked)
+
+
 @torch.no_grad()
-def generate(lm, prompts, copies, noise, stops, args):
+def generate(lm, prompts, copies, noise, stops, args, top_k=0, top_p=1.0):
     """Return ids and log-probs (fp32, on the CPU) of `copies` completions of each prompt, those of one prompt side by
     side. Those that end leave the batch. noise: uniform (prompts * copies, max_completion_length), None: greedy."""
     kind = FlatDecoder if runs_flat(lm, lm.device.type) else CacheDecoder
@@ -177,7 +204,7 @@ def generate(lm, prompts, copies, noise, stops, args):
     logprobs = torch.zeros(ids.shape, device=lm.device)
     for t in range(args.max_completion_length):
         p = (decoding.logits.float() / args.temperature).softmax(-1)
-        tokens = p.argmax(-1) if noise is None else draw(p, noise[live, t])
+        tokens = p.argmax(-1) if noise is None else draw(truncated(p, top_k, top_p), noise[live, t])
         ids[live, t] = tokens
         logprobs[live, t] = p.gather(1, tokens[:, None])[:, 0].log()
         ended = torch.isin(tokens, stop_tokens)

@@ -73,6 +73,7 @@ GOOD = {  # one row each, and columns that are not enough
     "kto": ({"prompt": "3+4=", "completion": "7", "label": True}, {"prompt": "3+4=", "completion": "7"}),
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "rloo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
+    "experimental/distillation": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
 }
 
 
@@ -128,7 +129,8 @@ def test_flags_that_are_none(name, flags, needles):
     assert all(needle in result.err for needle in needles), result.err
 
 
-ZERO = "warmup_steps eval_every save_every eval_samples update_after max_steps".split()  # 0 turns off, or means at once
+ZERO = "warmup_steps eval_every save_every eval_samples update_after max_steps"  # 0 turns off, or means at once
+ZERO = [*ZERO.split(), "top_k", "loss_top_k"]
 
 
 def numbers(name):

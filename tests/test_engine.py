@@ -26,7 +26,7 @@ FOLDER = ROOT / "common" / "tiny" / "model"
 def make_sampler(**changes):
     """A Sampler with the weights of the tiny model, and a run that has what it reads of one."""
     flags = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH, "max_length": 1024}
-    flags |= {"seed": 42, "deterministic": False, "engine": "auto"}
+    flags |= {"seed": 42, "deterministic": False, "engine": "auto", "model": "tiny"}
     args = SimpleNamespace(**flags | changes)
     run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=torch.float32, rank=0)
     with torch.device("meta"):

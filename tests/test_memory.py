@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from common.batches import flat_batch
-from common.logprobs import Policy, probe_groups
+from common.batches import flat_batch, probe_groups
+from common.logprobs import Policy
 from common.runtime import model
 from common.runtime.launch import setup
 from common.runtime.parallel import full

@@ -120,8 +120,9 @@ LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e
       "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4", "experimental/neftune": "1e-3",
       "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3", "experimental/orpo": "5e-4",
       "experimental/cpo": "5e-4", "experimental/tpo": "5e-4", "experimental/bco": "1e-4"}  # fmt: skip
-ONLINE = [name for name in SCRIPTS if hasattr(script(name), "rollout")]
-LR |= {name: "5e-4" for name in ONLINE if "/" in name}
+ONLINE = [name for name in SCRIPTS if "reward" in script(name).Args.__dataclass_fields__]
+TAUGHT = [name for name in SCRIPTS if "teacher" in script(name).Args.__dataclass_fields__]
+LR |= {name: "5e-4" for name in ONLINE + TAUGHT if "/" in name}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -165,6 +166,8 @@ def run(name, model, out, mesh, batch=BATCH):
         (out.parent / "reward.py").write_text(REWARD)
         flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
         flags += ["--allow", "GRPO001", "GRPO002"]
+    if name in TAUGHT:  # by a model of random weights
+        flags += ["--teacher", model.parent / "raw", "--max_completion_length", 40, "--allow", "GRPO002"]
     train(name, out, *flags, world=world)
     return out
 

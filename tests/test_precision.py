@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_alerts import levels, provoke
 from torch.distributed.device_mesh import init_device_mesh
 
-from common import rewards, sampling
+from common import rewards
 from common.runtime import checkpoint, health, launch, model, parallel
 from common.runtime.flags import InputError
 from common.runtime.parallel import local
@@ -322,7 +322,7 @@ def test_a_sampler_that_does_not_fit(tmp_path):
     """Said in bytes, before a weight is read: the half million weights of the tiny model take 2 MB."""
 
     def patch(_module):
-        sampling.free_bytes = lambda: 1e6
+        model.free_bytes = lambda: 1e6
 
     result = provoke("grpo", tmp_path, patch=patch)
     assert result.code == 2 and "the copy that samples takes 0.0 GB on every rank" in result.err, result.err

@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
             flags = ["--dataset", tiny_rows(name, folder / "rows.jsonl", 12), "--max_steps", STEPS]
             flags += ["--eval_dataset", folder / "heldout.jsonl", "--eval_every", 4, "--batch_size", BATCH]
             flags += ["--save_every", 3, "--keep_last", 99, "--save_dtype", "float32"]
-            if hasattr(script(name), "rollout"):  # sums that are no fp32 numbers: a cast of the state would show
+            if "reward" in script(name).Args.__dataclass_fields__:  # sums that no fp32 number is: a cast would show
                 flags += ["--reward", "accuracy", "format", "--reward_weights", "0.7", "0.1"]
             train(name, folder / "whole", *flags, world=world)
             made[name, world] = flags, folder / "whole"
@@ -169,7 +169,7 @@ def chains():
     """Scripts with a loop of their own, killed in their steps; the other chains are about what is shared."""
     for name in LOOPS:
         for chain in CHAINS:
-            if chain == "rollouts" and not hasattr(script(name), "rollout"):
+            if chain == "rollouts" and "reward" not in script(name).Args.__dataclass_fields__:
                 continue
             usual = chain == "steps" or (name, chain) in USUAL
             yield pytest.param(name, chain, marks=[] if usual else [pytest.mark.slow])

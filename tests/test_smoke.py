@@ -80,7 +80,13 @@ def more_keys(metrics, before, *keys):
 
 METRICS["experimental/dapo"] = more_keys(METRICS["grpo"], "ratio_mean", "num_prompts", "epoch")
 METRICS["experimental/grpo_entropy"] = more_keys(PLAIN, "perf/rollout_seconds", "entropy_coef")
+METRICS["experimental/distillation"] = (
+    ["step", "loss", "num_tokens", "on_policy", "truncated_frac", "completion_len", "entropy", "sampler_gap",
+     "perf/rollout_seconds", "grad_norm", "lr", *PERF],
+    ["step", "eval/accuracy", "eval/completion_len", "eval/divergence"],
+)  # fmt: skip
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
+NOT_JUDGED = [key for key in SAMPLE if key not in ("reward", "advantage", "parts")]  # a teacher is no reward
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
 TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
@@ -205,7 +211,8 @@ def test_samples(ran):
     name, out, _ = ran
     if (out / "samples.jsonl").is_file():
         rows = lines(out / "samples.jsonl")
-        assert rows and all(list(row) == SAMPLE and row["stop"] in ("stop", "length") for row in rows)
+        keys = NOT_JUDGED if "on_policy" in METRICS[name][0] else SAMPLE
+        assert rows and all(list(row) == keys and row["stop"] in ("stop", "length") for row in rows)
         assert {row["step"] for row in rows} <= {1, 2, 3}
     else:
         assert "samples.jsonl" not in EXTRA.get(name, [])

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from common.batches import flat_batch
-from common.logprobs import probe_groups
+from common.batches import flat_batch, probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
 from common.runtime.folders import META, checkpoints, checksums, discard, publish, step_of
 from common.runtime.health import check, spread_gap

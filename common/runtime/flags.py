@@ -18,7 +18,8 @@ from tyro.conf import arg
 VERSION = "0.4"  # of common/; every script names the one that it was written for
 COMMON = Path(__file__).resolve().parents[1]  # common/, with the data of the tiny lab
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
-MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps")  # counts that 0 turns off
+# Counts that 0 turns off.
+MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps", "top_k", "loss_top_k")
 SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
 
 

@@ -19,8 +19,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import refuse_rotary
-from common.batches import flat_batch, group_tokens
-from common.logprobs import probe_groups
+from common.batches import flat_batch, group_tokens, probe_groups
 from common.runtime.flags import COMMON, InputError
 from common.runtime.health import check, spread_gap
 from common.runtime.parallel import agree, all_most, local
@@ -32,14 +31,15 @@ POSITION_TABLES = r"(wpe|embed_positions|positions_embed|position_embeddings)$" 
 
 
 # ---- structure -----------------------------------------------------------------------------------
-def load_model(model_class, args, **head):
-    """Return the tokenizer and the model of --model, on the meta device: no weight has memory yet. `head` is what the
-    head of an auto class needs in the config (num_labels=1). Dropout is 0 and the module stays in eval mode: shared
-    prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
+def load_model(model_class, args, flag="model", **head):
+    """Return the tokenizer and the model that a flag names, on the meta device: no weight has memory yet. `head` is
+    what the head of an auto class needs in the config (num_labels=1). Dropout is 0 and the module stays in eval mode:
+    shared prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
+    name = vars(args)[flag]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     try:
-        folder = model_folder(args.model)
+        folder = model_folder(name, flag)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
         with torch.device("meta"):
             lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -52,12 +52,12 @@ def load_model(model_class, args, **head):
             lm.generation_config = GenerationConfig.from_pretrained(folder)
         transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
     except Exception as e:  # the loader may raise anything, and what it reads is input
-        raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
+        raise InputError(f"--{flag} {name}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     tokenizer = load_tokenizer(folder, args.chat_template)
     ids = max(tokenizer.get_vocab().values(), default=0) + 1
     embeddings = lm.get_input_embeddings().num_embeddings
     if ids > embeddings:
-        raise InputError(f"--model {args.model}: {embeddings} embeddings, but {ids} token ids. Pass another.")
+        raise InputError(f"--{flag} {name}: {embeddings} embeddings, but {ids} token ids. Pass another.")
     refuse_rotary(lm.config, args.max_length)
     for module in lm.modules():
         for name, value in vars(module).items():  # the rate of a Dropout module, or a number like attention_dropout
@@ -66,10 +66,10 @@ def load_model(model_class, args, **head):
     return tokenizer, lm.eval()
 
 
-def model_folder(name):
-    """Return the folder of --model. Of a hub id it holds the weights that are read, and no others."""
+def model_folder(name, flag="model"):
+    """Return the folder of a flag's model. Of a hub id it holds the weights that are read, and no others."""
     if name == "tiny":
-        return str(COMMON / "tiny" / "model")
+        return str(COMMON / "tiny" / flag)
     if Path(name).is_dir():
         return name
     folder = snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS])
@@ -132,10 +132,10 @@ def own_tensors(module):
 
 
 @torch.no_grad()
-def load_weights(run, policy):
-    """Fill the policy with the weights of its folder, and return it. Every rank reads its own slices of the files. If
-    they have other names (experts that transformers fuses) or lack a new head, rank 0 reads the whole model, which
-    makes the head, and broadcasts it tensor by tensor."""
+def load_weights(run, policy, flag="model"):
+    """Fill the policy with the weights of its folder, which `flag` names, and return it. Every rank reads its own
+    slices of the files. If they have other names (experts that transformers fuses) or lack a new head, rank 0 reads the
+    whole model, which makes the head, and broadcasts it tensor by tensor."""
     device = "cpu" if run.args.cpu_offload else run.device
     lm = materialize(policy.lm, device, rope_device=run.device)
     run.weights = run.weights or sum(p.numel() for p in policy.parameters())
@@ -151,7 +151,7 @@ def load_weights(run, policy):
         if run.rank == 0:
             weights = read_whole_model(run, policy)
     except (Exception, dcp.CheckpointException) as e:  # readers may raise anything; the last is a BaseException
-        error = f"--model {run.args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id."
+        error = f"--{flag} {vars(run.args)[flag]}: {first_line(e)}. Pass a Hugging Face model folder or hub id."
     agree(run, error)
     for name, tensor in tensors.items():
         values = torch.empty(tensor.shape, dtype=tensor.dtype, device=run.device)
@@ -255,6 +255,14 @@ def activation_bytes(run, policy, tokenizer):
     loss.backward()  # FSDP2 counts on a backward after each forward
     policy.zero_grad(set_to_none=True)
     return kept / len(batch["input_ids"])
+
+
+def check_fits(text, need):
+    """Raise InputError if `need` bytes are more than this rank may allocate. text: what takes them."""
+    free = free_bytes()
+    if need > free:
+        gigabytes = f"{need / 1e9:.1f} GB on every rank, and {free / 1e9:.1f} GB are free"
+        raise InputError(f"{text} {gigabytes}. Choose a smaller model.")
 
 
 def free_bytes():
