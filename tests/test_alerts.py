@@ -560,11 +560,20 @@ def test_grpo002_rises_to_an_error(tmp_path):
     assert list(dict.fromkeys(level for _, level in levels(result, "GRPO002"))) == ["warn", "error"]
 
 
+THREE_IN_A_ROW = "error: GRPO003: three rollouts in a row got no reward at all. Check --reward."
+
+
 @pytest.mark.parametrize("function, flags", (("none", []), ("raises", []), ("hangs", ["--reward_timeout", 1])))
 def test_grpo003_no_reward_at_all(function, flags, tmp_path):
-    for allow in ["GRPO002"], ["GRPO002", "GRPO003"]:  # without any reward there is nothing to go on with
-        result = provoke("grpo", tmp_path, *reward(tmp_path, function), *flags, allow=allow)
-        assert result.code == 3 and levels(result, "GRPO003") == [(0, "error")]
+    """A function that says so ends the run at once; calls that fail may be accidents, but not three in a row. Allowed
+    or not: without any reward there is nothing to go on with."""
+    for allow in ["GRPO002"], ["GRPO002", "GRPO003"]:
+        result = provoke("grpo", tmp_path, *reward(tmp_path, function), *flags, steps=9, allow=allow)
+        at_once = function == "none" and len(allow) == 1
+        first = 0 if function == "none" else 1
+        assert levels(result, "GRPO003") == [(first, "error"), (2, "error")][: 1 if at_once else 2]
+        assert result.code == 3 and (THREE_IN_A_ROW in result.err) == (not at_once)
+        assert not (result.folder / "final").exists()
 
 
 def test_grpo003_some_without_reward(tmp_path):
@@ -580,8 +589,9 @@ def test_grpo003_some_without_reward(tmp_path):
 def test_grpo003_a_reward_that_breaks_later(tmp_path):
     result = provoke("grpo", tmp_path, *reward(tmp_path, "lost_later"), steps=4, **QUICK)  # half of them: it goes on
     assert result.code == 0 and levels(result, "GRPO003")[0] == (3, "error")
-    result = provoke("grpo", tmp_path, *reward(tmp_path, "raises_later"), steps=4, **QUICK)  # all of them: the end
-    assert result.code == 3 and levels(result, "GRPO003")[0] == (3, "error")
+    result = provoke("grpo", tmp_path, *reward(tmp_path, "raises_later"), steps=9, **QUICK)  # all of them: the end
+    assert result.code == 3 and levels(result, "GRPO003") == [(3, "error"), (4, "error")]
+    assert THREE_IN_A_ROW in result.err and len((result.folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert not (result.folder / "final").exists()
 
 

@@ -404,7 +404,7 @@ def stubborn(prompts, completions, **columns):
         except Exception:  # as users guard against one bad completion: it must not eat the time limit
             rewards.append(0.0)
     return rewards
-def too_few(prompts): return [1.0] * len(prompts)
+def other_columns(prompts, completions, nosuch): return [1.0] * len(prompts)
 def fine(prompts, completions, **columns): return [float(i) for i in range(len(completions))]
 def greedy(prompts, completions, **columns):
     columns["answer"].clear()  # its own copy
@@ -444,12 +444,15 @@ def test_rewards_that_are_none(reward, needles, tmp_path):
     refused(online(tmp_path, reward), tmp_path, *needles)
 
 
-@pytest.mark.parametrize("function", ("nan", "infinite", "none", "raises", "leaves", "hangs", "too_few", "stubborn"))
+@pytest.mark.parametrize("function", ("nan", "infinite", "none", "raises", "leaves", "hangs", "other_columns",
+                                      "stubborn"))  # fmt: skip
 def test_rewards_that_never_answer(function, tmp_path):
-    """A health error before step 1: no reward is not a reward of 0."""
-    result = online(tmp_path, f"{{}}/mine.py:{function}", "--reward_timeout", 1, limit=15)
+    """A health error: no reward is not a reward of 0. Before step 1 where the function says so; a call that fails costs
+    its rollout only, until the third."""
+    result = online(tmp_path, f"{{}}/mine.py:{function}", "--reward_timeout", 1, "--max_steps", 9, limit=15)
     assert result.code == 3, result.err
-    refused(result, tmp_path, "GRPO003", code=3)
+    line = refused(result, tmp_path, "GRPO003", code=3)
+    assert ("three rollouts in a row" in line) == (function not in ("nan", "infinite", "none"))
 
 
 @pytest.mark.parametrize("function", ("fine", "greedy", "many_kinds"))

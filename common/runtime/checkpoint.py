@@ -302,7 +302,8 @@ def finish(run, policy, tokenizer, heldout):
         show_groups(run, "sample", [{"prompt": prompt, "completions": [completion]}], tokenizer)
     for key, value in run.state.get("last", {}).items():
         say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
-    say(run, f'\n  lm = {policy.auto_class.__name__}.from_pretrained("{final}")')
+    say(run, "")
+    say(run, f'  lm = {policy.auto_class.__name__}.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
     if run.rank == 0:
         summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}

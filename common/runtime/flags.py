@@ -158,10 +158,16 @@ def refuse(message):
 
 
 def printable(message):
-    """Return the message for a terminal: without its middle if it is long, control characters of data spelled out."""
+    """Return the message for a terminal: without its middle if it is long, control characters spelled out."""
     if len(message) >= 900:
         message = f"{message[:400]} ... {message[-450:]}"
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+    return spelled_out(message)
+
+
+def spelled_out(text):
+    """Return the text with its control characters as Python spells them: what data, models or folders are called must
+    not move a cursor, clear a terminal or name its window."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def on_signal(number, _frame):

@@ -10,7 +10,7 @@ import time
 import zlib
 from pathlib import Path
 
-from common.runtime.flags import InputError
+from common.runtime.flags import InputError, printable
 from common.runtime.run import LOGS, first_line, fsync, read_json
 
 META = "trainer/meta.json"  # of a checkpoint, its last file
@@ -83,7 +83,8 @@ def lock(out):
     except (BlockingIOError, PermissionError):  # what says so differs
         return False
     except OSError as e:
-        print(f"{out} cannot be locked ({first_line(e)}): see to it that no second run writes there", flush=True)
+        text = f"{out} cannot be locked ({first_line(e)}): see to it that no second run writes there"
+        print(printable(text), flush=True)
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}".encode())
     return True
@@ -95,7 +96,7 @@ def find_checkpoint(out, given):
     for folder in reversed(folders):
         if is_whole(folder):
             return folder
-        print(f"skipped {folder}: damaged", flush=True)
+        print(printable(f"skipped {folder}: damaged"), flush=True)
     if folders:  # a disk that cannot be read today may be read tomorrow
         raise InputError(f"--resume {given or out}: no checkpoint is whole. Name another, or move them away.")
 

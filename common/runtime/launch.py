@@ -23,7 +23,7 @@ import torch.distributed as dist
 import transformers
 
 from common.attention import use_newest_kernel
-from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable
+from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable, spelled_out
 from common.runtime.folders import prepare_folder
 from common.runtime.parallel import layer_dtype
 from common.runtime.run import Run, first_line, peak_bytes, read_json, record
@@ -169,7 +169,7 @@ def roll_call(run, why):
         is_first = run.rank == 1
     if is_first:
         message = f"step {run.step + 1}: {why}: {'; '.join(answers)}. To go on: {run.command} --resume auto"
-        print("\nerror:", message, file=sys.stderr, flush=True)  # below a bar
+        print("\nerror:", spelled_out(message), file=sys.stderr, flush=True)  # below a bar
         record(run.out, status="failed", exit_code=1)
     else:
         time.sleep(3)  # leaving breaks the collectives of the rank that prints

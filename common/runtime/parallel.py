@@ -127,8 +127,9 @@ def param_groups(policy, weight_decay):
 # ---- tensor parallelism --------------------------------------------------------------------------
 def partial_parameters(policy):
     """Return the parameters that tensor parallelism left whole in a cut layer, such as norms of heads. Each tp rank has
-    the part of their gradient that comes from its own heads: the script sums these parts."""
-    return [p for module in policy.partial for p in module.parameters()]
+    the part of their gradient that comes from its own heads: the script sums these parts. In a step that was skipped
+    there are no gradients."""
+    return [p for module in policy.partial for p in module.parameters() if p.grad is not None]
 
 
 def tensor_parallel(run, lm):

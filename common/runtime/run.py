@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.attention import kernel_name
 from common.batches import group_tokens
-from common.runtime.flags import InputError, PlanOnly, printable
+from common.runtime.flags import InputError, PlanOnly, printable, spelled_out
 from common.tokenization import token_picture
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")  # what a resume cuts back; other files are not ours
@@ -51,6 +51,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)  # time of the newest checkpoint
     saving: float = 0.0  # seconds spent on saving
+    lost_calls: bool = False  # on any rank, a call of a reward function has failed since the last check_rewards
     beat: float = field(default_factory=time.monotonic)  # time of the last progress, for `watch`
     watched: tuple = ()  # weights, and a copy of them after step 4, for `check_update`
 
@@ -131,11 +132,16 @@ def log_eval(run, step, metrics, steps):
 
 
 def say(run, line, file=None):
-    """Print a line on rank 0, to stdout or another file; where there is a bar, above it."""
+    """Print a line on rank 0, to stdout or another file; control characters in it are spelled out."""
+    show(run, spelled_out(line), file)
+
+
+def show(run, text, file=None):
+    """Print a text as it is; where there is a bar, above it."""
     if run.bar is not None:
-        run.bar.write(line, file=file)
+        run.bar.write(text, file=file)
     elif run.rank == 0:
-        print(line, file=file, flush=True)
+        print(text, file=file, flush=True)
 
 
 def progress(run, title, items, total):
@@ -151,7 +157,7 @@ def progress(run, title, items, total):
 
 def show_groups(run, title, groups, tokenizer):
     for group in groups:
-        say(run, f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}")
+        show(run, f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}")
 
 
 def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory):
