@@ -21,11 +21,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from common.batches import flat_batch, probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
-from common.runtime.folders import META, checkpoints, checksums, discard, publish, step_of
+from common.runtime.folders import META, STATE, checkpoints, checksum, discard, publish, regular_files, remove, step_of
 from common.runtime.health import check, spread_gap
 from common.runtime.model import own_tensors
 from common.runtime.parallel import all_most, all_sum, full
-from common.runtime.run import LOGS, first_line, fsync, is_due, read_json, record, say, show_groups
+from common.runtime.run import LOGS, first_line, fsync, is_due, open_own, read_json, record, say, show_groups
 
 CACHE_PART = 1024  # groups of each rank between two writes of log-probs that are kept
 FILE_BYTES = 2**32  # of weights in one file of an exported model, before the layer that exceeds it
@@ -78,7 +78,8 @@ def trainer_tensors(models, optimizers):
 def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
     """Write a Hugging Face folder of the first model, and trainer/ with the rest. On return all is on the disk."""
     if run.rank == 0:
-        (folder / "trainer").mkdir(parents=True)
+        folder.mkdir()  # an error where something has the name: what is written is written into a folder of our own
+        (folder / "trainer").mkdir()
     dist.barrier(group=run.group)
     tensors = trainer_tensors(models, optimizers)
     ends = list(accumulate(tensor.numel() for tensor in tensors.values()))
@@ -89,7 +90,7 @@ def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
         dcp.save(tensors, storage_writer=writer, process_group=run.group)
         export(run, next(iter(models.values())), folder)
         if run.rank == 0:
-            tokenizer.save_pretrained(folder)
+            export_tokenizer(tokenizer, folder)
             write_meta(run, step, folder)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as e:  # the last one is a BaseException
         text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
@@ -106,10 +107,10 @@ def write_meta(run, step, folder):
             tensors.update({f"{name}/{key}": tensor for key, tensor in value.items()})
         else:
             meta["state"][name] = value
-    save_file(tensors, folder / "trainer" / "state.safetensors")
+    write_tensors(tensors, folder / STATE)
     logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
     meta["offsets"] = {log.name: log.stat().st_size for log in logs}
-    meta["crc32"] = checksums(folder)
+    meta["crc32"] = {name: checksum(path) for name, path in regular_files(folder).items()}
     meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
     (folder / META).write_text(json.dumps(meta, indent=1))
     for written in [*logs, *folder.rglob("*"), folder]:
@@ -124,7 +125,7 @@ def export(run, policy, folder):
     places = {}
     for file, tensors in exported_files(run, policy):
         if run.rank == 0:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            write_tensors(tensors, folder / file, metadata={"format": "pt"})
             places.update(dict.fromkeys(tensors, file))
     if run.rank == 0:
         if len(set(places.values())) > 1:
@@ -135,6 +136,25 @@ def export(run, policy, folder):
         config.architectures = [type(policy.lm).__name__]
         config.save_pretrained(folder)
         policy.lm.generation_config.save_pretrained(folder)
+
+
+def export_tokenizer(tokenizer, folder):
+    """Write the tokenizer. Of several chat templates only those go with it that texts are rendered in: the default one,
+    and the one for rows with tools. The others may say anything."""
+    exported = copy.copy(tokenizer)
+    if isinstance(tokenizer.chat_template, dict):
+        used = {name: tokenizer.chat_template.get(name) for name in ("default", "tool_use")}
+        exported.chat_template = {name: template for name, template in used.items() if template}
+    exported.save_pretrained(folder)
+
+
+def write_tensors(tensors, path, metadata=None):
+    """Write a file of tensors that has the permissions of every new file; save_file alone makes it its owner's only."""
+    path.unlink(missing_ok=True)
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def exported_files(run, policy):
@@ -227,7 +247,7 @@ def check_resume(run):
         changes = "; ".join(f"{name} was {saved[name]}, is {current.get(name)}" for name in changed)
         raise InputError(f"{run.checkpoint}: {changes}. --allow_changes resumes nevertheless.")
     changed_rows = [name for name in changed if name in ROLLOUT_FLAGS]
-    with safe_open(run.checkpoint / "trainer" / "state.safetensors", "pt") as state:
+    with safe_open(run.checkpoint / STATE, "pt") as state:
         if changed_rows and any(name.startswith("rollout/") for name in state.keys()):
             raise InputError(f"{run.checkpoint} lies within a rollout, which {changed_rows} would give other prompts.")
     if "batch_size" in changed:
@@ -251,26 +271,28 @@ def resume(run, models, optimizers, tokenizer):
         write_checkpoint(run, 0, folder, models, optimizers, tokenizer)
         check_export(run, next(iter(models.values())), tokenizer, folder)
         if run.rank == 0:
-            shutil.rmtree(folder)
+            remove(folder)
         return
-    trainer = run.checkpoint / "trainer"
+    meta = read_json(run.checkpoint / META)
+    files = [str(run.checkpoint / name) for name in meta["crc32"] if name.startswith("trainer/")]
     try:
-        reader = dcp.HuggingFaceStorageReader(str(trainer))
+        reader = dcp.HuggingFaceStorageReader(str(run.checkpoint / "trainer"))
+        reader.fs.ls = lambda _: files  # else it opens whatever is there
         saved = {name for name in reader.read_metadata().state_dict_metadata if "/" not in name}  # not the state's
         if saved != tensors.keys():
             raise dcp.CheckpointException(f"{len(saved ^ tensors.keys())} tensors are in one of the two only", {})
         dcp.load(tensors, storage_reader=reader, process_group=run.group)  # in place
     except dcp.CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
-    meta = read_json(run.checkpoint / META)
     run.step = meta["step"]
     run.state = {"alerts": {}, **meta["state"]}
-    for path, tensor in load_file(trainer / "state.safetensors").items():
+    for path, tensor in load_file(run.checkpoint / STATE).items():
         name, key = path.split("/")
         run.state.setdefault(name, {})[key] = tensor
     if run.rank == 0:
         for log in [run.out / name for name in LOGS if (run.out / name).is_file()]:
-            os.truncate(log, min(log.stat().st_size, meta["offsets"].get(log.name, 0)))
+            with open_own(log, "r+") as file:
+                file.truncate(min(os.fstat(file.fileno()).st_size, meta["offsets"].get(log.name, 0)))
         earlier = [folder for folder in checkpoints(run.out) if int(step_of(folder)) <= run.step]
         for folder in checkpoints(run.out):
             if folder not in [run.checkpoint, *earlier[-run.args.keep_last :]]:
@@ -280,13 +302,19 @@ def resume(run, models, optimizers, tokenizer):
 
 # ---- finish --------------------------------------------------------------------------------------
 def finish(run, policy, tokenizer, heldout):
-    """Make final/ of the last checkpoint. Reloaded from there, the model completes two prompts for the eye."""
+    """Make final/ of the last checkpoint: of the files that it names, whatever else lies there by now. Reloaded from
+    there, the model completes two prompts for the eye."""
     final = run.out / "final"
     if run.rank == 0:
         copied = run.out / ".tmp-final"
-        shutil.copytree(checkpoints(run.out)[-1], copied, ignore=shutil.ignore_patterns("trainer"))
+        newest = checkpoints(run.out)[-1]
+        copied.mkdir()
+        for name in read_json(newest / META)["crc32"]:
+            if not name.startswith("trainer/"):
+                (copied / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(newest / name, copied / name)
         (copied / "README.md").write_text(f"Made by `{run.command}`.\n")
-        for path in [*copied.iterdir(), copied]:
+        for path in [*copied.rglob("*"), copied]:
             fsync(path)
         publish(copied, final)
     dist.barrier(group=run.group)
@@ -332,8 +360,8 @@ def uncached(run, policy, groups, name, values, *settings):
         rows.copy_((rows / run.args.tp_size).float())  # tp ranks compute the same rows; the file holds fp32
         done += len(part)
         if run.rank == 0:
-            written = run.out / f".tmp-{name}"
-            save_file({key: values[:done].float().cpu()}, written)
+            written = run.out / ".tmp-logprobs"
+            write_tensors({key: values[:done].float().cpu()}, written)
             fsync(written)  # or a power cut could leave an empty file, which no resume could read
             os.replace(written, path)
 

@@ -1,19 +1,59 @@
-"""The output folder: which one, whose it is, and which of its checkpoints are whole."""
+"""The output folder: which one, whose it is, which of its checkpoints are whole. And what is no file of strangers."""
 
 import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 import zlib
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+from transformers.utils import CHAT_TEMPLATE_DIR
+
 from common.runtime.flags import InputError, printable
 from common.runtime.run import LOGS, first_line, fsync, read_json
 
 META = "trainer/meta.json"  # of a checkpoint, its last file
+STATE = "trainer/state.safetensors"
+OPENED = ("run.json", "run.lock", *LOGS)  # what a run writes in the folder itself, in place or whole
+PASSING = re.compile(r"\.tmp-(checkpoint|rehearsal|final|logprobs)|\.old-(checkpoint-\d+|final)")  # left by a kill
+MADE = re.compile(rf"{PASSING.pattern}|run\.json|{'|'.join(map(re.escape, LOGS))}|checkpoint-\d+|final")
+
+
+# ---- input folders -------------------------------------------------------------------------------
+def check_inputs(args):
+    """Refuse files and folders of --model and --reward that are not what they seem."""
+    named = [("--model", args.model)]
+    named += [("--reward", name) for name in getattr(args, "reward", ())]
+    for flag, name in named:
+        file = name.rpartition(":")[0]  # of FILE.py:FUNCTION
+        try:
+            if os.path.isdir(name) and name != "tiny":
+                check_links(name)
+            elif os.path.exists(file) and not os.path.isfile(file):
+                raise ValueError("it is no file")
+        except (OSError, ValueError) as e:
+            raise InputError(f"{flag} {name}: {first_line(e)}. Remove or replace it, or name another.") from e
+
+
+def check_links(folder):
+    """Raise a ValueError where the files of a model folder are no files in there, or links to such: a stranger's link
+    may lead to a secret, which would be trained on as a chat template and published with the model, and from a pipe one
+    may read for ever. Files of the hub's cache are links to its own blobs."""
+    folder = Path(folder).resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parents[1] / "blobs")
+    for path in [*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")]:
+        target = Path(os.path.realpath(path))
+        if not any(target.is_relative_to(home) for home in homes):
+            raise ValueError(f"its {path.name} is a link that leads out of the folder")
+        if target.exists() and not target.is_file() and not target.is_dir():
+            raise ValueError(f"its {path.name} is a pipe or a device, and no file")
 
 
 # ---- output folder -------------------------------------------------------------------------------
@@ -34,11 +74,19 @@ def prepare_folder(args, script, attempt):
             if not locked:
                 number += 1
                 out = Path(f"{name}-{number}")
+        if not given and not checkpoints(out) and foreign_files(out):
+            names = ", ".join(foreign_files(out))
+            raise InputError(f"--output_dir {out} holds other files ({names}). Move them away, or name another.")
         elsewhere = given and given.parent.resolve() != out.resolve()
         if not locked and is_taken(out) and (elsewhere or not resumes):
             raise InputError(f"--output_dir {out} holds another run: --resume auto continues it, or name another.")
         if given and not given.is_dir():
             raise InputError(f"--resume {given}: there is no such checkpoint. Name another, or auto.")
+        for path in [out / name for name in OPENED]:
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise InputError(f"{path} is a link or no file. Remove it, or name another --output_dir.")
+        if (out / "debug").is_symlink():
+            raise InputError(f"{out / 'debug'} is a link. Remove it, or name another --output_dir.")
         if not locked and not lock(out):
             holder = (out / "run.lock").read_text(errors="replace")
             raise InputError(f"--output_dir {out} is in use by {holder}. Wait for its end, or name another.")
@@ -47,14 +95,11 @@ def prepare_folder(args, script, attempt):
             sys.exit(exit_code)  # torchrun has started a command again that would end the same way
         if resumes:
             checkpoint = find_checkpoint(out, given)
-        leftovers = [*out.glob(".tmp-*"), *out.glob(".old-*")]  # of a run that was killed
+        leftovers = [path for path in out.iterdir() if PASSING.fullmatch(path.name)]
         if not checkpoint:
-            leftovers += [out / log for log in ("run.json", *LOGS)]
+            leftovers += [out / name for name in (*LOGS, "run.json")]  # the last one says whose the others are
         for path in leftovers:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
     except InputError as e:
         error = str(e)
     except (OSError, RecursionError) as e:
@@ -62,22 +107,29 @@ def prepare_folder(args, script, attempt):
     return [out, checkpoint, error]
 
 
+def foreign_files(out):
+    """Return the names of what a run in this folder would cut, replace or remove, and none of ours has made: there is
+    no run.json of ours. Whatever has other names is left alone in any case."""
+    if read_json(out / "run.json").keys() >= {"status", "pid", "command", "versions"}:
+        return []
+    return sorted(path.name for path in out.glob("*") if MADE.fullmatch(path.name))
+
+
 def is_taken(out):
-    """Return whether a folder holds a run. One that ended without a checkpoint by --max_steps 0, for a wrong
-    flag (exit code 2) or before its first step (exit code 4) is none."""
-    if (out / "final").exists() or any(out.glob("checkpoint-*")):
+    """Return whether a folder holds a run, or what could be one's. One that ended without a checkpoint by --max_steps
+    0, for a wrong flag (exit code 2) or before its first step (exit code 4) is none."""
+    if (out / "final").exists() or any(out.glob("checkpoint-*")) or foreign_files(out):
         return True
-    if (out / "run.json").exists():
-        about = read_json(out / "run.json")
-        return about.get("status") != "planned" and about.get("exit_code") not in (2, 4)
-    return any((out / log).exists() for log in LOGS)
+    about = read_json(out / "run.json")
+    return bool(about) and about.get("status") != "planned" and about.get("exit_code") not in (2, 4)
 
 
 def lock(out):
     """Make the folder and lock it for this process, to its end, however that comes. Return whether no other run holds
     it. Such locks are not inherited: a child that outlives us keeps nothing."""
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT)  # never closed: that would give the lock back
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = os.open(out / "run.lock", flags)  # never closed: that would give the lock back
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # what says so differs
@@ -113,16 +165,39 @@ def step_of(folder):
 
 
 def is_whole(folder):
-    """Return whether every file of a checkpoint, meta.json too, is as it was written."""
+    """Return whether meta.json of a checkpoint, and every file that it names, is as it was written, and no link."""
     kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict, "crc32": dict}
-    meta = read_json(folder / META)
+    files = regular_files(folder)
+    meta = read_json(folder / META) if META in files else {}
     is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
-    if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds:
+    if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds or STATE not in meta["crc32"]:
         return False
     try:
-        return meta["crc32"].items() <= checksums(folder).items()
-    except OSError:
+        for name, expected in meta["crc32"].items():
+            if name not in files or checksum(files[name]) != expected:
+                return False
+        return is_possible(folder, meta)
+    except (OSError, SafetensorError):
         return False
+
+
+def is_possible(folder, meta):
+    """Return whether a run can have written this: whoever forges a meta.json makes its checksums, too."""
+    name, step = step_of(folder), meta["step"]
+    if step < 0 or (name.isdecimal() and int(name) != step) or type(meta["flags"].get("batch_size")) is not int:
+        return False
+    if any(type(size) is not int or size < 0 for size in meta["offsets"].values()):
+        return False
+    with safe_open(folder / STATE, "pt") as tensors:
+        for name in tensors.keys():
+            if name.count("/") != 1 or name.split("/")[0] in meta["state"]:
+                return False
+    state = {"alerts": {}, "before": {}, "last": {}, "best": {"accuracy": 0}}  # of shared code; the rest is a script's
+    state.update({name: value for name, value in meta["state"].items() if name in state})
+    for numbers in state.values():
+        if not isinstance(numbers, dict) or any(type(number) not in (int, float) for number in numbers.values()):
+            return False
+    return state["last"].keys() <= state["before"].keys() and "accuracy" in state["best"]
 
 
 def publish(folder, name):
@@ -134,21 +209,31 @@ def publish(folder, name):
 
 def discard(folder):
     """Remove a folder without a moment in which half of it stands under its name, not even after a power cut."""
-    if folder.exists():
+    if os.path.lexists(folder):
         removed = folder.with_name(f".old-{folder.name}")
         os.rename(folder, removed)
         fsync(folder.parent)
-        shutil.rmtree(removed)
+        remove(removed)
 
 
-def checksums(folder):
-    """Return {name: CRC-32} of all files in a folder, which are read 16 MB at a time."""
-    sums = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            value = 0
-            with open(path, "rb") as file:
-                while block := file.read(2**24):
-                    value = zlib.crc32(block, value)
-            sums[str(path.relative_to(folder))] = value
-    return sums
+def remove(path):
+    """Remove a file or a folder. Of a link, such as to a checkpoint on another disk, what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def regular_files(folder):
+    """Return {name: path} of all files in a folder and in folders of it; behind links nothing is looked for."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {str(path.relative_to(folder)): path for path in paths}
+
+
+def checksum(path):
+    """Return the CRC-32 of a file, which is read 16 MB at a time."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            value = zlib.crc32(block, value)
+    return value

@@ -10,7 +10,7 @@ import torch
 from common.batches import flat_batch, pack, scored_flags
 from common.runtime.flags import HealthError, InputError
 from common.runtime.parallel import all_sum, gradient_norm, local
-from common.runtime.run import say, show_groups, write
+from common.runtime.run import open_own, say, show_groups, write
 
 
 def check(run, code, step, metric, value, message, *, warn=math.inf, error=math.inf, patience=1, fix=None,
@@ -137,7 +137,8 @@ def check_update(run, step, policy, groups, metrics):
             rows.append([group["row"], group["prompt"], completions])
         path = run.out / "debug" / f"step-{step}-rank-{run.rank}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(rows, default=list))  # arrays as lists
+        with open_own(path, "w") as file:
+            json.dump(rows, file, default=list)  # arrays as lists
     elif step & (step - 1) == 0:  # 1, 2, 4, 8, ...
         check_counts(run, step, policy, groups, metrics["num_tokens"])
     text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug/"

@@ -24,7 +24,7 @@ import transformers
 
 from common.attention import use_newest_kernel
 from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable, spelled_out
-from common.runtime.folders import prepare_folder
+from common.runtime.folders import check_inputs, prepare_folder
 from common.runtime.parallel import layer_dtype
 from common.runtime.run import Run, first_line, peak_bytes, read_json, record
 
@@ -56,6 +56,7 @@ def setup(args, script):
         timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
+    check_inputs(args)
     if rank == 0 and attempt != "0" and lasting.check(["folder"]):
         args.output_dir = lasting.get("folder").decode()  # that of the attempt before, not the first of its name
     found = prepare_folder(args, script, attempt) if rank == 0 else [None, None, None]
@@ -82,9 +83,11 @@ def setup(args, script):
         mesh_shape=mesh_shape, versions=versions, command=command_line(args, script),
     )
     if rank == 0:
+        about = {"status": "running", "exit_code": None, "pid": os.getpid()}
+        about.update(command=run.command, versions=versions)
         if args.report_to != "none" and args.max_steps != 0:
-            start_tracker(run)
-        record(run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)
+            about["tracker_id"] = start_tracker(run)
+        record(run.out, **about)
         source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
         failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
         digest = hashlib.sha256(source).hexdigest()
@@ -110,7 +113,7 @@ def find_device():
 
 
 def start_tracker(run):
-    """Set run.tracker. A resumed run goes on in the tracker's run of the same id, which run.json keeps."""
+    """Set run.tracker, and return its run's id. A resumed run goes on in that of the same id, which run.json keeps."""
     name = run.args.report_to
     try:
         run.tracker = importlib.import_module(name)
@@ -123,7 +126,7 @@ def start_tracker(run):
         run.tracker.init(name=tracker_id, **options)  # it knows a run by its name
     else:
         run.tracker.init(id=tracker_id, name=run.out.name, **options)
-    record(run.out, tracker_id=tracker_id)
+    return tracker_id
 
 
 def command_line(args, script):
@@ -170,7 +173,8 @@ def roll_call(run, why):
     if is_first:
         message = f"step {run.step + 1}: {why}: {'; '.join(answers)}. To go on: {run.command} --resume auto"
         print("\nerror:", spelled_out(message), file=sys.stderr, flush=True)  # below a bar
-        record(run.out, status="failed", exit_code=1)
+        with suppress(OSError):  # of a full disk: this thread has to end the process in any case
+            record(run.out, status="failed", exit_code=1)
     else:
         time.sleep(3)  # leaving breaks the collectives of the rank that prints
     os._exit(1)

@@ -60,14 +60,28 @@ class Run:
 def record(out, **fields):
     """Update run.json, from the first moment to the exit code; the file is replaced whole. For rank 0 only."""
     path = out / ".run.json"
-    path.write_text(json.dumps(strict(read_json(out / "run.json") | fields), indent=1))
+    path.unlink(missing_ok=True)  # of a run that was killed, or a link
+    with open_own(path, "x") as file:
+        file.write(json.dumps(strict(read_json(out / "run.json") | fields), indent=1))
     fsync(path)
     os.replace(path, out / "run.json")
 
 
+def open_own(path, mode):
+    """Open a file in the output folder for writing: the file itself, never what a link leads to, and without waiting
+    for the reader of a pipe."""
+
+    def opener(name, flags):
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    return open(path, mode, opener=opener)
+
+
 def read_json(path):
-    """Return the object in a file, or {} where there is none that can be read."""
+    """Return the object in a file, or {} where there is none that can be read. Of a pipe or device there is no end."""
     try:
+        if not path.is_file():
+            return {}
         return {**json.loads(path.read_text())}  # a TypeError for all but an object
     except (OSError, TypeError, ValueError, RecursionError):
         return {}
@@ -83,7 +97,7 @@ def fsync(path):
 def write(run, name, fields):
     """Append one line of JSON to a file of the run (rank 0)."""
     if run.rank == 0:
-        with open(run.out / name, "a") as file:
+        with open_own(run.out / name, "a") as file:
             print(json.dumps(strict(fields)), file=file)
 
 
