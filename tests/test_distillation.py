@@ -25,6 +25,7 @@ from common import logprobs as subject
 from common.batches import flat_batch
 from common.divergence import Teacher
 from common.logprobs import Policy, ScoredHead
+from common.runtime import model
 
 NAME, TINY = "experimental/distillation", ROOT / "common" / "tiny"
 FIXTURE = json.loads((ROOT / "tests" / "fixtures" / "trl_distillation.json").read_text())
@@ -396,20 +397,15 @@ def test_a_teacher_with_more_tokens_is_welcome_and_one_with_fewer_is_not(tmp_pat
 
 def test_a_teacher_that_does_not_fit(tmp_path):
     """In bytes, before a weight is read: half a million weights and a head in float32."""
-    from common.runtime import model
 
     def patch(module):
-        free = model.free_bytes
-        module.check_fits = lambda text, need: text.startswith("--teacher") and check(text, need)
-        check = model.check_fits
-        model.free_bytes = lambda: 1e6 if free() else 0
-        module.Sampler.__init__ = (lambda original: lambda self, *args: small(original, self, args))(
-            module.Sampler.__init__)  # fmt: skip
+        load_teacher = module.load_teacher
 
-    def small(original, self, args):
-        known, model.free_bytes = model.free_bytes, lambda: 1e12
-        original(self, *args)
-        model.free_bytes = known
+        def with_little_room(*args):
+            model.free_bytes = lambda: 1e6
+            return load_teacher(*args)
+
+        module.load_teacher = with_little_room
 
     result = attempt(NAME, tmp_path, patch=patch)
     refused(result, tmp_path, "--teacher tiny: its share of the weights and its whole head take 0.0 GB on every rank")
@@ -418,11 +414,9 @@ def test_a_teacher_that_does_not_fit(tmp_path):
 @pytest.mark.parametrize("stop, code", [(2, 0), (7, 3)])
 def test_a_teacher_that_stops_otherwise(stop, code, tmp_path):
     """TEACH001: by another token only, it ends the run before step 1."""
+
     def change(known):
         known["eos_token_id"] = stop
-
-    def without_end(known):
-        known["eos_token"] = "7"
 
     folder = teacher_folder(tmp_path / "teacher", generation=change)
     if stop == 7:

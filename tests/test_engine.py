@@ -23,7 +23,7 @@ ROUNDING = 2e-4
 FOLDER = ROOT / "common" / "tiny" / "model"
 
 
-def make_sampler(**changes):
+def make_sampler(cut=None, **changes):
     """A Sampler with the weights of the tiny model, and a run that has what it reads of one."""
     flags = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH, "max_length": 1024}
     flags |= {"seed": 42, "deterministic": False, "engine": "auto", "model": "tiny"}
@@ -32,7 +32,8 @@ def make_sampler(**changes):
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    sampler = sampling.Sampler(run, lm, tokenizer, stop_ids(tokenizer, GenerationConfig.from_pretrained(FOLDER)))
+    stops = stop_ids(tokenizer, GenerationConfig.from_pretrained(FOLDER))
+    sampler = sampling.Sampler(run, lm, tokenizer, stops, **cut or {})
     trained = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     sampler.lm.load_state_dict(trained.state_dict())
     sampler.start_engine()
@@ -101,6 +102,26 @@ def test_draws_follow_the_model(sampler, monkeypatch):
         p = (lm(torch.tensor([prompt])).logits[0, -1].double() / TEMPERATURE).softmax(-1)
     z = (counts - copies * p) / (copies * p * (1 - p)).sqrt().clamp(min=1)
     assert z.abs().max() < 4.5 and (copies * p > 20).sum() >= 2
+
+
+@pytest.mark.parametrize("cut, likely", [({"top_k": 2}, 2), ({"top_p": 0.9}, None)], ids=str)
+def test_truncated_draws(cut, likely):
+    """Of the likeliest tokens only, in their proportions; log-probs are still the policy's, of all tokens."""
+    sampler = make_sampler(cut, engine="continuous")
+    groups = sampled(sampler, 8)
+    assert gap(sampler, groups) < ROUNDING
+    lm = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    for group in groups:
+        for completion in group["completions"]:
+            ids = torch.tensor([[*group["prompt"], *completion["ids"]]])
+            with torch.no_grad():
+                p = (lm(ids).logits[0, len(group["prompt"]) - 1 : -1].double() / TEMPERATURE).softmax(-1)
+            own = p.gather(1, torch.tensor(completion["ids"])[:, None])
+            more_likely = p * (p > own * (1 + 1e-6))
+            if likely:
+                assert ((more_likely > 0).sum(-1) < likely).all()
+            else:
+                assert (more_likely.sum(-1) < cut["top_p"] + 1e-5).all()
 
 
 def test_stop_tokens_and_lengths(sampler):
