@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -150,8 +150,7 @@ def export_tokenizer(tokenizer, folder):
 
 def write_tensors(tensors, path, metadata=None):
     """Write a file of tensors that has the permissions of every new file; save_file alone makes it its owner's only."""
-    path.unlink(missing_ok=True)
-    path.touch(exist_ok=False)
+    path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
     path.chmod(mode)
@@ -361,7 +360,9 @@ def uncached(run, policy, groups, name, values, *settings):
         done += len(part)
         if run.rank == 0:
             written = run.out / ".tmp-logprobs"
-            write_tensors({key: values[:done].float().cpu()}, written)
+            written.unlink(missing_ok=True)
+            with open_own(written, "xb") as file:
+                file.write(save({key: values[:done].float().cpu()}))
             fsync(written)  # or a power cut could leave an empty file, which no resume could read
             os.replace(written, path)
 

@@ -129,7 +129,7 @@ def lock(out):
     it. Such locks are not inherited: a child that outlives us keeps nothing."""
     out.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    descriptor = os.open(out / "run.lock", flags)  # never closed: that would give the lock back
+    descriptor = os.open(out / "run.lock", flags, 0o666)  # never closed: that would give the lock back
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # what says so differs
@@ -167,12 +167,12 @@ def step_of(folder):
 def is_whole(folder):
     """Return whether meta.json of a checkpoint, and every file that it names, is as it was written, and no link."""
     kinds = {"step": int, "flags": dict, "data": str, "versions": dict, "state": dict, "offsets": dict, "crc32": dict}
-    files = regular_files(folder)
-    meta = read_json(folder / META) if META in files else {}
-    is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
-    if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds or STATE not in meta["crc32"]:
-        return False
     try:
+        files = regular_files(folder)
+        meta = read_json(folder / META) if META in files else {}
+        is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
+        if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds or STATE not in meta["crc32"]:
+            return False
         for name, expected in meta["crc32"].items():
             if name not in files or checksum(files[name]) != expected:
                 return False
