@@ -111,6 +111,10 @@ FAST = {
     "experimental/distillation": {"data": "demonstrations", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
         "--lmbda", "0.5", "--beta", "0.5"]},
+    # the other half learns from completions that the teacher samples
+    "experimental/gkd": {"data": "prompts", "micro": 60, "flags": [
+        "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
+        "--seq_kd", "--temperature", "1"]},
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """
 Distillation: the student writes, a teacher says at every token what it would have chosen, and the student follows.
 
-Paper   Agarwal et al. 2023 (GKD), https://arxiv.org/abs/2306.13649, equation 1. On-policy with the reverse KL, the
+Paper   Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, equation 1. On-policy with the reverse KL, the
         default: Lu et al. 2025, https://thinkingmachines.ai/blog/on-policy-distillation (papers not read: by TRL 1.16)
 Loss    l_t = D(teacher(. | x, y_<t), student(. | x, y_<t)), at each token of a completion y over the whole vocabulary
         --beta 0: KL(teacher || student), 1: KL(student || teacher), between: beta KL(teacher || m) + (1 - beta)
@@ -14,7 +14,7 @@ Models  the student (trained) and the teacher (frozen, in --dtype), sharded with
 Data    {prompt}; with --lmbda below 1 {prompt, completion}. A column answer or solution is for the evaluation only
 Parent: none
 Paper differences
-  not known, as the paper was not read. As in TRL's DistillationTrainer every step samples (--lmbda 1; TRL's GKD: 0.5),
+  not known, as the paper was not read. As in TRL's DistillationTrainer every step samples (--lmbda 1),
   the mean is over the step's tokens, and there is no factor of temperature squared
 Expect  tiny lab, 2 CPU cores: held-out greedy accuracy 0.30 -> 1.00 in a minute or two (benchmarks/README.md)
 Run     torchrun --nproc_per_node=8 methods/experimental/distillation.py --model DIR --teacher DIR --dataset rows.jsonl
@@ -78,7 +78,7 @@ class Args(RunFlags):
     top_p: float = 1.0  # and of these from the fewest that hold this share of the probability
     beta: float = 1.0  # 0: KL(teacher || student), 1: KL(student || teacher), between: see Loss (TRL: 1)
     loss_top_k: int = 0  # tokens that count by themselves, the others as one; 0: all by themselves
-    lmbda: float = 1.0  # share of steps on the student's completions; the others take the data's (GKD: 0.5)
+    lmbda: float = 1.0  # share of steps on the student's completions; the others take the data's (TRL: all)
     engine: Literal["auto", "loop", "continuous"] = "auto"  # of sampling; auto: continuous batching on CUDA, else loop
 
     # Not flags: what judges held-out completions, of rows that have an answer. Nothing is learned from it.
