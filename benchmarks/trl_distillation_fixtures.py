@@ -5,12 +5,15 @@
 Writes tests/fixtures/trl_distillation.json: the versions; hidden states and heads of a student and a teacher; for each
 beta and temperature what ChunkedDivergenceFunction, the loss of DistillationTrainer, says of every token, the student's
 entropy, and the gradients of the sum by the student's hidden states, weight and bias; in float64 the sum and its
-gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's.
+gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's; and in
+float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths.
 """
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -58,6 +61,32 @@ def by_logits(function, inputs, **settings):
     return settings | {"loss": loss.item(), "d_logits": gradient[0].tolist()}
 
 
+def iw_opd(inputs, gamma):
+    """Two completions, of four and two tokens, padded to four: TRL takes (B, T) with -100 where nothing is scored."""
+    student, teacher = logits_of(inputs)
+    tokens = [[1, 5, 2, 7], [3, 0, 0, 0]]
+    labels = torch.tensor([[1, 5, 2, 7], [3, 0, -100, -100]])
+    padded = [torch.zeros(2, 4, VOCABULARY, dtype=torch.float64) for _ in range(2)]
+    for target, source in zip(padded, (student, teacher)):
+        target[0] = source[0, :4]
+        target[1, :2] = source[0, 4:]
+    student_logits, teacher_logits = padded
+    index = torch.tensor(tokens)[..., None]
+    sampler = student_logits.detach().log_softmax(-1).gather(-1, index)[..., 0] - 0.125
+    metrics = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        temperature=1.0, iw_opd_gamma=gamma, iw_opd_epsilon=1e-8, model=SimpleNamespace(training=True), _metrics=metrics
+    )
+    loss = IWOPDTrainer._compute_iw_opd_loss(
+        trainer, student_logits, torch.tensor(tokens), labels,
+        teacher_logits.log_softmax(-1).gather(-1, index)[..., 0], sampler, num_items_in_batch=1,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, student)
+    case = {"gamma": gamma, "labels": [1, 5, 2, 7, 3, 0], "seq": [0, 0, 0, 0, 1, 1], "loss": loss.item()}
+    case["sampler_logprobs"] = [*sampler[0].tolist(), *sampler[1, :2].tolist()]
+    return case | {"d_logits": gradient[0].tolist()}
+
+
 def main():
     if trl.__version__ != VERSION:
         sys.exit(f"TRL {trl.__version__} is installed, {VERSION} is wanted.")
@@ -74,6 +103,7 @@ def main():
         loss = gkd(student, teacher, labels, beta=beta, num_items_in_batch=1)
         (gradient,) = torch.autograd.grad(loss, student)
         found["gkd"].append({"beta": beta, "loss": loss.item(), "d_logits": gradient[0].tolist()})
+    found["iw_opd"] = [iw_opd(inputs, gamma) for gamma in (0.0, 0.5)]
     TARGET.write_text(json.dumps(found) + "\n")
     print(f"{TARGET.name}: {len(found['cases'])} cases, {len(found['top_k'])} with top_k, {len(found['gkd'])} of GKD")
 

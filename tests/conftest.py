@@ -115,6 +115,8 @@ FAST = {
     "experimental/gkd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
         "--seq_kd", "--temperature", "1"]},
+    "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
+        "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
 }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def evaluate(policy, teacher, sampler, heldout, args, run):
     sampled = rollout(sampler, heldout, 1, ("eval",), args, run)
     total = 0.0
     for batch in micro_batches(run, share(run, sampled), spare=sampled[0]):
-        total += batch["weight"] * distillation_loss(forward(policy, teacher, batch))
+        total += batch["weight"] * forward(policy, teacher, batch)["divergence"].sum()
     (total,) = all_sum(run, total)
     metrics["eval/divergence"] = total / count_scored(sampled)
     return metrics
