@@ -355,10 +355,10 @@ def test_spelled_control_tokens_end_no_reading(kind, final, monkeypatch):
     assert loaded.reads_ids == (kind == "the policy's tokens")
     spelled = letters(tokenizer, SPELLED)
     before = [USER, *letters(tokenizer, "3+4?"), END, ANSWER]
-    wanted, taken_in = scored(final, [*before, *spelled, END]), scored(final, tokenizer.encode(
-        tokenizer.apply_chat_template([*ASKED, {"role": "assistant", "content": SPELLED}], tokenize=False)))  # fmt: skip
-    assert abs(wanted - taken_in) > NEIGHBOUR  # else this test would say nothing
     completion = [{"role": "assistant", "content": SPELLED}]
+    taken_in = tokenizer.encode(tokenizer.apply_chat_template(ASKED + completion, tokenize=False))
+    wanted = scored(final, [*before, *spelled, END])
+    assert abs(wanted - scored(final, taken_in)) > NEIGHBOUR  # else this test would say nothing
     for ids in [*spelled, END], spelled:  # the second was cut: its turn is ended for it
         assert loaded([ASKED], [completion], completion_ids=[ids]) == pytest.approx([wanted], abs=1e-5)
     wanted = scored(final, [*letters(tokenizer, "3+4="), *spelled, END])
@@ -371,7 +371,7 @@ def test_ids_and_text_are_read_alike_where_nothing_is_spelled(final):
     other = AutoTokenizer.from_pretrained(final)
     other.add_tokens(["otherwise"])
     rows = [("3+4=", "7"), (ASKED, [{"role": "assistant", "content": "It is 7.\n#### 7"}]),
-            ([{"role": "system", "content": "Add."}, *ASKED], [{"role": "assistant", "content": "#### 7"}])]  # fmt: skip
+            ([{"role": "system", "content": "Add."}, *ASKED], [{"role": "assistant", "content": "7"}])]  # fmt: skip
     prompts, completions = zip(*rows)
     ids = []
     for prompt, completion in rows:

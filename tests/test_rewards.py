@@ -397,6 +397,9 @@ def drips(prompts, completions, **columns):
         on_the_wire(b" ")
     return [1.0] * len(completions)
 def named(completions, answer): return [float(len(answer)), float(answer[-1])]
+def appends(prompts, completions, **columns):
+    for prompt, completion in zip(prompts, completions): prompt.append(completion)
+    return [float(len(prompt)) for prompt in prompts]
 def sizes(prompts, completions, **columns): return [float(len(junk)) for junk in columns["junk"]]
 '''
 
@@ -436,6 +439,11 @@ def test_a_column_is_sent_once_per_group(strange):
     """64 completions of one row with 4 MB of text: 64 copies of it would not fit into the process."""
     one, junk = strange("sizes", memory=0.3), "x" * 4_000_000
     assert one(prompts=["a"] * 64, completions=["b"] * 64, junk=[junk] * 63 + ["short"]) == [4e6] * 63 + [5.0]
+
+
+def test_a_prompt_may_be_changed_for_one_completion(strange):
+    """As in TRL, where each completion has a prompt of its own."""
+    assert strange("appends")(prompts=[["a"]] * 3, completions=["b", "c", "d"]) == [2.0] * 3
 
 
 def test_only_the_columns_that_a_function_takes_are_sent(strange, tmp_path):
