@@ -4,6 +4,7 @@
 the columns of each call, and its answer.
 """
 import asyncio
+import copy
 import importlib.util
 import inspect
 import json
@@ -42,8 +43,8 @@ class RewardFile:
         count = len(columns["completions"])
         if self.takes is not None:
             columns = {name: columns[name] for name in self.takes if name in columns}
-        call = {"count": count, "columns": fold(columns)}
-        answer = self.ask(call, end, most=LONGEST + NUMBER_BYTES * count)
+        question = {"count": count, "columns": fold(columns)}
+        answer = self.ask(question, end, most=LONGEST + NUMBER_BYTES * count)
         if isinstance(answer, str):
             if answer.startswith("MemoryError"):
                 self.stop()  # what filled the memory may still be there
@@ -194,7 +195,8 @@ def column_names(function):
 
 
 def unfold(folded):
-    """The inverse of `fold`: TRL's form, a value for each completion."""
+    """The inverse of `fold`: TRL's form, a value for each completion, which may be changed without changing others'.
+    Texts cannot be changed, so that their copies take no memory."""
     columns = {}
     for name, (values, copies) in folded.items():
         if copies is None:
@@ -202,7 +204,7 @@ def unfold(folded):
             continue
         columns[name] = []
         for value, count in zip(values, copies):
-            columns[name] += [value] * count
+            columns[name] += [copy.deepcopy(value) for _ in range(count)]
     return columns
 
 
@@ -225,7 +227,9 @@ def answer_to(line, function):
 
 
 # What the process runs, without an import of this project. Taken now, as this file may change before a later start.
-CHILD_IMPORTS = "import asyncio, importlib.util, inspect, json, numbers, os, resource, signal, socket, sys, traceback\n"
+CHILD_IMPORTS = """import asyncio, copy, importlib.util, inspect, json, numbers
+import os, resource, signal, socket, sys, traceback
+"""
 CHILD_MAIN = "serve(sys.argv[1], int(float(sys.argv[2]) * 2**30))"
 CHILD_PARTS = [serve, or_error, load_function, column_names, unfold, answer_to]
 CHILD_PROGRAM = CHILD_IMPORTS + "\n".join(map(inspect.getsource, CHILD_PARTS)) + CHILD_MAIN

@@ -483,6 +483,11 @@ def raises(prompts, completions, **columns):
     raise RuntimeError("{MARKER}")
 def hangs(prompts, completions, **columns):
     time.sleep(60)
+def raises_first(prompts, completions, **columns):
+    calls.append(0)
+    if len(calls) == 1:
+        raise RuntimeError("{MARKER}")
+    return [float(i) for i in range(len(completions))]
 def raises_later(prompts, completions, **columns):
     calls.append(0)
     if len(calls) > 2:
@@ -609,6 +614,21 @@ def test_grpo003_held_out_rows_without_a_reward(tmp_path):
     first = strict((result.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["eval/accuracy"] is None and first["eval/no_reward_frac"] == 1
     assert strict((result.folder / "run.json").read_text())["last"]["eval/accuracy"] is None
+
+
+def test_grpo003_one_call_that_fails_before_step_1(tmp_path):
+    """Of the first evaluation, which then has no accuracy, or of the first rollout: said, and the run goes on."""
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    flags = [*reward(tmp_path, "raises_first"), "--eval_samples", 0]
+    for more, metric in (["--eval_dataset", heldout], "eval/no_reward_frac"), ([], "no_reward_frac"):
+        result = provoke("grpo", tmp_path, *flags, *more, steps=2, **QUICK)
+        assert result.code == 0 and levels(result, "GRPO003") == [(1, "error")]
+        (found,) = [alert for alert in result.alerts if alert["code"] == "GRPO003"]
+        assert (found["metric"], found["value"]) == (metric, 1)
+        lines = [strict(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["no_reward_frac"] for line in lines if "loss" in line] == ([0, 0] if more else [1, 0])
+        assert not more or lines[0]["eval/accuracy"] is None
 
 
 def test_alerts_are_counted_and_written_at_powers_of_two(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train, trainer_tensors, try_train
+from safetensors.torch import load_file
 
 from common import rewards
 from common.data import Row
 from common.rewards import RewardFile, accuracy, ends_in_number, heldout_metrics, load_rewards, reward_groups
 from common.rewards import reward_table, rollout_metrics, write_samples
 from common.runtime.flags import InputError
+from common.runtime.folders import find_checkpoint
+from common.runtime.parallel import partial_parameters
+from common.runtime.run import say
 
 HOSTILE = '''
 import ctypes, itertools, os, random, resource, signal, subprocess, sys, threading, time
@@ -374,6 +379,157 @@ one(prompts=["a"], completions=["b"])
     assert nobody(lambda sid, _: sid == session)
 
 
+# ---- sizes, deadlines, terminals -------------------------------------------------------------------------------------
+
+STRANGE = '''
+import os, time
+def long_error(prompts, completions, **columns): raise ValueError("x" * 30_000_000)
+def on_the_wire(data):
+    for descriptor in range(3, 20):
+        try: os.write(descriptor, data)
+        except OSError: pass
+def floods(prompts, completions, **columns):
+    for _ in range(100): on_the_wire(b"x" * 1_000_000)
+    return [1.0] * len(completions)
+def drips(prompts, completions, **columns):
+    for _ in range(16):
+        time.sleep(0.5)
+        on_the_wire(b" ")
+    return [1.0] * len(completions)
+def named(completions, answer): return [float(len(answer)), float(answer[-1])]
+def appends(prompts, completions, **columns):
+    for prompt, completion in zip(prompts, completions): prompt.append(completion)
+    return [float(len(prompt)) for prompt in prompts]
+def sizes(prompts, completions, **columns): return [float(len(junk)) for junk in columns["junk"]]
+'''
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """strange(function, timeout, memory) -> RewardFile of STRANGE, which is stopped at the end."""
+    (tmp_path / "strange.py").write_text(STRANGE)
+    made = []
+
+    def make(function, timeout=30, memory=4):
+        made.append(RewardFile(f"{tmp_path}/strange.py:{function}", timeout, memory))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.child:
+            one.stop()
+
+
+def test_an_error_is_cut_before_it_travels(strange):
+    with pytest.raises(ChildProcessError) as raised:
+        strange("long_error")(**TWO)
+    assert str(raised.value).startswith("ValueError: xxx") and len(str(raised.value)) == 1000
+
+
+def test_an_answer_is_bounded_by_its_rows(strange):
+    """100 MB without a line break: training reads some 65 kB of them, and the process goes."""
+    one = strange("floods")
+    session = one.child.pid
+    with pytest.raises(ChildProcessError, match="its answer has more than 65600 bytes"):
+        one(**TWO)
+    assert one.child is None and nobody(lambda sid, _: sid == session)
+
+
+def test_a_column_is_sent_once_per_group(strange):
+    """64 completions of one row with 4 MB of text: 64 copies of it would not fit into the process."""
+    one, junk = strange("sizes", memory=0.3), "x" * 4_000_000
+    assert one(prompts=["a"] * 64, completions=["b"] * 64, junk=[junk] * 63 + ["short"]) == [4e6] * 63 + [5.0]
+
+
+def test_a_prompt_may_be_changed_for_one_completion(strange):
+    """As in TRL, where each completion has a prompt of its own."""
+    assert strange("appends")(prompts=[["a"]] * 3, completions=["b", "c", "d"]) == [2.0] * 3
+
+
+def test_only_the_columns_that_a_function_takes_are_sent(strange, tmp_path):
+    class Secret:
+        def __str__(self):
+            raise AssertionError("was sent")
+
+    given = {"prompts": ["a", "b"], "completions": ["c", "d"], "answer": ["1", "2"], "junk": [Secret(), Secret()]}
+    assert strange("named")(**given) == [2.0, 2.0]
+    with pytest.raises(AssertionError, match="was sent"):
+        strange("sizes")(**given)
+    for function, unread in ("named", {"junk"}), ("sizes", set()):
+        row = Row(answer="1", junk="2")
+        row.unread = {"answer", "junk"}
+        args = SimpleNamespace(reward=[f"{tmp_path}/strange.py:{function}"], reward_weights=(), reward_timeout=30,
+                               reward_memory=4)  # fmt: skip
+        (one,) = load_rewards(args, [{"columns": row}], None)
+        one.stop()
+        assert row.unread == unread
+
+
+def test_a_call_has_a_deadline(strange):
+    """A byte every half second is no answer, however long it goes on."""
+    one = strange("drips")
+    one.timeout, started = 1, time.monotonic()
+    with pytest.raises(ChildProcessError, match="no answer after 1 s"):
+        one(**TWO)
+    assert time.monotonic() - started < 3
+
+
+def test_a_process_that_does_not_die_is_left_behind(strange, monkeypatch, capsys):
+    """One in state D hears no SIGKILL. Here it is the wait that never sees an end."""
+    one = strange("named")
+    wait, child = subprocess.Popen.wait, one.child
+
+    def never(self, timeout=None):
+        assert timeout is not None, "waits for ever"
+        raise subprocess.TimeoutExpired("reward", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", never)
+    one.stop()
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    assert one.child is None and f"reward process {child.pid} was killed and does not end" in capsys.readouterr().err
+    child.wait(10)
+
+
+ESCAPE, SEEN = "\x1b]0;pwned\x07\x1b[2J", "\\x1b]0;pwned\\x07\\x1b[2J"
+
+
+def test_no_terminal_obeys_what_is_printed(capsys, tmp_path):
+    """Errors of rewards, names of folders, lines of the run."""
+    def raises(**_):
+        raise ValueError(f"cannot parse {ESCAPE}")
+
+    groups = [{"columns": {"prompt": "p"}, "completions": [completion("a")]}]
+    args = SimpleNamespace(reward=["y"], reward_weights=(), max_completion_length=9)
+    reward_groups(groups, [raises], Words(), args)
+    say(SimpleNamespace(bar=None, rank=0), f"resumed   {ESCAPE}")
+    with pytest.raises(InputError):
+        find_checkpoint(tmp_path, tmp_path / f"checkpoint-000004{ESCAPE}")
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "\x07" not in out + err
+    assert err == f"reward y: ValueError: cannot parse {SEEN}\n" and out.startswith(f"resumed   {SEEN}\n")
+    assert f"checkpoint-000004{SEEN}: damaged" in out
+
+
+# ---- odd rows --------------------------------------------------------------------------------------------------------
+
+
+def test_an_odd_row_costs_its_own_reward(capsys):
+    """A number of 5,000 digits is one that Python does not write."""
+    assert accuracy(["?"] * 3, ["7", "7", "8"], answer=[10**5000, 7, 7]) == [None, 1, 0]
+    assert "reward accuracy: 1 of 3 rows raised, the first ValueError" in capsys.readouterr().err
+
+
+def test_an_odd_row_of_math(tmp_path, monkeypatch):
+    """With a parser that fails where it reads `odd`, as some do on some texts."""
+    parser = "def parse(text):\n    assert 'odd' not in text\n    return [text.strip('$')]\n"
+    (tmp_path / "math_verify.py").write_text(parser + "def verify(gold, answer): return gold == answer\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    function = load_math()
+    completions = ["7", "odd", "7", "8"]
+    assert function(prompts=["?"] * 4, completions=completions, answer=["7", "7", "odd", "7"]) == [1, None, None, 0]
+    function.stop()
+
+
 # ---- training with them ----------------------------------------------------------------------------------------------
 
 SHORT = ["--batch_size", 2, "--max_steps", 2, "--eval_dataset", "", "--steps_per_generation", 1, "--num_iterations", 1,
@@ -391,6 +547,86 @@ def test_a_crash_on_one_rank_costs_one_call(tmp_path, monkeypatch):
     train("grpo", tmp_path / "out", *small(tmp_path, f"{tmp_path}/hostile.py:one_rank_dies"), world=2)
     shares = [row["no_reward_frac"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
     assert shares == [0.5, 0.0]
+
+
+ROLLOUTS = ["--steps_per_generation", 2, "--max_steps", 6, "--save_every", 1, "--keep_last", 9]
+
+
+def lost_in(*rollouts):
+    """A patch: `accuracy` fails on all ranks in these rollouts, and pays for lengths in the others."""
+    def patch(module):
+        rollout, now = module.rollout, []
+
+        def noted(policy, reference, sampler, functions, prompts, index, args, run):
+            now[:] = [index]
+            return rollout(policy, reference, sampler, functions, prompts, index, args, run)
+
+        def judge(prompts, completions, **_):
+            if now[0] in rollouts:
+                raise RuntimeError("broken")
+            return [float(len(completion[-1]["content"])) for completion in completions]
+
+        module.rollout = noted
+        rewards.BUILT_IN["accuracy"] = judge
+
+    return patch
+
+
+def weights_and_moments(checkpoint):
+    return {name: tensor for name, tensor in trainer_tensors(checkpoint).items() if "/" not in name}
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_a_rollout_without_rewards_is_skipped(world, tmp_path):
+    """Not a bit of weights and moments changes in its steps, the KL's gradient or not; its prompts are not sampled
+    again; the run goes on, and a resume from its middle ends in the same bytes."""
+    flags = [*small(tmp_path, "accuracy"), *ROLLOUTS, "--beta", 0.1, "--max_completion_length", 8]
+    train("grpo", tmp_path / "out", *flags, world=world, patch=lost_in(0, 2))
+    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    lost = [row["step"] for row in rows if row["no_reward_frac"] == 1]
+    assert lost == [1, 2, 5, 6] and [row["reward"] is None for row in rows] == [row["step"] in lost for row in rows]
+    states = [weights_and_moments(tmp_path / "out" / f"checkpoint-{step:06d}") for step in range(1, 7)]
+    base = load_file(ROOT / "common" / "tiny" / "model" / "model.safetensors")
+    for name, tensor in base.items():
+        found = states[0].get(f"model.policy.lm.{name}", states[0].get(f"model.policy.{name}"))
+        assert torch.equal(found, tensor), name
+    assert not any(tensor.any() for name, tensor in states[0].items() if name.startswith("optim."))
+    for step in range(2, 7):
+        same = all(torch.equal(states[step - 1][name], states[step - 2][name]) for name in states[0])
+        assert same == (step in lost), step
+    samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
+    rows_of = [{row["row"] for row in samples if row["step"] == step} for step in (1, 3, 5)]
+    assert all(len(rows) == 4 for rows in rows_of) and not rows_of[0] & rows_of[1]  # two rollouts are one epoch
+    alerts = [a for a in read_jsonl(tmp_path / "out" / "alerts.jsonl") if a["code"] == "GRPO003"]
+    assert [(a["step"], a["level"], a["value"]) for a in alerts] == [(1, "error", 1), (5, "error", 1)]
+
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    for name in "final", *(f"checkpoint-00000{step}" for step in (2, 3, 4, 5, 6)):
+        shutil.rmtree(tmp_path / "again" / name)
+    train("grpo", tmp_path / "again", *flags, "--resume", "auto", world=world, patch=lost_in(0, 2))
+    for name in "metrics.jsonl", "alerts.jsonl", "samples.jsonl":
+        assert read_jsonl(tmp_path / "again" / name) == read_jsonl(tmp_path / "out" / name)
+    again = weights_and_moments(tmp_path / "again" / "checkpoint-000006")
+    assert all(torch.equal(again[name], states[5][name]) for name in states[5])
+
+
+def test_a_skipped_step_leaves_nothing_to_add_up():
+    """Tensor parallelism sums gradients of layers that it left whole: there are none."""
+    policy = SimpleNamespace(partial=[torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    policy.partial[0].weight.grad = torch.ones(2, 2)
+    assert partial_parameters(policy) == [policy.partial[0].weight]
+
+
+def test_the_third_rollout_without_rewards_ends_the_run(tmp_path):
+    """Of rollouts, not of steps, also where it was resumed between them."""
+    flags = [*small(tmp_path, "accuracy"), *ROLLOUTS, "--max_steps", 10, "--max_completion_length", 8]
+    (said,) = try_train("grpo", tmp_path / "out", *flags, patch=lost_in(1, 2, 3))
+    assert said.error.startswith("HealthError: GRPO003: three rollouts in a row")
+    assert len(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000006")
+    (said,) = try_train("grpo", tmp_path / "out", *flags, "--resume", "auto", patch=lost_in(1, 2, 3))
+    assert said.error.startswith("HealthError: GRPO003: three rollouts in a row")
+    assert len(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
 
 
 def test_an_async_function_is_awaited(tmp_path):
