@@ -418,10 +418,11 @@ def test_leftovers_are_cleaned(name, runs, tmp_path):
     out = interrupted(whole, tmp_path / "run", 6)
     for leftover in (".tmp-checkpoint", ".tmp-rehearsal", ".tmp-final", ".old-checkpoint-000002"):
         shutil.copytree(out / "checkpoint-000003", out / leftover)
-    (out / ".tmp-file").write_bytes(b"half")
+    (out / ".tmp-logprobs").write_bytes(b"half")
     (out / ".run.json").write_text("{")
     code, text = ended(command(name, out, *flags, "--resume", "auto"))
     assert code == 0, text[-2000:]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert_equal(out, whole)
 
 

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.batches import flat_batch, probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
-from common.runtime.folders import META, STATE, checkpoints, checksum, discard, publish, regular_files, remove, step_of
+from common.runtime.folders import META, STATE, checkpoints, checksum, copy_model, cut_logs, discard, keep_earlier
+from common.runtime.folders import publish, regular_files, remove, write_tensors
 from common.runtime.health import check, spread_gap
 from common.runtime.model import own_tensors
 from common.runtime.parallel import all_most, all_sum, full
@@ -139,21 +140,12 @@ def export(run, policy, folder):
 
 
 def export_tokenizer(tokenizer, folder):
-    """Write the tokenizer. Of several chat templates only those go with it that texts are rendered in: the default one,
-    and the one for rows with tools. The others may say anything."""
+    """Write the tokenizer, with the chat templates that rows are rendered in (with tools, without) and no others."""
     exported = copy.copy(tokenizer)
     if isinstance(tokenizer.chat_template, dict):
-        used = {name: tokenizer.chat_template.get(name) for name in ("default", "tool_use")}
-        exported.chat_template = {name: template for name, template in used.items() if template}
+        names = sorted(tokenizer.chat_template.keys() & {"default", "tool_use"})
+        exported.chat_template = {name: tokenizer.chat_template[name] for name in names}
     exported.save_pretrained(folder)
-
-
-def write_tensors(tensors, path, metadata=None):
-    """Write a file of tensors that has the permissions of every new file; save_file alone makes it its owner's only."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata)
-    path.chmod(mode)
 
 
 def exported_files(run, policy):
@@ -289,29 +281,18 @@ def resume(run, models, optimizers, tokenizer):
         name, key = path.split("/")
         run.state.setdefault(name, {})[key] = tensor
     if run.rank == 0:
-        for log in [run.out / name for name in LOGS if (run.out / name).is_file()]:
-            with open_own(log, "r+") as file:
-                file.truncate(min(os.fstat(file.fileno()).st_size, meta["offsets"].get(log.name, 0)))
-        earlier = [folder for folder in checkpoints(run.out) if int(step_of(folder)) <= run.step]
-        for folder in checkpoints(run.out):
-            if folder not in [run.checkpoint, *earlier[-run.args.keep_last :]]:
-                discard(folder)  # damaged, too new, or a kill came before the rotation
+        cut_logs(run.out, meta["offsets"])
+        keep_earlier(run.out, run.checkpoint, run.step, run.args.keep_last)
     say(run, f"resumed   {run.checkpoint}")
 
 
 # ---- finish --------------------------------------------------------------------------------------
 def finish(run, policy, tokenizer, heldout):
-    """Make final/ of the last checkpoint: of the files that it names, whatever else lies there by now. Reloaded from
-    there, the model completes two prompts for the eye."""
+    """Make final/ of the last checkpoint. Reloaded from there, the model completes two prompts for the eye."""
     final = run.out / "final"
     if run.rank == 0:
         copied = run.out / ".tmp-final"
-        newest = checkpoints(run.out)[-1]
-        copied.mkdir()
-        for name in read_json(newest / META)["crc32"]:
-            if not name.startswith("trainer/"):
-                (copied / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(newest / name, copied / name)
+        copy_model(checkpoints(run.out)[-1], copied)
         (copied / "README.md").write_text(f"Made by `{run.command}`.\n")
         for path in [*copied.rglob("*"), copied]:
             fsync(path)
@@ -360,7 +341,6 @@ def uncached(run, policy, groups, name, values, *settings):
         done += len(part)
         if run.rank == 0:
             written = run.out / ".tmp-logprobs"
-            written.unlink(missing_ok=True)
             with open_own(written, "xb") as file:
                 file.write(save({key: values[:done].float().cpu()}))
             fsync(written)  # or a power cut could leave an empty file, which no resume could read

@@ -12,14 +12,15 @@ import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from common.runtime.flags import InputError, printable
-from common.runtime.run import LOGS, first_line, fsync, read_json
+from common.runtime.run import LOGS, first_line, fsync, open_own, read_json
 
 META = "trainer/meta.json"  # of a checkpoint, its last file
 STATE = "trainer/state.safetensors"
-OPENED = ("run.json", "run.lock", *LOGS)  # what a run writes in the folder itself, in place or whole
+OPENED = ("run.json", "run.lock", "debug", *LOGS)  # what a run writes in place
 PASSING = re.compile(r"\.tmp-(checkpoint|rehearsal|final|logprobs)|\.old-(checkpoint-\d+|final)")  # left by a kill
 MADE = re.compile(rf"{PASSING.pattern}|run\.json|{'|'.join(map(re.escape, LOGS))}|checkpoint-\d+|final")
 
@@ -41,9 +42,8 @@ def check_inputs(args):
 
 
 def check_links(folder):
-    """Raise a ValueError where the files of a model folder are no files in there, or links to such: a stranger's link
-    may lead to a secret, which would be trained on as a chat template and published with the model, and from a pipe one
-    may read for ever. Files of the hub's cache are links to its own blobs."""
+    """Raise a ValueError about what is no file of a model folder. A stranger's link may lead to a secret, which would
+    be published with the model, and a pipe has no end. In the hub's cache files are links to its blobs."""
     folder = Path(folder).resolve()
     homes = [folder]
     if folder.parent.name == "snapshots":
@@ -83,10 +83,8 @@ def prepare_folder(args, script, attempt):
         if given and not given.is_dir():
             raise InputError(f"--resume {given}: there is no such checkpoint. Name another, or auto.")
         for path in [out / name for name in OPENED]:
-            if path.is_symlink() or (path.exists() and not path.is_file()):
-                raise InputError(f"{path} is a link or no file. Remove it, or name another --output_dir.")
-        if (out / "debug").is_symlink():
-            raise InputError(f"{out / 'debug'} is a link. Remove it, or name another --output_dir.")
+            if path.is_symlink() or path.is_fifo():
+                raise InputError(f"{path} is a link or a pipe. Remove it, or name another --output_dir.")
         if not locked and not lock(out):
             holder = (out / "run.lock").read_text(errors="replace")
             raise InputError(f"--output_dir {out} is in use by {holder}. Wait for its end, or name another.")
@@ -153,6 +151,13 @@ def find_checkpoint(out, given):
         raise InputError(f"--resume {given or out}: no checkpoint is whole. Name another, or move them away.")
 
 
+def cut_logs(out, sizes):
+    """Cut the run's logs back to the sizes that a checkpoint has noted: no line is missing or there twice."""
+    for log in [out / name for name in LOGS if (out / name).is_file()]:
+        with open_own(log, "r+") as file:
+            file.truncate(min(os.fstat(file.fileno()).st_size, sizes.get(log.name, 0)))
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 def checkpoints(out):
     """Return the checkpoint folders by step. They were whole when they got their names, see is_whole."""
@@ -198,6 +203,32 @@ def is_possible(folder, meta):
         if not isinstance(numbers, dict) or any(type(number) not in (int, float) for number in numbers.values()):
             return False
     return state["last"].keys() <= state["before"].keys() and "accuracy" in state["best"]
+
+
+def keep_earlier(out, resumed, step, count):
+    """Remove all checkpoints but the resumed one and the last `count` up to its step: others are damaged, too new, or
+    were left by a kill before the rotation."""
+    earlier = [folder for folder in checkpoints(out) if int(step_of(folder)) <= step]
+    for folder in checkpoints(out):
+        if folder not in [resumed, *earlier[-count:]]:
+            discard(folder)
+
+
+def copy_model(checkpoint, folder):
+    """Copy the files that a checkpoint names, without trainer/, and nothing else that lies there by now."""
+    folder.mkdir()
+    for name in read_json(checkpoint / META)["crc32"]:
+        if not name.startswith("trainer/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(checkpoint / name, folder / name)
+
+
+def write_tensors(tensors, path, metadata=None):
+    """Write a file of tensors with the permissions of every new file: save_file gives them to its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def publish(folder, name):

@@ -70,11 +70,7 @@ def record(out, **fields):
 def open_own(path, mode):
     """Open a file in the output folder for writing: the file itself, never what a link leads to, and without waiting
     for the reader of a pipe."""
-
-    def opener(name, flags):
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-    return open(path, mode, opener=opener)
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
 
 
 def read_json(path):
