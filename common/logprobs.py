@@ -287,15 +287,13 @@ class Policy(nn.Module):
         if isinstance(head.weight, DTensor):  # tensor parallelism shards it over the vocabulary
             group = head.weight.device_mesh.get_group()
         weight, bias = local(head.weight), local(head.bias)
-        labels = batch["labels"]
         teacher = None
         if "divergence" in want:
             teacher = replace(self.teacher, hidden=batch["teacher_hidden"])
             columns = len(teacher.weight)
             if columns < len(weight):  # a vocabulary that is padded further: softmax is over what both have
                 weight, bias = weight[:columns], None if bias is None else bias[:columns]
-                labels = labels.clamp(max=columns - 1)
-        out = ScoredHead.apply(hidden, weight, bias, labels, self.transform, want, group, teacher)
+        out = ScoredHead.apply(hidden, weight, bias, batch["labels"], self.transform, want, group, teacher)
         return {name: values for name, values in zip(OUTPUTS, out) if values is not None}
 
     def plain_forward(self, groups):

@@ -13,8 +13,9 @@ from array import array
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
-from conftest import ROOT, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, ranks, read_jsonl, script, tiny_rows, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import attempt, refused, write_rows
@@ -197,6 +198,31 @@ def test_chunks_change_nothing(monkeypatch):
             torch.testing.assert_close(out[name], values, rtol=1e-5, atol=1e-6)  # GEMMs of another height round
         for a, b in zip(gradients, runs[0][1]):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # weight gradients add up in another order
+
+
+def test_a_vocabulary_that_ranks_share():
+    """Under tensor parallelism a rank has half of the columns of both heads: the same numbers and gradients."""
+    student, teacher, labels = inputs(vocabulary=28)
+
+    def compare(rank, world, beta):
+        parts = [[model[0], *(x.chunk(world)[rank] for x in model[1:])] for model in (student, teacher)]
+        own = [x.detach().clone().requires_grad_() for x in parts[0]]
+        head = Teacher(*parts[1][1:], PLAIN, beta, hidden=teacher[0])
+        group = dist.group.WORLD if world > 1 else None
+        out = ScoredHead.apply(*own, labels, PLAIN, ("divergence", "entropy"), group, head)
+        out = [values for values in out if values is not None]
+        loss = sum((values * torch.linspace(0.5, 2, 17)).sum() for values in out if values.requires_grad)
+        return [values.detach() for values in out], torch.autograd.grad(loss, own)
+
+    for beta in BETAS:
+        (values, gradients), *_ = ranks(1, compare, beta)
+        halves = ranks(2, compare, beta)
+        for half in halves:
+            torch.testing.assert_close(half[0], values, **CLOSE)
+            torch.testing.assert_close(half[1][0], gradients[0], rtol=1e-4, atol=1e-5)
+        for i in (1, 2):  # weight and bias
+            whole = torch.cat([half[1][i] for half in halves])
+            torch.testing.assert_close(whole, gradients[i], rtol=1e-4, atol=1e-5)
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
