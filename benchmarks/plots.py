@@ -142,12 +142,15 @@ def part_rloo_diff():
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
 }  # by the first script of methods/ among a script and its parents
+NEARER = {"prm": "reward"}  # where another script of methods/ is meant than the parent
 OFFSHOOTS = {"orpo": "Pairs without a reference"}  # or by one of these, which do something else than their parent
 
 
 def family(path):
     """methods/experimental/dpo_batch.py -> dpo"""
     while Path(path).parent.name == "experimental" and Path(path).stem not in OFFSHOOTS:
+        if Path(path).stem in NEARER:
+            return NEARER[Path(path).stem]
         path = re.search(r"^Parent: (\S+)", (ROOT / path).read_text(), re.M)[1]
     return Path(path).stem
 

@@ -31,6 +31,7 @@ from common.runtime.flags import InputError
 from common.runtime.parallel import agree, all_sum, layer_dtype
 from common.runtime.run import first_line, write
 from common.data import Row, problem
+from common.step_rewards import StepRewardModel, is_step_model
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
 
 
@@ -70,6 +71,8 @@ def load_rewards(args, groups):
             if name in BUILT_IN:
                 functions.append(BUILT_IN[name])
                 columns.unread.difference_update(["answer", "solution"])
+            elif is_step_model(name):
+                functions.append(StepRewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
             elif os.path.isdir(name):
                 functions.append(RewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
             elif ":" not in path:
