@@ -102,6 +102,7 @@ FAST = {
     "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--learning_rate", "1e-4"]},
     "experimental/gfpo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--num_remains_in_group", "3", "--group_filter", "token_efficiency"]},
+    "experimental/raft": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--num_remains", "2"]},
     # cooler: at 1.2 its prompts draw tokens so rare that exp(log ref - log pi) makes 2e-5 of rounding in that one step
     "experimental/dapo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--beta", "0.01", "--sampling_rounds", "3", "--temperature", "1"]},

@@ -80,6 +80,11 @@ PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  
 METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo", "gfpo")}
 
 
+KEPT = [key for key in PLAIN[0] if key not in ("ratio_mean", "clip_frac")]
+KEPT[KEPT.index("entropy") : KEPT.index("entropy")] = ["kept_reward", "empty_frac"]
+METRICS["experimental/raft"] = KEPT, PLAIN[1]
+
+
 def more_keys(metrics, before, *keys):
     """Those of another script with further ones in front of one of them."""
     at = metrics[0].index(before)
