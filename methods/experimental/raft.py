@@ -19,12 +19,13 @@ Delta:
   rollout, check_rollout, imports, args, main.model, main.rollout: no reference and no old policy
   main.step, main.update: a step of which nothing is kept is skipped
 Paper differences
-  the paper keeps the best over a batch of prompts, too; here it is the best of each prompt, as in its experiments
-  steps_per_generation and num_iterations say how long a round of sampling is learned from; in the paper it is an epoch
+  the best are those of each prompt, never of a whole batch of prompts; steps_per_generation and num_iterations say how
+  long a round of sampling is learned from
+  log pi is at --temperature, as in methods/grpo.py, on both sides: at 1, the default, it is methods/sft.py's
   a prompt of which no completion has a reward or reaches the bar counts in empty_frac; RAFT001: a step of such alone
   at the end: mean reward of the best of 1, 2, 4, ... completions over all rollouts, each prompt's by the unbiased
   estimate from its num_generations. With --learning_rate 0 these are all of one policy: best-of-N without training
-Expect  tiny lab, 2 CPU cores: EXPECT
+Expect  tiny lab, 2 CPU cores: held-out greedy accuracy 0.30 -> 1.00 in a minute or two, at 1.00 by step 5
 Run     python methods/experimental/raft.py --num_generations 16 --reward_bar 1
         python methods/experimental/raft.py --learning_rate 0                     (best of N, without training)
 """
