@@ -11,7 +11,8 @@ The model   is pretrained on questions that never end in a file, by a writer who
             prefer, and nearly all mistakes are well-formed answers.
 The data    the same TRAIN questions in every train file, so that methods are compared on equal knowledge:
             demonstrations (right), pairs (right over slipped), triples (the right one again, as reference), labelled
-            (right and slipped in turn), prompts (answer only), and TEST held-out questions with all columns.
+            (right and slipped in turn), steps (the same, cut at blanks, each step with a label: as it should be or
+            not), prompts (answer only), and TEST held-out questions with all columns.
 
 The teacher is the model after methods/sft.py with no flags, in bfloat16: it adds right. `--only teacher` makes it
             alone, from the model that is there, in half a minute.
@@ -86,6 +87,13 @@ def slipped(a, b, rng):
     return wrong
 
 
+def steps_and_labels(text, right):
+    """The steps of an answer and whether each is what stands in its place in the right one, as columns of a row."""
+    steps, right_steps = text.split(" "), right.split(" ")
+    labels = [step == right_step for step, right_step in zip(steps, right_steps, strict=True)]
+    return {"completions": steps, "labels": labels}
+
+
 def question(rng):
     return rng.randint(100, 999), rng.randint(100, 999)
 
@@ -104,18 +112,21 @@ def make_data(out, rng):
     while len(questions) < TRAIN + TEST:
         if (pair := question(rng)) not in questions:
             questions.append(pair)
-    files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "prompts", "test")}
+    files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts", "test")}
     for i, (a, b) in enumerate(questions):
         prompt, answer = user(a, b), str(a + b)
-        right, wrong = assistant(write_out(a, b)), assistant(slipped(a, b, rng))
+        right_text, wrong_text = write_out(a, b), slipped(a, b, rng)
+        right, wrong = assistant(right_text), assistant(wrong_text)
+        steps = steps_and_labels(wrong_text if i % 2 else right_text, right_text)
         if i >= TRAIN:
             row = {"prompt": prompt, "completion": right, "chosen": right, "rejected": wrong, "answer": answer}
-            files["test"].append(row)
+            files["test"].append(row | steps)
             continue
         files["demonstrations"].append({"prompt": prompt, "completion": right})
         files["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
         files["triples"].append({"prompt": prompt, "chosen": right, "rejected": wrong, "reference": right})
         files["labelled"].append({"prompt": prompt, "completion": wrong if i % 2 else right, "label": i % 2 == 0})
+        files["steps"].append({"prompt": prompt} | steps)
         files["prompts"].append({"prompt": prompt, "answer": answer})
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

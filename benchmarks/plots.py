@@ -142,6 +142,7 @@ def part_rloo_diff():
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
 }  # by the first script of methods/ among a script and its parents
+NEARER = {"prm": "reward"}  # where another script of methods/ is meant than the parent
 OFFSHOOTS = {  # or by one of these, which do something else than their parent, or have none
     "orpo": "Pairs without a reference", "distillation": "Distillation",
 }  # fmt: skip
@@ -150,6 +151,8 @@ OFFSHOOTS = {  # or by one of these, which do something else than their parent, 
 def family(path):
     """methods/experimental/dpo_batch.py -> dpo"""
     while Path(path).parent.name == "experimental" and Path(path).stem not in OFFSHOOTS:
+        if Path(path).stem in NEARER:
+            return NEARER[Path(path).stem]
         path = re.search(r"^Parent: (\S+)", (ROOT / path).read_text(), re.M)[1]
     return Path(path).stem
 

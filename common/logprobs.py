@@ -332,10 +332,10 @@ class Scorer(Policy):
     @torch.no_grad()
     def plain_answer(self, lm, groups):
         """Return lm's scores (S,) of the groups, one sequence at a time."""
-        return torch.cat([logits for *_, logits in _plain_logits(lm, groups)])
+        return torch.cat([logits for *_, logits in plain_logits(lm, groups)])
 
 
-def _plain_logits(lm, groups):
+def plain_logits(lm, groups):
     """Yield (group, completion, ids, logits) from lm(ids) of one sequence at a time: nothing is shared or flat."""
     for group in groups:
         for completion in group["completions"]:
@@ -347,7 +347,7 @@ def _plain_logits(lm, groups):
 def plain_logprobs(lm, groups, temperature=1.0):
     """Return log-probs (M,), fp32, in flat_batch's order. Call it before Policy(lm), which replaces the attention."""
     out = []
-    for group, completion, ids, logits in _plain_logits(lm, groups):
+    for group, completion, ids, logits in plain_logits(lm, groups):
         scored = [False] * len(group["prompt"]) + scored_flags(completion)
         # Row i of the logits predicts token i + 1, and nothing predicts the first.
         rows = torch.tensor(scored[1:], device=lm.device).nonzero()[:, 0]

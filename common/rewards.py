@@ -22,6 +22,7 @@ from common.runtime.flags import HealthError, InputError, printable
 from common.runtime.health import check, streak
 from common.runtime.parallel import agree, all_most, all_sum, layer_dtype
 from common.runtime.run import first_line, write
+from common.step_rewards import StepRewardModel, is_step_model
 from common.templates import write_turn
 from common.tokenization import control_pattern, encode_demonstration, encode_text, ids_of, load_tokenizer, make_group
 from common.tokenization import stop_ids
@@ -85,6 +86,8 @@ def load_rewards(args, groups, tokenizer):
             if name in BUILT_IN:
                 functions.append(BUILT_IN[name])
                 columns.unread.difference_update(["answer", "solution"])
+            elif is_step_model(name):
+                functions.append(StepRewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
             elif os.path.isdir(name):
                 functions.append(RewardModel(name, args.tokens_per_microbatch, layer_dtype(args), tokenizer))
             elif ":" not in path:

@@ -85,6 +85,7 @@ FAST = {
         "--learning_rate", "8e-5", "--loss_type", "simpo", "--beta", "5", "--cpo_alpha", "1"]},
     "experimental/tpo": {"data": "triples", "micro": 90, "flags": [
         "--learning_rate", "8e-5", "--loss_type", "tpo-l", "--beta", "5"]},
+    "experimental/prm": {"data": "steps", "micro": 60, "flags": ["--learning_rate", "1e-4", "--step_separator", " "]},
     "reward": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "1e-4"]},
     # a seed with which each of their steps has rows of both labels: metrics of a label that is absent are null
     "kto": {"data": "labelled", "micro": 90, "flags": ["--learning_rate", "8e-5", "--beta", "1", "--seed", "15"]},
@@ -101,6 +102,7 @@ FAST = {
     "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--learning_rate", "1e-4"]},
     "experimental/gfpo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--num_remains_in_group", "3", "--group_filter", "token_efficiency"]},
+    "experimental/raft": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--num_remains", "2"]},
     # cooler: at 1.2 its prompts draw tokens so rare that exp(log ref - log pi) makes 2e-5 of rounding in that one step
     "experimental/dapo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--beta", "0.01", "--sampling_rounds", "3", "--temperature", "1"]},

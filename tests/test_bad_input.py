@@ -140,7 +140,8 @@ def numbers(name):
         real = type(field.default) is float or "float |" in kind
         if field.name == "seed" or not real and type(field.default) is not int:
             continue
-        for value in ("-2", *(["nan", "inf"] if real else ["0"])):
+        below = [] if field.name == "reward_bar" else ["-2"]  # rewards may be anything
+        for value in (*below, *(["nan", "inf"] if real else ["0"])):
             if value != "0" or field.name not in ZERO:
                 yield f"--{field.name}", value
 

@@ -33,8 +33,8 @@ def test_the_loss_is_at_temperature_1(tmp_path):
 
 
 def test_the_teacher_writes(tmp_path):
-    """With --seq_kd and --lmbda 0, all but greedy: what is learned from is what transformers' greedy search makes of the
-    teacher, and not what it makes of the student."""
+    """With --seq_kd and --lmbda 0, all but greedy: what is learned from is what transformers' greedy search makes of
+    the teacher, and not what it makes of the student."""
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 5)
     flags = ["--dataset", data, "--seq_kd", "--lmbda", 0, "--temperature", 0.01, "--num_generations", 1]
     train(NAME, tmp_path / "run", *flags, *ONE_STEP)

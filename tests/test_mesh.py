@@ -119,7 +119,8 @@ STEPS, BATCH, ROWS = 10, 5, 15
 LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "rloo": "5e-4",
       "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4", "experimental/neftune": "1e-3",
       "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3", "experimental/orpo": "5e-4",
-      "experimental/cpo": "5e-4", "experimental/tpo": "5e-4", "experimental/bco": "1e-4"}  # fmt: skip
+      "experimental/cpo": "5e-4", "experimental/tpo": "5e-4", "experimental/bco": "1e-4",
+      "experimental/prm": "1e-3"}  # fmt: skip
 ONLINE = [name for name in SCRIPTS if "reward" in script(name).Args.__dataclass_fields__]
 TAUGHT = [name for name in SCRIPTS if "teacher" in script(name).Args.__dataclass_fields__]
 LR |= {name: "5e-4" for name in ONLINE + TAUGHT if "/" in name}

@@ -25,7 +25,8 @@ from conftest import tiny_rows, train, trainer_tensors, try_ranks, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
+    AutoTokenizer, GenerationConfig,
 )  # fmt: skip
 
 from common.rewards import BUILT_IN
@@ -432,8 +433,11 @@ def test_leftovers_are_cleaned(name, runs, tmp_path):
 def assert_export(folder, checkpoint, dtype, tied):
     """A Hugging Face folder says what the trainer's weights say, in `dtype`."""
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
-    classifier = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForSequenceClassification")
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kind = AutoModelForCausalLM
+    for auto_class in AutoModelForSequenceClassification, AutoModelForTokenClassification:
+        if AutoConfig.from_pretrained(folder).architectures[0].endswith(auto_class.__name__.removeprefix("AutoModel")):
+            kind = auto_class
+    classifier = kind != AutoModelForCausalLM
     lm, info = kind.from_pretrained(folder, output_loading_info=True)
     assert lm.dtype == dtype == AutoConfig.from_pretrained(folder).dtype
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

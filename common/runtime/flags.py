@@ -68,7 +68,7 @@ class RunFlags:
         """Raise InputError for values that no run can mean. A script's Args add the rules of the method."""
         default = type(self)()
         for name, value in vars(self).items():
-            if type(value) not in (int, float) or name == "seed" or value == getattr(default, name):
+            if type(value) not in (int, float) or name in ("seed", "reward_bar") or value == getattr(default, name):
                 continue
             least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
             most = 2**20 if name in SIZES else 2**53
