@@ -28,6 +28,7 @@ from common.answers import NUMBER, final_number, gold_number, last_text
 from common.batches import flat_batch, pack
 from common.logprobs import Scorer
 from common.runtime.flags import InputError
+from common.runtime.model import check_config, stored_tensors
 from common.runtime.parallel import agree, all_sum, layer_dtype
 from common.runtime.run import first_line, write
 from common.data import Row, problem
@@ -210,6 +211,7 @@ class RewardModel:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
             self.device = torch.device("cuda", torch.cuda.current_device())
+        check_config(folder, stored_tensors(folder))
         lm, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
