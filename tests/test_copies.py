@@ -57,8 +57,8 @@ BUDGETS = {
     "methods/dpo.py": {"tokens": (3380, 3600), "lines": (413, 460)},
     "methods/grpo.py": {"tokens": (3927, 4100), "lines": (498, 560)},
     "methods/rloo.py": {"tokens": (4096, 4100), "lines": (516, 560)},
-    "common/*.py": {"tokens": (19811, 15700), "lines": (2404, 1850)},
-    "common/runtime/*.py": {"tokens": (14607, 10520), "lines": (1901, 1270)},
+    "common/*.py": {"tokens": (20053, 15700), "lines": (2448, 1850)},
+    "common/runtime/*.py": {"tokens": (15269, 10520), "lines": (1994, 1270)},
     "common/tools/*.py": {"lines": (150, 450)},
     "common/tools/bundle.py": {"lines": (150, 150)},
 }
