@@ -61,17 +61,19 @@ def fit(groups, rows, max_length, overlong="drop", room=0):
         longest = max(longest, length)
         if not all(any(predicted_flags(group, completion)) for completion in completions):
             unscored.append(group)
+        elif length > max_length and overlong == "error":
+            raise InputError(f"over --max_length {max_length}: tokens (row {group['row'] + 1}): {length}. "
+                             f"Type --max_length {length}, or --overlong drop")
+        elif length > max_length and overlong == "drop":
+            too_long.append(group)
         elif "equal" in group:
             equal.append(group)
         elif length <= max_length:
             kept.append(group)
-        elif overlong == "error":
-            raise InputError(f"over --max_length {max_length}: tokens (row {group['row'] + 1}): {length}. "
-                             f"Type --max_length {length}, or --overlong drop")
         else:
             too_long.append(group)
             room = max_length - answer_length
-            if overlong == "truncate_prompt" and room > 0:
+            if room > 0:
                 kept.append({**group, "prompt": group["prompt"][-room:]})
     counts = {"rows": len(rows), "longest": longest}
     for name, members in {"kept": kept, "overlong": too_long, "unscored": unscored, "equal": equal}.items():

@@ -20,6 +20,7 @@ from common.logprobs import Scorer
 from common.reward_files import RewardFile
 from common.runtime.flags import HealthError, InputError, printable
 from common.runtime.health import check, streak
+from common.runtime.model import check_config, stored_tensors
 from common.runtime.parallel import agree, all_most, all_sum, layer_dtype
 from common.runtime.run import first_line, write
 from common.step_rewards import StepRewardModel, is_step_model
@@ -258,6 +259,7 @@ class RewardModel:
         self.device = torch.device("cpu")
         if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
             self.device = torch.device("cuda", torch.cuda.current_device())
+        check_config(folder, stored_tensors(folder))
         lm, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )

@@ -16,13 +16,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.batches import flat_batch, probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
-from common.runtime.folders import META, STATE, checkpoints, checksum, copy_model, cut_logs, discard, keep_earlier
-from common.runtime.folders import publish, regular_files, remove, write_tensors
+from common.runtime.folders import META, STATE, checkpoints, checksum, copy_model, cut_logs, discard, forget_code
+from common.runtime.folders import keep_earlier, publish, regular_files, remove, write_tensors
 from common.runtime.health import check, spread_gap
 from common.runtime.model import own_tensors
 from common.runtime.parallel import all_most, all_sum, full
@@ -92,6 +92,7 @@ def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
         export(run, next(iter(models.values())), folder)
         if run.rank == 0:
             export_tokenizer(tokenizer, folder)
+            forget_code(folder)
             write_meta(run, step, folder)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as e:  # the last one is a BaseException
         text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
@@ -305,7 +306,10 @@ def finish(run, policy, tokenizer, heldout):
         prompt = list(group["prompt"] or group["completions"][0]["ids"][:16])  # of a row without prompt, its beginning
         positions = getattr(reloaded.config.get_text_config(), "max_position_embeddings", None) or math.inf
         length = max(1, min(64, positions - len(prompt)))
-        ids = reloaded.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, pad_token_id=0)[0]
+        rules = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=0)
+        rules.eos_token_id = policy.lm.generation_config.eos_token_id
+        reloaded.generation_config = rules  # a stranger's would fill in what ours leaves open
+        ids = reloaded.generate(torch.tensor([prompt]), generation_config=rules)[0]
         completion = {"ids": ids[len(prompt) :].tolist(), "scored": None}
         show_groups(run, "sample", [{"prompt": prompt, "completions": [completion]}], tokenizer)
     for key, value in run.state.get("last", {}).items():

@@ -43,7 +43,7 @@ class PlanOnly(Exception):
 
 @dataclass
 class RunFlags:
-    model: Annotated[str, arg(aliases=["--model-name-or-path"])] = "tiny"  # folder or hub id; tiny: common/tiny
+    model: Annotated[str, arg(aliases=["--model-name-or-path"])] = "tiny"  # folder, hub id, ID@REVISION; tiny: the lab
     output_dir: str = ""  # default: runs/<script>, or the next free runs/<script>-2, -3
     resume: Annotated[str, arg(aliases=["--resume-from-checkpoint"])] = "never"  # never, auto (newest) or a folder
     allow_changes: bool = False  # resume although flags, data or model differ

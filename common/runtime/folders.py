@@ -27,9 +27,9 @@ MADE = re.compile(rf"{PASSING.pattern}|run\.json|{'|'.join(map(re.escape, LOGS))
 
 # ---- input folders -------------------------------------------------------------------------------
 def check_inputs(args):
-    """Refuse files and folders of --model and --reward that are not what they seem."""
-    named = [("--model", args.model)]
-    named += [("--reward", name) for name in getattr(args, "reward", ())]
+    """Refuse files and folders of --model, --teacher and --reward that are not what they seem."""
+    named = [("--reward", name) for name in getattr(args, "reward", ())]
+    named += [(f"--{flag}", vars(args)[flag]) for flag in ("model", "teacher") if flag in vars(args)]
     for flag, name in named:
         file = name.rpartition(":")[0]  # of FILE.py:FUNCTION
         try:
@@ -268,3 +268,15 @@ def checksum(path):
         while block := file.read(2**24):
             value = zlib.crc32(block, value)
     return value
+
+
+def forget_code(folder):
+    """Take the addresses of code out of the exported configs. It was not run here, and whoever serves the model with
+    trust_remote_code would run what stands there by then."""
+    for path in folder.glob("*config.json"):
+        config = json.loads(path.read_text(), object_pairs_hook=without_code)
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def without_code(pairs):
+    return {name: value for name, value in pairs if name not in ("auto_map", "custom_pipelines")}

@@ -108,7 +108,7 @@ def starts_wrong(group, tokenizer):
     bos = tokenizer.bos_token_id
     if start[:2] == [bos, bos]:
         return True
-    sets_bos = tokenizer("a")["input_ids"][:1] == [bos]  # never where there is none
+    sets_bos = tokenizer.encode("a")[:1] == [bos]  # never where there is none
     return sets_bos and start[:1] != [bos]
 
 

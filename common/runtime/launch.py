@@ -25,7 +25,7 @@ import transformers
 from common.attention import use_newest_kernel
 from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable, spelled_out
 from common.runtime.folders import check_inputs, prepare_folder
-from common.runtime.parallel import layer_dtype
+from common.runtime.parallel import exchange, layer_dtype
 from common.runtime.run import Run, first_line, peak_bytes, read_json, record
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -59,12 +59,13 @@ def setup(args, script):
     check_inputs(args)
     if rank == 0 and attempt != "0" and lasting.check(["folder"]):
         args.output_dir = lasting.get("folder").decode()  # that of the attempt before, not the first of its name
-    found = prepare_folder(args, script, attempt) if rank == 0 else [None, None, None]
-    dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
-    out, checkpoint, error = found
+    found = prepare_folder(args, script, attempt) if rank == 0 else []
+    texts = [path and str(path) for path in found]
+    args.output_dir, checkpoint, error = exchange(texts, device, dist.group.WORLD)[0]
     if error:
         raise InputError(error)
-    args.output_dir = str(out)
+    out = Path(args.output_dir)
+    checkpoint = checkpoint and Path(checkpoint)
     if rank == 0:
         lasting.set("folder", args.output_dir)
     if world % (args.tp_size * args.replicate_size):

@@ -3,6 +3,8 @@
 import math
 import os
 import re
+import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import DryRunError
 from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -40,10 +44,13 @@ def load_model(model_class, args, flag="model", **head):
     transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     try:
         folder = model_folder(name, flag)
+        stored = stored_tensors(folder)
+        check_config(folder, stored)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
         with torch.device("meta"):
             lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
-            if unties(lm, folder):
+            check_sizes(lm, stored)
+            if unties(lm, stored):
                 config.tie_word_embeddings = False  # saved with the model: it is true of what we train
                 lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
         lm.name_or_path = folder
@@ -67,14 +74,34 @@ def load_model(model_class, args, flag="model", **head):
 
 
 def model_folder(name, flag="model"):
-    """Return the folder of a flag's model. Of a hub id it holds the weights that are read, and no others."""
+    """Return the folder of a flag's model. Of a hub id, or ID@REVISION, it holds the weights that are read, and no
+    others; its own name is the commit."""
     if name == "tiny":
         return str(COMMON / "tiny" / flag)
     if Path(name).is_dir():
         return name
-    folder = snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS])
+    hub_id, _, revision = name.partition("@")
+    folder = download(hub_id, revision or None, ["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS])
     files = [Path(file).name for file in weight_files(folder)]
-    return snapshot_download(name, revision=Path(folder).name, allow_patterns=files)
+    return download(hub_id, Path(folder).name, files)
+
+
+def download(hub_id, revision, patterns):
+    """Return the folder of a snapshot with the files of these names. The first rank of a machine refuses what does not
+    fit on its disk; the hub cannot say how much that is where the cache is all there is (HF_HUB_OFFLINE)."""
+    what = {"revision": revision, "allow_patterns": patterns}
+    missing = []
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(DryRunError):
+            missing = snapshot_download(hub_id, dry_run=True, **what)
+    need = sum(file.file_size for file in missing if file.will_download)
+    if need:
+        cache = Path(HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < need:
+            raise ValueError(f"{need / 1e9:.1f} GB to download, and {free / 1e9:.1f} GB are free in {cache}")
+    return snapshot_download(hub_id, **what)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -97,16 +124,50 @@ def weight_files(folder):
     return [str(folder / file) for file in names]
 
 
-def unties(lm, folder):
+def stored_tensors(folder):
+    """Return {name: (file, shape)} of the tensors in the files with the weights, of which only the headers are read."""
+    stored = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                stored[name] = file, tensors.get_slice(name).get_shape()
+    return stored
+
+
+def check_config(folder, stored):
+    """Refuse a config with more layers than there are tensors, or more experts or labels than tensors or rows of one,
+    before anything is built of it: a billion layers would be built until the memory ends."""
+    sizes = [len(stored)]
+    for _, shape in stored.values():
+        sizes += shape
+    parts = [read_json(Path(folder) / "config.json")]
+    while parts:
+        for name, value in parts.pop().items():
+            most = math.inf
+            if isinstance(value, dict):  # text_config
+                parts.append(value)
+            elif re.search("layers?$", name):
+                most = len(stored)
+            elif re.search("experts$|^num_labels$", name):
+                most = max(sizes)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"config.json says {name} {value}, and its files hold {len(stored)} tensors")
+
+
+def check_sizes(lm, stored):
+    """Refuse a model, still without memory, of more than twice the weights that its files hold. A new head is small."""
+    built = sum(p.numel() for p in lm.parameters())
+    held = sum(math.prod(shape) for _, shape in stored.values())
+    if built > 2 * held:
+        raise ValueError(f"config.json describes {built} weights, and its files hold {held}")
+
+
+def unties(lm, stored):
     """Return whether a model whose config ties its head to the embedding comes with two that differ. As transformers
     does, they are then two weights; the config is wrong."""
-    places = {}
-    for file in weight_files(folder) if lm.all_tied_weights_keys else []:
-        with safe_open(file, "pt") as tensors:
-            places.update(dict.fromkeys(tensors.keys(), file))
     for pair in lm.all_tied_weights_keys.items():
-        if places.keys() >= set(pair):
-            first, second = (safe_open(places[name], "pt").get_tensor(name) for name in pair)
+        if stored.keys() >= set(pair):
+            first, second = (safe_open(stored[name][0], "pt").get_tensor(name) for name in pair)
             if not torch.equal(first, second):
                 return True
     return False

@@ -176,8 +176,10 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
     if run.args.eval_dataset and not heldout:
         raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
+    folder = Path(policy.lm.name_or_path)
+    commit = folder.name if folder.parent.name == "snapshots" else None  # of a hub id
     if run.rank == 0:
-        record(run.out, data=run.data, steps=steps)
+        record(run.out, data=run.data, steps=steps, model_commit=commit)
     tokens = sum(map(group_tokens, train))
     show_groups(run, "first row", train[: 3 if only_plan else 1], tokenizer)
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
@@ -191,6 +193,8 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
         kernel = kernel_name(policy.lm, run.device.type, run.dtype)
     static = 16e-9 * run.weights * run.args.replicate_size / run.world  # fp32 weights, gradients, Adam's two moments
     say(run, f"model     {model}; weights, gradients and Adam take {static:.2f} GB a rank")
+    if commit:
+        say(run, f"commit    {commit} of --model {run.args.model}")
     say(run, f"attention {kernel}")
     machines = run.world // int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     if machines > 1 and run.args.replicate_size == 1:
