@@ -231,14 +231,13 @@ def verify(row, root):
 
 def one(script, rung, seed, root):
     """Run a script, print what came out, and return its line of the results, or None where it failed."""
-    name = f"{Path(script).stem}-s{seed}"
+    name, now = f"{Path(script).stem}-s{seed}", source(script, root)
     status, stamps, cpu = run_script(script, seed, root, Path("runs/ladder") / name)
     out = root / "runs" / "ladder" / name
     if status:
         print(f"{rung} {script} seed {seed}: FAIL, exit code {status}, see {out.relative_to(ROOT)}.log", flush=True)
         return None
     run, metrics = json.loads((out / "run.json").read_text()), read_metrics(out)
-    now = source(script, root)
     row = {
         "script": script, "rung": rung, "seed": seed, "source": now, "valid_for": now, "command": run["command"],
         "versions": run["versions"], "date": time.strftime("%Y-%m-%d"), "alerts": run["alerts"],
