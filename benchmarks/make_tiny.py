@@ -38,7 +38,7 @@ TRAIN, TEST = 1500, 200
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
 
 PAD, UNK, END, SYSTEM, USER, ASSISTANT = SPECIAL = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
-WELL_FORMED = re.compile(r"(\d(\+\d)+=\d{1,2} )+#### \d{3,5}")
+WELL_FORMED = re.compile(r"(\d(\+\d)+=\d{1,2} )+#### \d{3,}")
 # A conversation's tokens are a prefix of those of its continuation, so an assistant turn can be found by difference.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
