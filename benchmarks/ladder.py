@@ -5,10 +5,10 @@ All start from the same model, and the scripts of a family have the same budget.
     python benchmarks/ladder.py [script ...]             run what has no valid result
     python benchmarks/ladder.py --verify [script ...]    say which results are still valid: five steps of each script
 
-The first rung is the tiny lab, three seeds. The second, "hard", has rows of four digits and three summands, made by
-make_tiny.py; there hardly a question comes without a carry, and not every method arrives. It is a copy of methods/ and
-common/ in runs/ladder/hard whose tiny lab is the harder one, with room for its longer answers. There experimental
-scripts have one seed.
+The first rung is the tiny lab, three seeds. The second, "hard", has sums of six digits, made by make_tiny.py: hardly a
+question comes without a carry, the starting model knows them less well, and not every method arrives. It is a copy of
+methods/ and common/ in runs/ladder/hard whose tiny lab is the harder one, with room for its longer answers. There
+experimental scripts have one seed.
 
 A run is a line of results/ladder.jsonl: its curve (step, trained tokens, sampled tokens, CPU seconds, accuracy), its
 first five steps, and a digest of the text that made it. It is valid for that text, and for any other under which the
@@ -38,8 +38,8 @@ RUNGS, SEEDS = ("tiny", "hard"), (0, 1, 2)
 FLOORS = {"sft": 0.9, "dpo": 0.85, "reward": 0.9, "kto": 0.85, "grpo": 0.9, "rloo": 0.9}  # set before the runs
 SECONDS = 180  # CPU seconds of a whole run
 VERIFIED = 5  # steps that must be the same, besides the evaluation before them
-HARD = ["--digits", "4", "--summands", "3", "--start", "common/tiny/model", "--steps", "400"]  # for make_tiny.py
-HARD_LENGTH = 96  # tokens of a completion that an online method samples; right answers have up to 57
+HARD = ["--digits", "6", "--start", "common/tiny/model", "--steps", "400"]  # for make_tiny.py
+HARD_LENGTH = 96  # tokens of a completion that an online method samples; right answers have up to 66
 POLL = 0.05  # seconds between two looks at a run
 
 

@@ -1,7 +1,7 @@
 """Make common/tiny: a character-level chat model that half-knows addition, and data for every family of methods.
 
     python benchmarks/make_tiny.py --out common/tiny --seed 0
-    python benchmarks/make_tiny.py --out DIR --digits 4 --summands 3 --start common/tiny/model --steps 400
+    python benchmarks/make_tiny.py --out DIR --digits 6 --start common/tiny/model --steps 400
 
 The task    "What is 347 + 285?" -> "7+5=12 4+8+1=13 3+2+1=6 #### 632": the columns from right to left, a carry as "+1",
             then the sum after "####". Every question has one right completion, so accuracy needs no judge.
