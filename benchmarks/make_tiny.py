@@ -1,6 +1,7 @@
 """Make common/tiny: a character-level chat model that half-knows addition, and data for every family of methods.
 
     python benchmarks/make_tiny.py --out common/tiny --seed 0
+    python benchmarks/make_tiny.py --out DIR --digits 6 --start common/tiny/model --steps 400
 
 The task    "What is 347 + 285?" -> "7+5=12 4+8+1=13 3+2+1=6 #### 632": the columns from right to left, a carry as "+1",
             then the sum after "####". Every question has one right completion, so accuracy needs no judge.
@@ -16,6 +17,9 @@ The data    the same TRAIN questions in every train file, so that methods are co
 
 The teacher is the model after methods/sft.py with no flags, in bfloat16: it adds right. `--only teacher` makes it
             alone, from the model that is there, in half a minute.
+
+The second command makes the harder lab of benchmarks/ladder.py: the same task in longer rows, where hardly a question
+comes without a carry. Its model is the tiny lab's, pretrained further on such rows by the same forgetful writer.
 
 presets.json, the flags that the scripts use on all this, is not made here: it is edited by hand.
 Deterministic on one machine with one set of library versions. Takes about four minutes on one core.
@@ -43,7 +47,7 @@ TRAIN, TEST = 1500, 200
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
 
 PAD, UNK, END, SYSTEM, USER, ASSISTANT = SPECIAL = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
-WELL_FORMED = re.compile(r"(\d\+\d(\+1)?=\d{1,2} ){3}#### \d{3,4}")
+WELL_FORMED = re.compile(r"(\d(\+\d)+=\d{1,2} )+#### \d{3,}")
 # A conversation's tokens are a prefix of those of its continuation, so an assistant turn can be found by difference.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -58,31 +62,34 @@ CHAT_TEMPLATE = """\
 # ---- the task --------------------------------------------------------------------------------------------------------
 
 
-def write_out(a, b, remembered=lambda column, carry: carry):
-    """The written calculation of a + b; remembered(column, carry) is what the writer makes of a carry into a column."""
-    parts, digits, carry = [], "", 0
-    for column in range(3):
-        x, y = a // 10**column % 10, b // 10**column % 10
+def write_out(*numbers, remembered=lambda column, carry: carry):
+    """The written sum of numbers that have equally many digits; remembered(column, carry) is what the writer makes of a
+    carry into a column."""
+    columns = len(str(numbers[0]))
+    parts, result, carry = [], "", 0
+    for column in range(columns):
+        digits = [number // 10**column % 10 for number in numbers]
         carry = remembered(column, carry)
-        total = x + y + carry
-        parts.append(f"{x}+{y}{'+1' if carry else ''}={total}")
-        digits = (str(total % 10) if column < 2 else str(total)) + digits
+        total = sum(digits) + carry
+        shown = digits + [carry] if carry else digits
+        parts.append(f"{'+'.join(map(str, shown))}={total}")
+        result = (str(total % 10) if column < columns - 1 else str(total)) + result
         carry = total // 10
-    return " ".join(parts) + " #### " + digits
+    return " ".join(parts) + " #### " + result
 
 
-def forgetful(a, b, rng):
+def forgetful(*numbers, rng):
     """The pretraining writer: each carry is forgotten with probability FORGET, and what follows agrees with that."""
-    return write_out(a, b, lambda column, carry: carry and int(rng.random() >= FORGET))
+    return write_out(*numbers, remembered=lambda column, carry: carry if carry and rng.random() >= FORGET else 0)
 
 
-def slipped(a, b, rng):
+def slipped(*numbers, rng):
     """A well-formed wrong answer: the writer's own slip or, where there is no carry to forget, an invented one."""
-    right = write_out(a, b)
-    if write_out(a, b, lambda column, carry: 0) == right:
-        where = rng.choice([1, 2])
-        return write_out(a, b, lambda column, carry: int(column == where))
-    while (wrong := forgetful(a, b, rng)) == right:
+    right = write_out(*numbers)
+    if write_out(*numbers, remembered=lambda column, carry: 0) == right:
+        where = rng.choice(range(1, len(str(numbers[0]))))
+        return write_out(*numbers, remembered=lambda column, carry: int(column == where))
+    while (wrong := forgetful(*numbers, rng=rng)) == right:
         pass
     return wrong
 
@@ -94,28 +101,29 @@ def steps_and_labels(text, right):
     return {"completions": steps, "labels": labels}
 
 
-def question(rng):
-    return rng.randint(100, 999), rng.randint(100, 999)
+def question(rng, digits=3, summands=2):
+    """A question's numbers, as a tuple."""
+    return tuple(rng.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(summands))
 
 
-def user(a, b):
-    return [{"role": "user", "content": f"What is {a} + {b}?"}]
+def user(*numbers):
+    return [{"role": "user", "content": f"What is {' + '.join(map(str, numbers))}?"}]
 
 
 def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def make_data(out, rng):
+def make_data(out, rng, digits=3, summands=2):
     """Writes the jsonl files; returns the set of all their questions, and the test questions."""
     questions = []
     while len(questions) < TRAIN + TEST:
-        if (pair := question(rng)) not in questions:
-            questions.append(pair)
+        if (numbers := question(rng, digits, summands)) not in questions:
+            questions.append(numbers)
     files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts", "test")}
-    for i, (a, b) in enumerate(questions):
-        prompt, answer = user(a, b), str(a + b)
-        right_text, wrong_text = write_out(a, b), slipped(a, b, rng)
+    for i, numbers in enumerate(questions):
+        prompt, answer = user(*numbers), str(sum(numbers))
+        right_text, wrong_text = write_out(*numbers), slipped(*numbers, rng=rng)
         right, wrong = assistant(right_text), assistant(wrong_text)
         steps = steps_and_labels(wrong_text if i % 2 else right_text, right_text)
         if i >= TRAIN:
@@ -160,8 +168,8 @@ def make_model(tokenizer):
     return LlamaForCausalLM(config)
 
 
-def prompt_text(tokenizer, a, b):
-    return tokenizer.apply_chat_template(user(a, b), tokenize=False, add_generation_prompt=True)
+def prompt_text(tokenizer, *numbers):
+    return tokenizer.apply_chat_template(user(*numbers), tokenize=False, add_generation_prompt=True)
 
 
 def encode(tokenizer, texts):
@@ -173,42 +181,42 @@ def encode(tokenizer, texts):
     return ids, spoken
 
 
-def pretrain(model, tokenizer, held, rng):
+def pretrain(model, tokenizer, held, rng, steps=STEPS, digits=3, summands=2):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     start = time.time()
-    for step in range(STEPS):
+    for step in range(steps):
         texts = []
         while len(texts) < BATCH:
-            a, b = question(rng)
-            if (a, b) not in held:
-                texts.append(prompt_text(tokenizer, a, b) + forgetful(a, b, rng) + END)
+            numbers = question(rng, digits, summands)
+            if numbers not in held:
+                texts.append(prompt_text(tokenizer, *numbers) + forgetful(*numbers, rng=rng) + END)
         ids, spoken = encode(tokenizer, texts)
         logits = model(input_ids=ids[:, :-1]).logits  # right padding: causal attention needs no mask
         loss = torch.nn.functional.cross_entropy(logits[spoken[:, 1:]], ids[:, 1:][spoken[:, 1:]])
         for group in optimizer.param_groups:
-            cosine = 0.5 + 0.5 * math.cos(math.pi * step / STEPS)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * cosine
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == STEPS - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
 
 
 @torch.no_grad()
 def complete(model, tokenizer, questions, samples=0):
     """Completions up to and including <|end|>: the greedy one of each question, or so many samples in sequence."""
-    texts = [prompt_text(tokenizer, a, b) for a, b in questions]
+    texts = [prompt_text(tokenizer, *numbers) for numbers in questions]
     inputs = tokenizer(texts, return_tensors="pt", add_special_tokens=False)
-    longest = max(len(write_out(a, b)) + 1 for a, b in questions)
+    longest = max(len(write_out(*numbers)) + 1 for numbers in questions)
     ways = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples else {"do_sample": False}
     ids = model.generate(**inputs, max_new_tokens=int(1.3 * longest), **ways)[:, inputs["input_ids"].shape[1] :]
     return [text.replace(PAD, "") for text in tokenizer.batch_decode(ids)]
 
 
 def measure(model, tokenizer, questions):
-    gold = [write_out(a, b) + END for a, b in questions]
+    gold = [write_out(*numbers) + END for numbers in questions]
     greedy = complete(model, tokenizer, questions)
     drawn = complete(model, tokenizer, questions, samples=8)
     right = [[drawn[8 * i + k] == gold[i] for k in range(8)] for i in range(len(gold))]
@@ -259,6 +267,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("common/tiny"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["teacher"], help="make this, and leave the rest as it is")
+    parser.add_argument("--digits", type=int, default=3, help="of every number; 3")
+    parser.add_argument("--summands", type=int, default=2, help="of every question; 2")
+    parser.add_argument("--start", default="", help="folder of a model to pretrain further; a new model")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of pretraining; {STEPS}")
     args = parser.parse_args()
     if args.only:
         make_teacher(args.out, args.seed)
@@ -267,10 +279,12 @@ def main():
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    held, test = make_data(args.out, rng)
+    held, test = make_data(args.out, rng, args.digits, args.summands)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    pretrain(model, tokenizer, held, rng)
+    if args.start:
+        model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    pretrain(model, tokenizer, held, rng, steps=args.steps, digits=args.digits, summands=args.summands)
     model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(args.out / "model")

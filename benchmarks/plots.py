@@ -355,15 +355,101 @@ def part_tiny_runs():
             judged = ["-", "-", "-"]
             if path.is_file():
                 said = json.loads(path.read_text())
-                judged = [f"{said['floor']:g}", f"{said['wall_seconds']:.0f}", "yes" if said["passed"] else "NO"]
+                cpu = f"{said['cpu_seconds']:.0f}" if "cpu_seconds" in said else "-"
+                judged = [f"{said['floor']:g}", cpu, "yes" if said["passed"] else "NO"]
             rows.append([script, seed, f"{before['eval/accuracy']:.3f} -> {after['eval/accuracy']:.3f}", *judged,
                          f"{key} {shown[0]:.4f} -> {shown[-1]:.4f}", "; ".join(rest), len(steps),
                          f"{seconds(metrics):.0f}", f"{run['save_seconds'] / run['seconds']:.1%}",
                          f"{max(m['perf/peak_gb'] for m in steps):.2f}", alerts([run])])
-    head = "script", "seed:", "held-out accuracy", "floor:", "wall s:", "passes", "what it optimises", "besides"
+    head = "script", "seed:", "held-out accuracy", "floor:", "CPU s:", "passes", "what it optimises", "besides"
     head = *head, "steps:", "s:", "saving:", "GB:", "alerts"
     made = {versions(run) for runs in tiny().values() for _, run, _ in runs}
     return table(head, rows) + f"\nMade with {'; '.join(sorted(made))}.\n" if rows else ""
+
+
+LADDER = {  # families of ladder.py: title, and the script whose tokens are the family's budget
+    "demonstrations": ("From demonstrations", "methods/sft.py"),
+    "preference": ("From preferences and labels", "methods/dpo.py"),
+    "online": ("Online: from samples of its own", "methods/grpo.py"),
+}
+JUDGED = {"reward": "of pairs", "prm": "of steps"}  # scripts whose held-out accuracy is not of written answers
+TRAINED, SAMPLED, CPU, ACCURACY = 1, 2, 3, 4  # places in a point of ladder.py's curves
+
+
+def ladder(rung):
+    """-> {script: [line of the results]}, seeds in order."""
+    found = {}
+    for (at, script, _), row in sorted(module(ROOT / "benchmarks" / "ladder.py").read_results().items()):
+        if at == rung:
+            found.setdefault(script, []).append(row)
+    return found
+
+
+def ladder_area(rows, first, cost):
+    """Mean over the seeds of the area under accuracy over trained or sampled tokens, as far as the first script of the
+    family went; None where one of the two has not run."""
+    area = module(ROOT / "benchmarks" / "ladder.py").area
+    if not rows or not first:
+        return None
+    budget = first[0]["curve"][-1][cost]
+    return mean(area([(point[cost], point[ACCURACY]) for point in row["curve"]], budget) for row in rows)
+
+
+def ladder_cost(rows, cost):
+    """What it took to reach 0.9, a mean over the seeds, or how many of them did."""
+    reached = module(ROOT / "benchmarks" / "ladder.py").reached
+    costs = [reached([(point[cost], point[ACCURACY]) for point in row["curve"]]) for row in rows]
+    found = [value for value in costs if value is not None]
+    if len(found) < len(rows):
+        return f"{len(found)} of {len(rows)}" if found else "-"
+    return f"{mean(found):.1f}" if cost == CPU else f"{mean(found) / 1000:.1f}k"
+
+
+def ladder_rows(name):
+    """A row of the table for each script of a family and each rung."""
+    tools, rows = module(ROOT / "benchmarks" / "ladder.py"), []
+    scripts = [script for script in tools.scripts() if tools.family(script) == name]
+    costs = [TRAINED, SAMPLED] if name == "online" else [TRAINED]
+    for rung in tools.RUNGS:
+        found = ladder(rung)
+        first = found.get(LADDER[name][1], [])
+        for script in scripts:
+            stem, above = Path(script).stem, tools.parent(script)
+            cells = [f"[`{stem}.py`]({script.removeprefix('methods/')})", Path(above).stem if above else "", rung]
+            mine = found.get(script)
+            if not mine:
+                rows.append([*cells, "not run"])
+                continue
+            before = mean(row["curve"][0][ACCURACY] for row in mine)
+            after = [row["curve"][-1][ACCURACY] for row in mine]
+            spread = f" ({min(after):.3f} to {max(after):.3f})" if len(after) > 1 else ""
+            cells += [len(mine), f"{before:.3f} -> {mean(after):.3f}{spread} {JUDGED.get(stem, '')}".strip()]
+            for cost in costs:
+                pair = ladder_area(mine, first, cost), ladder_area(found.get(above), first, cost)
+                cells += ["" if area is None else f"{area:.3f}" for area in pair]
+            cells += [ladder_cost(mine, cost) for cost in [*costs, CPU]]
+            rows.append([*cells, alerts(mine)])
+    return rows
+
+
+def part_ladder():
+    """methods/README: a picture and a table for each family."""
+    text = ""
+    for name, (title, first) in LADDER.items():
+        head = ["script", "parent", "rung", "seeds:", "held-out accuracy", "area:", "parent's:"]
+        if name == "online":
+            head += ["area, sampled:", "parent's:", "trained to 0.9:", "sampled to 0.9:"]
+        else:
+            head += ["tokens to 0.9:"]
+        rows = ladder_rows(name)
+        budgets = [f"{ladder(rung)[first][0]['curve'][-1][TRAINED] / 1000:.0f}k on {rung}"
+                   for rung in ("tiny", "hard") if first in ladder(rung)]
+        text += f"### {title}\n\n![{title}: held-out accuracy](../benchmarks/results/ladder_{name}.png)\n\n"
+        text += f"Area over the trained tokens of `{first}`: {', '.join(budgets)}.\n\n" if budgets else ""
+        head += ["CPU s to 0.9:", "alerts"]
+        text += table(head, [row + [""] * (len(head) - len(row)) for row in rows]) + "\n"
+    made = {versions(row) for rung in ("tiny", "hard") for rows in ladder(rung).values() for row in rows}
+    return text + f"Made with {'; '.join(sorted(made))}.\n"
 
 
 REAL = {  # part of real_runs.py: what it is
@@ -967,6 +1053,41 @@ def draw_curves(shown):
     return figure
 
 
+def ladder_curves(name):
+    """-> {rung: {script: [[trained tokens, accuracy]]}}: means over the seeds, evaluated at the same steps."""
+    tools, shown = module(ROOT / "benchmarks" / "ladder.py"), {}
+    for rung in tools.RUNGS:
+        for script, rows in ladder(rung).items():
+            if (ROOT / script).is_file() and tools.family(script) == name:
+                points = zip(*(row["curve"] for row in rows))
+                averages = [[mean(point[at] for point in same) for at in (TRAINED, ACCURACY)] for same in points]
+                shown.setdefault(rung, {})[script] = averages
+    return shown
+
+
+def draw_ladder(shown):
+    """A panel for each rung, a line for each script; the scripts of methods/ are thick."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.2), sharey=True, squeeze=False)
+    named = sorted({script for lines in shown.values() for script in lines}, key=lambda path: (path.count("/"), path))
+    looks = {script: (plt.get_cmap("tab20")(i % 20), "-" if i < 10 else "--") for i, script in enumerate(named)}
+    for axis, (rung, lines) in zip(axes.flat, shown.items()):
+        for script, points in lines.items():
+            color, dashes = looks[script]
+            stem, is_stable = Path(script).stem, "experimental" not in script
+            label = f"{stem} ({JUDGED[stem]})" if stem in JUDGED else stem
+            axis.plot([tokens / 1000 for tokens, _ in points], [accuracy for _, accuracy in points], label=label,
+                      color=color, linestyle=dashes, linewidth=2.8 if is_stable else 1.3)
+        axis.set_title(f"rung {rung}", loc="left", fontsize=11)
+        axis.set_xlabel("thousand trained tokens")
+        axis.set_ylim(0, 1.04)
+    axes.flat[0].set_ylabel("held-out accuracy")
+    handles = dict(zip(*reversed(axes.flat[0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.tight_layout()
+    return figure
+
+
 def draw_ratios(shown):
     """A line per case and part of a step: TRL over ours, medians and the range over the rounds."""
     plt = pyplot()
@@ -1021,6 +1142,7 @@ def draw_growth(panels):
 
 PICTURES = {"tiny_curves.png": (curves, draw_curves), "versus_trl.png": (ratios, draw_ratios)}
 PICTURES |= {f"scaling_{part}.png": (partial(scaling_panels, part), draw_growth) for part in SCALED}
+PICTURES |= {f"ladder_{name}.png": (partial(ladder_curves, name), draw_ladder) for name in LADDER}
 
 
 def draw(path):

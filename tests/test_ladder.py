@@ -1,10 +1,12 @@
-"""benchmarks/ladder.py judges a run by its floor and its time; benchmarks/real_runs.py splits, ranks and bootstraps as
-its docstring says. Numbers are worked by hand or from a formula of their own; no run starts."""
+"""benchmarks/ladder.py judges a run by its floor and its time, and keeps a result while its first steps are the same;
+benchmarks/real_runs.py splits, ranks and bootstraps as its docstring says. Numbers are worked by hand or from a formula
+of their own; no run of a script starts."""
 import json
 import math
 import random
+import signal
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -16,50 +18,122 @@ import real_runs
 # ---- ladder ----------------------------------------------------------------------------------------------------------
 
 
+def result(script="methods/dpo.py", rung="tiny", seed=0, accuracies=(0.3, 0.9), cpu=60.0, **more):
+    """A line of the results whose evaluations were 100 trained tokens apart."""
+    points = [[10 * i, 100 * i, 0, 1.0 * i, accuracy] for i, accuracy in enumerate(accuracies)]
+    fields = {"script": script, "rung": rung, "seed": seed, "curve": points, "cpu_seconds": cpu, "valid_for": "text"}
+    return fields | {"source": "text", "first_steps": [{"step": 0, "eval/accuracy": 0.3}]} | more
+
+
 @pytest.fixture
-def finished(tmp_path, monkeypatch):
-    """-> judge(before, after, seconds): what `one` says of a finished run of dpo.py with these figures."""
+def tree(tmp_path, monkeypatch):
+    """A folder with methods/dpo.py, its child methods/experimental/child.py, and a place for results."""
     monkeypatch.setattr(ladder, "ROOT", tmp_path)
-    monkeypatch.setattr(ladder, "source", lambda script: "text")
-
-    def judge(before, after, seconds):
-        (tmp_path / "dpo-s0" / "final").mkdir(parents=True, exist_ok=True)
-        run = {"before": {"eval/accuracy": before}, "last": {"eval/accuracy": after}, "alerts": {}}
-        (tmp_path / "dpo-s0" / "run.json").write_text(json.dumps(run))
-        (tmp_path / "dpo-s0" / "metrics.jsonl").write_text('{"step": 60}\n')
-        (tmp_path / "dpo-s0.json").write_text(json.dumps({"source": "text", "seconds": seconds}))
-        passed = ladder.one("dpo", 0, tmp_path)
-        verdict = json.loads((tmp_path / "benchmarks/results/tiny-dpo-s0/ladder.json").read_text())
-        assert verdict == {"floor": 0.85, "wall_seconds": seconds, "wall_limit": 180, "passed": passed}
-        return passed
-
-    return judge
+    (tmp_path / "methods" / "experimental").mkdir(parents=True)
+    (tmp_path / "common").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "methods" / "dpo.py").write_text('Parent: none\nload_rows(name, args, tiny="pairs")\n')
+    child = tmp_path / "methods" / "experimental" / "child.py"
+    child.write_text("Parent: methods/dpo.py\n        # ---- rollout -----\n")
+    return tmp_path
 
 
 @pytest.mark.parametrize("before, after, seconds, passed", [
     (0.3, 0.85, 179.0, True), (0.3, 0.84, 60.0, False), (0.95, 0.95, 60.0, False), (0.3, 0.99, 180.0, False),
 ])
-def test_a_run_passes_when_it_rose_to_its_floor_in_time(finished, before, after, seconds, passed):
-    assert finished(before, after, seconds) is passed
+def test_a_run_passes_when_it_rose_to_its_floor_in_time(tree, before, after, seconds, passed):
+    assert ladder.passes(result(accuracies=(before, after), cpu=seconds)) is passed
+    child = result("methods/experimental/child.py", accuracies=(before, after), cpu=seconds)
+    assert ladder.passes(child) is passed  # a script has its parent's floor
+    assert ladder.passes(result(rung="hard", accuracies=(before, after), cpu=seconds))  # of which nothing is asked
 
 
-def test_a_run_of_an_older_text_is_made_again_and_a_failed_one_does_not_pass(finished, tmp_path, monkeypatch, capsys):
-    finished(0.3, 0.99, 60.0)
-    monkeypatch.setattr(ladder, "source", lambda script: "another text")
-    monkeypatch.setattr(ladder.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3))
-    assert ladder.one("dpo", 0, tmp_path) is False and not (tmp_path / "dpo-s0").exists()
-    assert "FAIL: exit code 3" in capsys.readouterr().out
+def test_area():
+    """Trapezoids by hand; a curve that ends early stays, and one that goes on is cut between two evaluations."""
+    rising = [(0, 0.2), (100, 0.6), (200, 1.0)]
+    assert ladder.area(rising, 200) == pytest.approx((100 * 0.4 + 100 * 0.8) / 200)
+    assert ladder.area(rising, 400) == pytest.approx((120 + 200 * 1.0) / 400)
+    assert ladder.area(rising, 150) == pytest.approx((40 + 50 * (0.6 + 0.8) / 2) / 150)
+    assert ladder.area(rising, 50) == pytest.approx((0.2 + 0.4) / 2)
+    assert ladder.area([(0, 0.3)], 100) == pytest.approx(0.3)
+    early, late = [(0, 0.0), (10, 1.0), (100, 1.0)], [(0, 0.0), (90, 0.0), (100, 1.0)]
+    assert ladder.area(early, 100) == pytest.approx(0.95) and ladder.area(late, 100) == pytest.approx(0.05)
 
 
-def test_what_decides_a_run(monkeypatch, tmp_path):
+def test_what_it_took_to_get_there():
+    rising = [(0, 0.2), (100, 0.8), (200, 1.0)]
+    assert ladder.reached(rising) == pytest.approx(150)  # half way from 0.8 to 1.0
+    assert ladder.reached(rising, level=0.5) == pytest.approx(50)
+    assert ladder.reached([(0, 0.95), (100, 0.5)]) == 0
+    assert ladder.reached([(0, 0.1), (100, 0.95), (200, 0.2), (300, 0.99)]) == pytest.approx(100 * 0.8 / 0.85)
+    assert ladder.reached([(0, 0.1), (100, 0.89)]) is None
+
+
+def test_curve():
+    """Two rollouts of 4 prompts x 8 completions of 10 tokens, and one that had to sample 6 prompts for its 4. The
+    process has used 5 CPU seconds before the first evaluation, and every evaluation takes 10: they do not count."""
+    metrics = [
+        {"step": 0, "eval/accuracy": 0.3},
+        {"step": 1, "num_tokens": 320.0, "completion_len": 10.0},
+        {"step": 2, "num_tokens": 200.0, "completion_len": 10.0, "num_prompts": 6},
+        {"step": 2, "eval/accuracy": 0.5},
+        {"step": 3, "num_tokens": 320.0, "completion_len": 10.0},
+        {"step": 3, "eval/accuracy": 0.7},
+    ]
+    points = ladder.curve(metrics, [15.0, 16.5, 18.0, 28.0, 30.0, 40.0], {"batch_size": 4, "num_generations": 8})
+    assert points == [[0, 0, 0, 0.0, 0.3], [2, 520, 800, 3.0, 0.5], [3, 840, 1120, 5.0, 0.7]]
+    offline = [{"step": 0, "eval/accuracy": 0.3}, {"step": 1, "num_tokens": 7.0}, {"step": 1, "eval/accuracy": 0.4}]
+    assert ladder.curve(offline, [1.0, 2.0, 3.0], {"batch_size": 4}) == [[0, 0, 0, 0.0, 0.3], [1, 7, 0, 1.0, 0.4]]
+
+
+def test_the_first_steps_are_the_same_bit_for_bit():
+    """What a step cost may differ, and a new metric may come; the last bit of a number may not."""
+    old = [{"step": n, "loss": 0.1 * n, "perf/seconds": 1.0} for n in range(8)]
+    stored = ladder.first_steps(old)
+    assert [line["step"] for line in stored] == [0, 1, 2, 3, 4, 5] and not any("perf/seconds" in x for x in stored)
+    stored = json.loads(json.dumps(stored))
+    slower = ladder.first_steps([line | {"perf/seconds": 9.0, "entropy": 0.5} for line in old])
+    assert ladder.difference(stored, slower) == ""
+    moved = [line | {"loss": math.nextafter(line["loss"], 1)} if line["step"] == 3 else line for line in old]
+    assert ladder.difference(stored, moved).startswith("step 3: loss was 0.3")
+    assert ladder.difference(stored, old[:4]).startswith("step 4: step was 4, is None")
+    assert ladder.difference(stored, []) == "step 0: step was 0, is None"
+    renamed = [{"step": line["step"], "nll": line["loss"]} for line in old]
+    assert ladder.difference(stored, renamed) == "step 0: loss was 0.0, is None"
+
+
+def test_a_run_is_followed_and_stopped(tree):
+    """A process of its own instead of a script: it writes a line of metrics every so much CPU time."""
+    (tree / "methods" / "dpo.py").write_text("""
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+out.mkdir()
+for step in range(3):
+    begun = time.process_time()
+    while time.process_time() - begun < 0.3:
+        pass
+    with open(out / "metrics.jsonl", "a") as file:
+        print('{"step": %d}' % step, file=file)
+    time.sleep(0.2)
+sys.exit(3)
+""")
+    out = Path("runs/ladder/dpo-s0")
+    status, stamps, cpu = ladder.run_script("methods/dpo.py", 0, tree, out)
+    assert status == 3 and len(stamps) == 3 and stamps == sorted(stamps)
+    for n, stamp in enumerate(stamps, start=1):  # hundredths of a second are what the kernel counts in
+        assert 0.3 * n - 0.03 <= stamp <= cpu + 0.03
+    status, stamps, _ = ladder.run_script("methods/dpo.py", 0, tree, out, lines=1)
+    assert status == -signal.SIGTERM and len(stamps) >= 1 and len(ladder.read_metrics(tree / out)) < 3
+
+
+def test_what_decides_a_run(tree):
     """The script, and all of common/ but its pages and what Python caches."""
-    monkeypatch.setattr(ladder, "ROOT", tmp_path)
 
     def source_with(path):
-        file = tmp_path / path
+        file = tree / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(path)
-        return ladder.source("dpo")
+        return ladder.source("methods/dpo.py", tree)
 
     before = source_with("methods/dpo.py")
     for path in "common/README.md", "common/runtime/__pycache__/run.pyc", "methods/grpo.py":
@@ -70,19 +144,82 @@ def test_what_decides_a_run(monkeypatch, tmp_path):
         before = after
 
 
-@pytest.mark.parametrize("failing, code", [(None, 0), ("kto", 1)])
-def test_exit_code(monkeypatch, tmp_path, failing, code):
-    seen = []
-    monkeypatch.setattr(ladder, "one", lambda script, seed, work: seen.append((script, seed)) or script != failing)
-    monkeypatch.setattr(sys, "argv", ["ladder.py", "--work", str(tmp_path)])
-    monkeypatch.chdir(ROOT)
+def ladder_main(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *argv])
     with pytest.raises(SystemExit) as e:
         ladder.main()
-    assert e.value.code == code and len(set(seen)) == 6 * 3  # all run, whatever one of them does
+    return e.value.code
+
+
+@pytest.mark.parametrize("failing, code", [(None, 0), ("methods/dpo.py", 1)])
+def test_every_script_is_run_once(tree, monkeypatch, failing, code):
+    """All scripts that are there, three seeds of each on the first rung; on the second one of an experimental script.
+    One that fails does not end the others, and is tried again; one with a result is not."""
+    seen = []
+
+    def one(script, rung, seed, root):
+        seen.append((rung, script, seed))
+        return None if script == failing else result(script, rung, seed)
+
+    monkeypatch.setattr(ladder, "one", one)
+    monkeypatch.setattr(ladder, "root_of", lambda rung: tree)
+    monkeypatch.setattr(ladder, "source", lambda script, root: "text")
+    assert ladder_main(monkeypatch) == code
+    both = ("methods/dpo.py", "methods/experimental/child.py")
+    planned = {("tiny", script, seed) for script in both for seed in range(3)}
+    planned |= {("hard", both[0], seed) for seed in range(3)} | {("hard", both[1], 0)}
+    assert set(seen) == planned and len(seen) == 10
+    assert [seed for _, _, seed in seen] == sorted(seed for _, _, seed in seen)  # all have one seed before any has two
+    seen.clear()
+    ladder_main(monkeypatch)
+    assert len(seen) == (6 if failing else 0) and {script for _, script, _ in seen} <= {failing}
+
+
+@pytest.mark.parametrize("where", ["", "step 3: loss was 1, is 2"])
+def test_a_new_text_voids_a_result_only_when_its_first_steps_differ(tree, monkeypatch, capsys, where):
+    tried, run = [], []
+    monkeypatch.setattr(ladder, "root_of", lambda rung: tree)
+    monkeypatch.setattr(ladder, "source", lambda script, root: "another text")
+    monkeypatch.setattr(ladder, "verify", lambda row, root: tried.append(row["seed"]) or where)
+    monkeypatch.setattr(ladder, "one", lambda *where: run.append(where[2]) or result(seed=where[2], valid_for="new"))
+    ladder.write_results({ladder.key(row): row for row in (result(seed=0), result(seed=1), result(seed=2))})
+    assert ladder_main(monkeypatch, "--verify", "--rung", "tiny", "dpo") == (1 if where else 0)
+    assert tried == [0] and ("NOT valid" in capsys.readouterr().out) == bool(where) and not run
+    valid = {row["valid_for"] for row in ladder.read_results().values()}
+    assert valid == ({""} if where else {"another text"})
+    assert {row["source"] for row in ladder.read_results().values()} == {"text"}  # what made it
+    ladder_main(monkeypatch, "--rung", "tiny", "dpo")
+    assert run == ([0, 1, 2] if where else [])
+
+
+def test_families_and_parents(tree):
+    assert ladder.family("methods/dpo.py") == "preference" and ladder.parent("methods/dpo.py") is None
+    child = "methods/experimental/child.py"
+    assert ladder.family(child) == "online" and ladder.parent(child) == "methods/dpo.py"
+    assert ladder.scripts() == ["methods/dpo.py", child]
 
 
 def test_every_stable_script_has_a_floor():
-    assert set(ladder.FLOORS) == {p.stem for p in (ROOT / "methods").glob("*.py")}
+    assert set(ladder.FLOORS) >= {p.stem for p in (ROOT / "methods").glob("*.py")}
+
+
+@pytest.mark.parametrize("path", ladder.scripts())
+def test_results(path):
+    """A stable script has three seeds on the first rung that passed. Whatever has a result keeps to the form."""
+    rows = [row for (_, script, _), row in sorted(ladder.read_results().items()) if script == path]
+    if Path(path).parent.name == "methods":
+        assert [row["seed"] for row in rows if row["rung"] == "tiny" and ladder.passes(row)] == [0, 1, 2]
+    assert ladder.family(path) in ("demonstrations", "preference", "online") and ladder.floor(path)
+    for row in rows:
+        steps, trained, sampled, cpu, accuracies = zip(*row["curve"])
+        assert all(list(part) == sorted(part) and part[0] == 0 for part in (steps, trained, sampled, cpu))
+        assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+        assert (sampled[-1] > 0) == (ladder.family(path) == "online")
+        assert cpu[-1] < row["cpu_seconds"] and {line["step"] for line in row["first_steps"]} == set(range(6))
+        assert row["versions"]["threads"] == 1 and row["valid_for"]
+    starts = {row["curve"][0][4] for (rung, script, _), row in ladder.read_results().items()
+              if rung == "tiny" and script == path}  # fmt: skip
+    assert len(starts) <= 1 or Path(path).stem in ("reward", "prm")  # whose heads are drawn by the seed
 
 
 # ---- real runs -------------------------------------------------------------------------------------------------------

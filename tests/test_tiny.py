@@ -1,14 +1,19 @@
 """The tiny lab is what its page says: small, free of leaks, right where it says right, and a model that half-knows."""
 
 import json
+import random
 import re
-from pathlib import Path
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TINY = Path(__file__).resolve().parents[1] / "common" / "tiny"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import make_tiny
+
+TINY = ROOT / "common" / "tiny"
 TRAIN = ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts")
 COLUMNS = {
     "demonstrations": {"prompt", "completion"},
@@ -189,3 +194,39 @@ def test_the_model_half_knows(model, tokenizer):
     assert ((right > 0) & (right < 8)).float().mean() >= 0.5  # something to learn from in most groups
     assert 0.35 <= right.sum() / (8 * len(some)) <= 0.6
     assert sum(not out.endswith(tokenizer.eos_token) for out in sampled) <= 0.01 * len(sampled)
+
+
+# ---- harder rows -----------------------------------------------------------------------------------------------------
+
+
+def long_sum(numbers):
+    """Addition as taught at school for any number of numbers: a carry is read off the digits of a column's total."""
+    columns, result, carry = [], "", ""
+    for digits in zip(*(reversed(str(number)) for number in numbers), strict=True):
+        terms = [*digits, carry] if carry not in ("", "0") else list(digits)
+        total = str(sum(map(int, terms)))
+        columns.append("+".join(terms) + "=" + total)
+        carry, result = total[:-1], total[-1] + result
+    return " ".join([*columns, "####", carry + result])
+
+
+@pytest.mark.parametrize("digits, summands", [(3, 2), (4, 3), (6, 2)])
+def test_rows_of_any_length(digits, summands):
+    """What is written out is right, a slip is a well-formed wrong answer, and a carry is forgotten in 65 of 100 cases
+    (500 questions: two standard errors of a share are below 0.04)."""
+    rng = random.Random(0)
+    forgotten = carries = 0
+    for _ in range(500):
+        numbers = make_tiny.question(rng, digits, summands)
+        assert len(numbers) == summands and all(len(str(number)) == digits for number in numbers)
+        right, wrong = make_tiny.write_out(*numbers), make_tiny.slipped(*numbers, rng=rng)
+        assert right == long_sum(numbers) and int(right.split()[-1]) == sum(numbers)
+        assert make_tiny.WELL_FORMED.fullmatch(right) and make_tiny.WELL_FORMED.fullmatch(wrong)
+        assert int(wrong.split()[-1]) != sum(numbers)
+        if len(right.split()[0].split("=")[1]) == 2:  # the first column has a carry, so the second is to begin with it
+            carries += 1
+            second = make_tiny.forgetful(*numbers, rng=rng).split()[1]
+            forgotten += second.count("+") == summands - 1
+    assert forgotten / carries == pytest.approx(make_tiny.FORGET, abs=0.08)
+    (message,) = make_tiny.user(*numbers)
+    assert message["content"] == f"What is {' + '.join(map(str, numbers))}?"
