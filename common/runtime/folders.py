@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.runtime.flags import InputError
@@ -119,7 +120,7 @@ def is_whole(folder):
     if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds:
         return False
     try:
-        return meta["crc32"].items() <= checksums(folder).items()
+        return meta["crc32"].items() <= dict(checksums(folder, folder.rglob("*"))).items()
     except OSError:
         return False
 
@@ -140,14 +141,18 @@ def discard(folder):
         shutil.rmtree(removed)
 
 
-def checksums(folder):
-    """Return {name: CRC-32} of all files in a folder, which are read 16 MB at a time."""
-    sums = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            value = 0
-            with open(path, "rb") as file:
-                while block := file.read(2**24):
-                    value = zlib.crc32(block, value)
-            sums[str(path.relative_to(folder))] = value
-    return sums
+def checksums(folder, paths):
+    """Yield (name, CRC-32) of those of the paths in a folder that are files. Several are read at a time."""
+    files = [path for path in paths if path.is_file()]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for path, value in zip(files, pool.map(checksum, files)):
+            yield str(path.relative_to(folder)), value
+
+
+def checksum(path):
+    """Return the CRC-32 of a file, which is read 16 MB at a time."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            value = zlib.crc32(block, value)
+    return value
