@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from common.batches import flat_batch
 from common.logprobs import probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
-from common.runtime.folders import META, checkpoints, checksums, discard, publish, step_of
+from common.runtime.folders import META, checkpoints, discard, publish, step_of, sum_written
 from common.runtime.health import check, spread_gap
 from common.runtime.model import own_tensors
 from common.runtime.parallel import all_most, all_sum, full
@@ -101,8 +101,7 @@ def write_checkpoint(run, step, folder, models, optimizers, tokenizer, most_file
 
 
 def write_meta(run, step, folder):
-    """Write the state and meta.json, with checksums of all files and of itself. Each rank sums the files that it wrote
-    and brings them to the disk: on a network file system no other rank can do that, or need see them yet."""
+    """Write the state and meta.json, with checksums of all files and of itself, and bring every file to the disk."""
     meta = {"step": step, "flags": vars(run.args), "data": run.data, "versions": run.versions, "state": {}}
     tensors = {}
     for name, value in run.state.items():
@@ -110,27 +109,17 @@ def write_meta(run, step, folder):
             tensors.update({f"{name}/{key}": tensor for key, tensor in value.items()})
         else:
             meta["state"][name] = value
-    written = sorted(folder.glob(f"trainer/shard-{run.rank + 1:05}-*"))  # dcp's names: its ranks begin with 1
     if run.rank == 0:
         save_file(tensors, folder / "trainer" / "state.safetensors")
-        written += [path for path in folder.rglob("*") if not path.name.startswith("shard-")]
-    sums = {}
-    for name, value in checksums(folder, written):
-        fsync(folder / name)
-        sums[name] = value
-        run.beat = time.monotonic()
-    sums_of_ranks = [None] * run.world
-    dist.all_gather_object(sums_of_ranks, sums, group=run.group)
-    if run.rank == 0:
-        logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
-        meta["offsets"] = {log.name: log.stat().st_size for log in logs}
-        meta["crc32"] = {}
-        for part in sums_of_ranks:
-            meta["crc32"].update(part)
-        meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
-        (folder / META).write_text(json.dumps(meta, indent=1))
-        for path in [*logs, folder / META, folder / "trainer", folder]:
-            fsync(path)
+    meta["crc32"] = sum_written(run, folder)
+    if run.rank != 0:
+        return
+    logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
+    meta["offsets"] = {log.name: log.stat().st_size for log in logs}
+    meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
+    (folder / META).write_text(json.dumps(meta, indent=1))
+    for path in [*logs, folder / META, folder / "trainer", folder]:
+        fsync(path)
 
 
 # ---- export --------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch.distributed as dist
+
 from common.runtime.flags import InputError
 from common.runtime.run import LOGS, first_line, fsync, read_json
 
@@ -139,6 +141,24 @@ def discard(folder):
         os.rename(folder, removed)
         fsync(folder.parent)
         shutil.rmtree(removed)
+
+
+def sum_written(run, folder):
+    """Bring the files of a new checkpoint to the disk and return {name: CRC-32} of them. Each rank does that for what
+    it has written: on a network file system no other rank can, and none need see it yet."""
+    written = [*folder.glob(f"trainer/shard-{run.rank + 1:05}-*")]  # dcp's names: its ranks begin with 1
+    if run.rank == 0:
+        written += [path for path in folder.rglob("*") if not path.name.startswith("shard-")]
+    sums = {}
+    for name, value in checksums(folder, written):
+        fsync(folder / name)
+        sums[name] = value
+        run.beat = time.monotonic()
+    sums_of_ranks = [None] * run.world
+    dist.all_gather_object(sums_of_ranks, sums, group=run.group)
+    for part in sums_of_ranks:
+        sums.update(part)
+    return sums
 
 
 def checksums(folder, paths):
