@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common.attention import PAGED, runs_flat, runs_paged
-from common.decoding import CacheDecoder, FlatDecoder
+from common.decoding import ROOM, CacheDecoder, FlatDecoder
 from common.logprobs import fp32_product
 from common.runtime.flags import InputError
 from common.runtime.model import free_bytes, materialize
@@ -59,22 +59,40 @@ class Sampler:
         the seed: place, ("train", number of the rollout) or ("eval",), and group["place"], where in it the group is."""
         args = self.run.args
         prompts = [group["prompt"] for group in groups]
-        if greedy:  # not by the engine: it can draw, or be greedy, but not both
-            sequences = generate(self.lm, prompts, copies, None, self.stops, args)
-        elif self.engine:
+        if self.engine and not greedy:  # it can draw, or be greedy, but not both
             sequences = self.sample_continuous(prompts, copies, (*place, groups[0]["place"]))
         else:
-            noise = []
-            for group, k in product(groups, range(copies)):
-                noise.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
-            noise = torch.stack(noise).to(self.run.device)
-            sequences = generate(self.lm, prompts, copies, noise, self.stops, args)
+            sequences = []
+            size = self.prompts_at_once(prompts, copies)
+            for first in range(0, len(groups), size):
+                part = slice(first, first + size)
+                noise = None if greedy else self.noise(groups[part], copies, place)
+                sequences += generate(self.lm, prompts[part], copies, noise, self.stops, args)
         for group in groups:
             group["completions"] = []
         for i, (ids, logprobs) in enumerate(sequences):
             completion = {"ids": array("i", ids), "sampler_logprobs": torch.as_tensor(logprobs)}
             completion.update(stopped=ids[-1] in self.stops, scored=None)  # None: every token is
             groups[i // copies]["completions"].append(completion)
+
+    def noise(self, groups, copies, place):
+        """Return uniform numbers (groups * copies, max_completion_length), the same however prompts are cut up."""
+        args = self.run.args
+        rows = []
+        for group, k in product(groups, range(copies)):
+            rows.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
+        return torch.stack(rows).to(self.run.device)
+
+    def prompts_at_once(self, prompts, copies):
+        """Return how many prompts the loop may complete together: keys and values of all their sequences take half of
+        the memory that is free. The rest is for logits."""
+        config = self.lm.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * head_size * self.run.dtype.itemsize
+        length = max(map(len, prompts)) + self.run.args.max_completion_length
+        room = length + max(ROOM, length // 2)  # by which a full buffer grows
+        return int(max(1, min(len(prompts), free_bytes() / 2 / (copies * room * token_bytes))))
 
     def start_engine(self):
         """Prepare transformers' continuous batching if --engine wants it. The script calls this when the policy is

@@ -14,7 +14,7 @@ from conftest import ROOT, newest, read_jsonl, tiny_rows, train
 from test_resume import assert_equal
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import attention, logprobs, sampling
+from common import attention, decoding, logprobs, sampling
 from common.batches import flat_batch
 from common.tokenization import encode_prompt, stop_ids
 
@@ -74,6 +74,35 @@ def gap(sampler, groups):
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_loop_fits_into_the_free_memory(greedy, monkeypatch):
+    """What buffers of keys and values take, counted as they are made, stays within half of what is free, and fewer
+    prompts at a time draw the same tokens."""
+    loop = make_sampler(engine="loop")
+    whole = sampled(loop, greedy=greedy)
+    free, peaks = 26e6, []
+    remember, generate = decoding.FlatDecoder.remember, sampling.generate
+
+    def counted(self, *rest):
+        found = remember(self, *rest)
+        peaks[-1] = max(peaks[-1], sum(buffer.nbytes for cohort in self.cohorts for buffer in cohort.cache.values()))
+        return found
+
+    def begun(*rest):
+        peaks.append(0)
+        return generate(*rest)
+
+    monkeypatch.setattr(decoding.FlatDecoder, "remember", counted)
+    monkeypatch.setattr(sampling, "generate", begun)
+    sampled(loop, greedy=greedy)
+    assert len(peaks) == 1 and peaks[0] > free / 2, "the test's memory is not short"
+    peaks.clear()
+    monkeypatch.setattr(sampling, "free_bytes", lambda: free)
+    parts = sampled(loop, greedy=greedy)
+    assert len(peaks) > 1 and free / 8 < max(peaks) <= free / 2
+    assert ids(parts) == ids(whole)
 
 
 def test_greedy_is_the_loops(sampler, monkeypatch):
