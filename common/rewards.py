@@ -248,7 +248,10 @@ class RewardFile:
         if self.child is None:
             self.wire, other_end = socket.socketpair()
             self.wire.settimeout(self.timeout or None)
+            # A thread's stacks and arenas are address space, too: on 64 cores more than --reward_memory leaves.
+            one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             options = {"stdin": subprocess.PIPE, "stdout": other_end, "start_new_session": True}
+            options["env"] = one_thread | os.environ  # who sets them means it
             with other_end:  # a session of its own: Ctrl-C is training's to handle, and its end takes the whole group
                 self.child = subprocess.Popen(self.command, **options)
         try:

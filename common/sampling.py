@@ -21,7 +21,7 @@ from common.logprobs import fp32_product
 from common.runtime.flags import InputError
 from common.runtime.model import free_bytes, materialize
 from common.runtime.parallel import gather_tensors
-from common.runtime.run import say
+from common.runtime.run import first_line, say
 
 PAGE = 256  # tokens of the engine's cache that are kept, shared and dropped together
 # What of a completion travels between ranks and into checkpoints. A float64 returns as the number that it was.
@@ -117,8 +117,14 @@ class Sampler:
         rules.eos_token_id = self.stops
         rules.max_new_tokens = args.max_completion_length
         self.lm.config._attn_implementation = PAGED
-        self.engine = self.lm.init_continuous_batching(rules, settings)
-        self.engine.warmup()  # takes the memory and records the graphs now
+        try:
+            self.engine = self.lm.init_continuous_batching(rules, settings)
+            self.engine.warmup()  # takes the memory and records the graphs now
+        except RuntimeError as e:
+            if args.engine != "auto":
+                raise
+            self.engine = None
+            say(self.run, f"sampling  in the loop: the engine does not start here: {first_line(e)}")
 
     def sample_continuous(self, prompts, copies, place):
         """What `generate` returns, by the engine: all prompts in one batch, each computed once and forked. It draws

@@ -53,12 +53,12 @@ NEAR = {"methods/rloo.py"}  # as near to its parent as a variant of a loss, what
 BUDGETS = {
     "methods/sft.py": {"tokens": (1865, 1900), "lines": (244, 280)},
     "methods/reward.py": {"tokens": (2188, 2300), "lines": (289, 320)},
-    "methods/kto.py": {"tokens": (2873, 3000), "lines": (371, 400)},
+    "methods/kto.py": {"tokens": (2856, 3000), "lines": (369, 400)},
     "methods/dpo.py": {"tokens": (3380, 3600), "lines": (413, 460)},
-    "methods/grpo.py": {"tokens": (3927, 4100), "lines": (498, 560)},
-    "methods/rloo.py": {"tokens": (4096, 4100), "lines": (516, 560)},
-    "common/*.py": {"tokens": (19811, 15700), "lines": (2404, 1850)},
-    "common/runtime/*.py": {"tokens": (14607, 10520), "lines": (1901, 1270)},
+    "methods/grpo.py": {"tokens": (3919, 4100), "lines": (498, 560)},
+    "methods/rloo.py": {"tokens": (4093, 4100), "lines": (516, 560)},
+    "common/*.py": {"tokens": (20096, 15700), "lines": (2446, 1850)},
+    "common/runtime/*.py": {"tokens": (15141, 10520), "lines": (1975, 1270)},
     "common/tools/*.py": {"lines": (150, 450)},
     "common/tools/bundle.py": {"lines": (150, 150)},
 }

@@ -295,3 +295,21 @@ def test_resume(tmp_path):
                 shutil.rmtree(path)
         train("grpo", out, *flags, "--resume", "auto")
         assert_equal(out, tmp_path / "whole", (5,))
+
+
+def test_an_engine_that_does_not_start(monkeypatch, capsys):
+    """auto says so and takes the loop; who asks for the engine gets the error."""
+
+    def broken(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(FOLDER))],
+                        "init_continuous_batching", broken)
+    with pytest.raises(RuntimeError):
+        make_sampler(engine="continuous")
+    loop = make_sampler(engine="loop")
+    loop.run.args.engine, loop.run.device, loop.run.bar = "auto", SimpleNamespace(type="cuda"), None
+    monkeypatch.setattr(sampling, "runs_paged", lambda *_: True)
+    loop.start_engine()
+    assert loop.engine is None
+    assert "in the loop: the engine does not start here: no kernel image" in capsys.readouterr().out

@@ -520,7 +520,8 @@ def test_a_loss_does_not_ask_a_gpu(name):
     for row in range(2):
         completions = []
         for k in range(counts):
-            entries = {"role": float(k), "ref_logprob": -1.0, "desirable": float(k), "advantage": 1.0, "density_ratio": 1.0}
+            entries = {"role": float(k), "ref_logprob": -1.0, "desirable": float(k), "advantage": 1.0}
+            entries["density_ratio"] = 1.0
             tokens = {x: torch.zeros(3) for x in ("old_logprobs", "sampler_logprobs", "ref_logprobs", "entropy")}
             ids = array("i", [5, 6, 7])
             completions.append({"ids": ids, "scored": None, "margin": 1.0} | entries | tokens)
