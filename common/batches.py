@@ -284,8 +284,9 @@ def attach_logprobs(run, model, groups, name):
     """Set completion[name], on the CPU, to the model's log-probs of its scored tokens, from a pass without gradients.
     Every rank has to call it, with at least one group."""
     for batch in micro_batches(run, groups, spare=groups[0]):
-        lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).tolist()
-        pieces = model(batch)["logprobs"].cpu().split(lengths)
+        logprobs = model(batch)["logprobs"].cpu()
+        lengths = torch.bincount(batch["seq"].cpu(), minlength=batch["num_seqs"]).tolist()
+        pieces = logprobs.split(lengths)
         if batch["weight"] > 0:
             for completion, piece in zip(batch["completions"], pieces):
                 completion[name] = piece
@@ -304,7 +305,7 @@ def prompt_embeddings(run, policy, groups):
     for batch in micro_batches(run, share(run, prompts), spare=prompts[0]):
         hidden = policy(batch, ["hidden"])["hidden"].double()
         sums = hidden.new_zeros(batch["num_seqs"], size).index_add_(0, batch["seq"], hidden)
-        lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).clamp(min=1)
+        lengths = seq_sums(torch.ones_like(hidden[:, 0]), batch).clamp(min=1)
         numbers = [group["number"] for group in batch["groups"]]
         embeddings[numbers] += batch["weight"] * sums / lengths[:, None]
     dist.all_reduce(embeddings, group=run.group)
@@ -320,3 +321,9 @@ def seq_sums(values, batch):
 def sequence_sum(values, seq):
     """Return for each scored token (M,) the sum of the values (M,) over its completion. No completion is empty."""
     return values.new_zeros(len(seq)).index_add(0, seq, values)[seq]
+
+
+def sequence_size(seq):
+    """Return for each scored token (M,) how many its completion has. torch.bincount would wait for the GPU, which then
+    has nothing to do until the backward pass is queued."""
+    return sequence_sum(torch.ones_like(seq), seq)

@@ -232,14 +232,22 @@ class Policy(nn.Module):
         # lm may move to the GPU after this line: the machine counts, not where the weights are now.
         flat = runs_flat(lm, "cuda" if torch.cuda.is_available() else "cpu")
         self.road = "flat" if flat else "padded"
+        # Whether weights and gradients stay whole on each rank from a step's first micro-batch to its last, so that
+        # ranks exchange them once a step: see fit_memory.
+        self.stays_whole = False
         if flat:
             lm.config._attn_implementation = ATTENTION  # set_attn_implementation would look for a package of this name
         self.implementation = lm.config._attn_implementation
 
     def __call__(self, batch, want=()):
+        if isinstance(self, FSDPModule):
+            is_last = batch.get("is_last", True)
+            self.set_requires_all_reduce(is_last)  # copies of the model (--replicate_size) exchange once a step
+            if self.stays_whole:
+                self.set_requires_gradient_sync(is_last)
+                self.set_reshard_after_backward(is_last)
+                self.set_reshard_after_forward(not torch.is_grad_enabled())
         # FSDP2 walks through all lists that a forward is given: 0.2 s for the flags of 16,000 tokens.
-        if isinstance(self, FSDPModule):  # copies of the model (--replicate_size) exchange gradients once a step
-            self.set_requires_all_reduce(batch.get("is_last", True))
         without_lists = {name: value for name, value in batch.items() if not isinstance(value, list)}
         return super().__call__(without_lists, want)
 

@@ -57,7 +57,10 @@ class RewardFile:
     def start(self, end):
         """Start the process, which loads the file and says what the function takes."""
         self.wire, other_end = socket.socketpair()
+        # A thread's stacks and arenas are address space, too: on 64 cores more than --reward_memory leaves.
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         options = {"stdin": subprocess.PIPE, "stdout": other_end, "start_new_session": True}
+        options["env"] = one_thread | os.environ  # who sets them means it
         with other_end:  # a session of its own: Ctrl-C is training's to handle, and its end takes the whole group
             self.child = subprocess.Popen(self.command, **options)
         self.takes = self.ask(None, end, most=LONGEST)

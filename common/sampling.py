@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common.attention import PAGED, runs_flat, runs_paged
-from common.decoding import CacheDecoder, FlatDecoder
+from common.decoding import ROOM, CacheDecoder, FlatDecoder
 from common.logprobs import fp32_product
-from common.runtime.model import check_fits, materialize
+from common.runtime.model import check_fits, free_bytes, materialize
 from common.runtime.parallel import gather_tensors
-from common.runtime.run import say
+from common.runtime.run import first_line, say
 
 PAGE = 256  # tokens of the engine's cache that are kept, shared and dropped together
 # What of a completion travels between ranks and into checkpoints. A float64 returns as the number that it was.
@@ -57,22 +57,40 @@ class Sampler:
         the seed: place, ("train", number of the rollout) or ("eval",), and group["place"], where in it the group is."""
         args = self.run.args
         prompts = [group["prompt"] for group in groups]
-        if greedy:  # not by the engine: it can draw, or be greedy, but not both
-            sequences = generate(self.lm, prompts, copies, None, self.stops, args)
-        elif self.engine:
+        if self.engine and not greedy:  # it can draw, or be greedy, but not both
             sequences = self.sample_continuous(prompts, copies, (*place, groups[0]["place"]))
         else:
-            noise = []
-            for group, k in product(groups, range(copies)):
-                noise.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
-            noise = torch.stack(noise).to(self.run.device)
-            sequences = generate(self.lm, prompts, copies, noise, self.stops, args, self.top_k, self.top_p)
+            sequences = []
+            size = self.prompts_at_once(prompts, copies)
+            for first in range(0, len(groups), size):
+                part = slice(first, first + size)
+                noise = None if greedy else self.noise(groups[part], copies, place)
+                sequences += generate(self.lm, prompts[part], copies, noise, self.stops, args, self.top_k, self.top_p)
         for group in groups:
             group["completions"] = []
         for i, (ids, logprobs) in enumerate(sequences):
             completion = {"ids": array("i", ids), "sampler_logprobs": torch.as_tensor(logprobs)}
             completion.update(stopped=ids[-1] in self.stops, scored=None)  # None: every token is
             groups[i // copies]["completions"].append(completion)
+
+    def noise(self, groups, copies, place):
+        """Return uniform numbers (groups * copies, max_completion_length), the same however prompts are cut up."""
+        args = self.run.args
+        rows = []
+        for group, k in product(groups, range(copies)):
+            rows.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
+        return torch.stack(rows).to(self.run.device)
+
+    def prompts_at_once(self, prompts, copies):
+        """Return how many prompts the loop may complete together: keys and values of all their sequences take half of
+        the memory that is free. The rest is for logits."""
+        config = self.lm.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * head_size * self.run.dtype.itemsize
+        length = max(map(len, prompts)) + self.run.args.max_completion_length
+        room = length + max(ROOM, length // 2)  # by which a full buffer grows
+        return int(max(1, min(len(prompts), free_bytes() / 2 / (copies * room * token_bytes))))
 
     def start_engine(self):
         """Prepare transformers' continuous batching if --engine wants it. The script calls this when the policy is
@@ -97,11 +115,17 @@ class Sampler:
         rules.eos_token_id = self.stops
         rules.max_new_tokens = args.max_completion_length
         self.lm.config._attn_implementation = PAGED
-        self.engine = self.lm.init_continuous_batching(rules, settings)
-        if self.top_k > 0 or self.top_p < 1:  # by top_k and top_p in `rules`, log-probs would be those of what is left
-            self.engine.batch_processor = self.engine._create_batch_processor()
-            self.engine.batch_processor.model_runner._sample = partial(sample_scores, self.top_k, self.top_p)
-        self.engine.warmup()  # takes the memory and records the graphs now
+        try:
+            self.engine = self.lm.init_continuous_batching(rules, settings)
+            if self.top_k > 0 or self.top_p < 1:  # by `rules`, log-probs would be those of what is left
+                self.engine.batch_processor = self.engine._create_batch_processor()
+                self.engine.batch_processor.model_runner._sample = partial(sample_scores, self.top_k, self.top_p)
+            self.engine.warmup()  # takes the memory and records the graphs now
+        except RuntimeError as e:
+            if args.engine != "auto":
+                raise
+            self.engine = None
+            say(self.run, f"sampling  in the loop: the engine does not start here: {first_line(e)}")
 
     def sample_continuous(self, prompts, copies, place):
         """What `generate` returns, by the engine: all prompts in one batch, each computed once and forked. It draws

@@ -14,7 +14,7 @@ from conftest import ROOT, newest, read_jsonl, tiny_rows, train
 from test_resume import assert_equal
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import attention, logprobs, sampling
+from common import attention, decoding, logprobs, sampling
 from common.batches import flat_batch
 from common.tokenization import encode_prompt, stop_ids
 
@@ -75,6 +75,35 @@ def gap(sampler, groups):
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_loop_fits_into_the_free_memory(greedy, monkeypatch):
+    """What buffers of keys and values take, counted as they are made, stays within half of what is free, and fewer
+    prompts at a time draw the same tokens."""
+    loop = make_sampler(engine="loop")
+    whole = sampled(loop, greedy=greedy)
+    free, peaks = 26e6, []
+    remember, generate = decoding.FlatDecoder.remember, sampling.generate
+
+    def counted(self, *rest):
+        found = remember(self, *rest)
+        peaks[-1] = max(peaks[-1], sum(buffer.nbytes for cohort in self.cohorts for buffer in cohort.cache.values()))
+        return found
+
+    def begun(*rest):
+        peaks.append(0)
+        return generate(*rest)
+
+    monkeypatch.setattr(decoding.FlatDecoder, "remember", counted)
+    monkeypatch.setattr(sampling, "generate", begun)
+    sampled(loop, greedy=greedy)
+    assert len(peaks) == 1 and peaks[0] > free / 2, "the test's memory is not short"
+    peaks.clear()
+    monkeypatch.setattr(sampling, "free_bytes", lambda: free)
+    parts = sampled(loop, greedy=greedy)
+    assert len(peaks) > 1 and free / 8 < max(peaks) <= free / 2
+    assert ids(parts) == ids(whole)
 
 
 def test_greedy_is_the_loops(sampler, monkeypatch):
@@ -287,3 +316,21 @@ def test_resume(tmp_path):
                 shutil.rmtree(path)
         train("grpo", out, *flags, "--resume", "auto")
         assert_equal(out, tmp_path / "whole", (5,))
+
+
+def test_an_engine_that_does_not_start(monkeypatch, capsys):
+    """auto says so and takes the loop; who asks for the engine gets the error."""
+
+    def broken(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(FOLDER))],
+                        "init_continuous_batching", broken)
+    with pytest.raises(RuntimeError):
+        make_sampler(engine="continuous")
+    loop = make_sampler(engine="loop")
+    loop.run.args.engine, loop.run.device, loop.run.bar = "auto", SimpleNamespace(type="cuda"), None
+    monkeypatch.setattr(sampling, "runs_paged", lambda *_: True)
+    loop.start_engine()
+    assert loop.engine is None
+    assert "in the loop: the engine does not start here: no kernel image" in capsys.readouterr().out

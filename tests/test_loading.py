@@ -336,6 +336,21 @@ def test_a_large_model_that_was_saved_wrong(change, tmp_path):
         assert result.code == 1 and "HealthError: CKPT001" in result.error, result.log
 
 
+def test_the_practice_save_of_a_large_model_is_one_file(tmp_path):
+    """Of 70B weights a whole checkpoint is a terabyte. The last save, and what is published, is whole."""
+
+    def note(folder):
+        with open(tmp_path / "saves", "a") as file:
+            file.write(f"{len(list(folder.glob('*.safetensors')))} {len(list(folder.glob('trainer/shard*')))}\n")
+
+    flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 4), "--batch_size", 2, "--max_steps", 1]
+    train("sft", tmp_path / "run", *flags, world=2, patch=large(note))
+    practice, last = [tuple(map(int, line.split())) for line in (tmp_path / "saves").read_text().splitlines()]
+    assert practice == (1, 0)
+    assert last[0] > 1 and last[1] == 2
+    assert len(list((tmp_path / "run" / "final").glob("*.safetensors"))) == last[0]
+
+
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_a_large_model_that_was_saved_right(dtype, tmp_path):
     """Experts, which are stored under other names and layouts than they are held."""

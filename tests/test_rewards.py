@@ -874,6 +874,17 @@ def test_math_is_missing(monkeypatch, tmp_path):
         load_math()
 
 
+def test_a_reward_process_has_one_thread(monkeypatch, tmp_path):
+    """Stacks and arenas of 64 threads would take the address space that --reward_memory leaves."""
+    text = "import os\ndef threads(completions, **_):\n    return [float(os.environ[name]) for name in completions]\n"
+    (tmp_path / "reward.py").write_text(text)
+    for name in "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS":
+        monkeypatch.delenv(name, raising=False)
+    function = RewardFile(f"{tmp_path / 'reward.py'}:threads", 60, 8)
+    assert function(prompts=["?"] * 2, completions=["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"]) == [1.0, 1.0]
+    function.stop()
+
+
 # ---- what a function may return --------------------------------------------------------------------------------------
 
 

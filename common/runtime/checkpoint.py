@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import zlib
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, islice
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from common.batches import flat_batch, probe_groups
 from common.runtime.flags import STOP, HealthError, InputError, Preempted
-from common.runtime.folders import META, STATE, checkpoints, checksum, copy_model, cut_logs, discard, forget_code
-from common.runtime.folders import keep_earlier, publish, regular_files, remove, write_tensors
+from common.runtime.folders import META, STATE, checkpoints, copy_model, cut_logs, discard, forget_code, keep_earlier
+from common.runtime.folders import publish, remove, sum_written, write_tensors
 from common.runtime.health import check, spread_gap
 from common.runtime.model import own_tensors
 from common.runtime.parallel import all_most, all_sum, full
@@ -76,8 +76,9 @@ def trainer_tensors(models, optimizers):
     return tensors
 
 
-def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
-    """Write a Hugging Face folder of the first model, and trainer/ with the rest. On return all is on the disk."""
+def write_checkpoint(run, step, folder, models, optimizers, tokenizer, most_files=None):
+    """Write a Hugging Face folder of the first model, and trainer/ with the rest. On return all is on the disk.
+    most_files: without trainer/'s tensors, and of the weights no more files than these, for practice."""
     if run.rank == 0:
         folder.mkdir()  # an error where something has the name: what is written is written into a folder of our own
         (folder / "trainer").mkdir()
@@ -87,13 +88,14 @@ def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
     file_size = min(2**26, max(2**22, ends[-1] // 16))  # 16 to 256 MB: the writer builds files in memory, twice
     numbers = {name: 1 + end // file_size for name, end in zip(tensors, ends)}
     try:  # the writer keeps its one thread: with more it may swallow a full disk
-        writer = dcp.HuggingFaceStorageWriter(str(folder / "trainer"), numbers, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=run.group)
-        export(run, next(iter(models.values())), folder)
+        if most_files is None:
+            writer = dcp.HuggingFaceStorageWriter(str(folder / "trainer"), numbers, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=run.group)
+        export(run, next(iter(models.values())), folder, most_files)
         if run.rank == 0:
             export_tokenizer(tokenizer, folder)
             forget_code(folder)
-            write_meta(run, step, folder)
+        write_meta(run, step, folder)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as e:  # the last one is a BaseException
         text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
         raise InputError(f"could not save to {folder.parent}: {first_line(e)}. {text}") from e
@@ -109,23 +111,27 @@ def write_meta(run, step, folder):
             tensors.update({f"{name}/{key}": tensor for key, tensor in value.items()})
         else:
             meta["state"][name] = value
-    write_tensors(tensors, folder / STATE)
+    if run.rank == 0:
+        write_tensors(tensors, folder / STATE)
+    meta["crc32"] = sum_written(run, folder)
+    if run.rank != 0:
+        return
     logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
     meta["offsets"] = {log.name: log.stat().st_size for log in logs}
-    meta["crc32"] = {name: checksum(path) for name, path in regular_files(folder).items()}
     meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
     (folder / META).write_text(json.dumps(meta, indent=1))
-    for written in [*logs, *folder.rglob("*"), folder]:
-        fsync(written)
+    for path in [*logs, folder / META, folder / "trainer", folder]:
+        fsync(path)
 
 
 # ---- export --------------------------------------------------------------------------------------
-def export(run, policy, folder):
+def export(run, policy, folder, most_files=None):
     """Write the Hugging Face files, with names and layouts as transformers stores them. Rank 0 writes the weights, in
-    files of whole layers, and never holds more than one file."""
+    files of whole layers, and never holds more than one file. most_files: no more of them than these."""
     dtype = getattr(torch, run.args.save_dtype)
     places = {}
-    for file, tensors in exported_files(run, policy):
+    for file, tensors in islice(exported_files(run, policy), most_files):
+        run.beat = time.monotonic()
         if run.rank == 0:
             write_tensors(tensors, folder / file, metadata={"format": "pt"})
             places.update(dict.fromkeys(tensors, file))
@@ -180,14 +186,14 @@ def plan_files(weights, itemsize):
 
 
 @torch.no_grad()
-def check_export(run, policy, tokenizer, folder):
+def check_export(run, policy, tokenizer, folder, most_files=None):
     """CKPT001: a saved folder loads with the policy's auto class, tied weights are tied, every weight is as we hold it
     (in save_dtype), and the model says what the policy says. Return the loaded model on rank 0, else None. A model
     of more than RELOADED weights is not loaded: its files are compared one by one."""
     text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
     metric = "keys, ties or weights differ"
     if run.weights > RELOADED:
-        equal = files_are_equal(run, policy, folder)
+        equal = files_are_equal(run, policy, folder, most_files)
         check(run, "CKPT001", step=run.step, metric=metric, value=not equal, message=text, error=0)
         return None
     dtype = getattr(torch, run.args.save_dtype)
@@ -212,13 +218,14 @@ def check_export(run, policy, tokenizer, folder):
     return reloaded
 
 
-def files_are_equal(run, policy, folder):
+def files_are_equal(run, policy, folder, most_files):
     """Return whether a saved folder makes a model of our names and ties, and each of its tensors is as we hold it."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         lm = policy.auto_class.from_config(config, trust_remote_code=False)
     equal = dict(lm.named_parameters()).keys() == dict(policy.lm.named_parameters()).keys()
-    for file, tensors in exported_files(run, policy):
+    for file, tensors in islice(exported_files(run, policy), most_files):
+        run.beat = time.monotonic()
         if run.rank == 0:
             with safe_open(folder / file, "pt") as saved:
                 equal = equal and set(saved.keys()) == tensors.keys()
@@ -252,7 +259,8 @@ def check_resume(run):
 
 def resume(run, models, optimizers, tokenizer):
     """Load run.checkpoint, if there is one, and cut the run's logs back to it: no doubles, no gaps. A fresh run saves
-    once for practice instead, so that a full disk or a model that does not survive saving shows in minute one."""
+    once for practice instead, so that a full disk or a model that does not survive saving shows in minute one. Of a
+    large model it is one file: a whole checkpoint of 8B weights has 128 GB, while every GPU waits."""
     tensors = trainer_tensors(models, optimizers)
     if not run.checkpoint:
         need = 4 * sum(tensor.nbytes for tensor in tensors.values())  # an export is a third of a checkpoint, or less
@@ -260,8 +268,9 @@ def resume(run, models, optimizers, tokenizer):
         if free < need:
             raise InputError(f"{run.out}: three checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.")
         folder = run.out / ".tmp-rehearsal"
-        write_checkpoint(run, 0, folder, models, optimizers, tokenizer)
-        check_export(run, next(iter(models.values())), tokenizer, folder)
+        most_files = 1 if run.weights > RELOADED else None
+        write_checkpoint(run, 0, folder, models, optimizers, tokenizer, most_files)
+        check_export(run, next(iter(models.values())), tokenizer, folder, most_files)
         if run.rank == 0:
             remove(folder)
         return

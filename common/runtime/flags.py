@@ -17,6 +17,7 @@ from tyro.conf import arg
 
 VERSION = "0.4"  # of common/; every script names the one that it was written for
 COMMON = Path(__file__).resolve().parents[1]  # common/, with the data of the tiny lab
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last one is what schedulers send ahead of time
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
 # Counts that 0 turns off.
 MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps", "top_k", "loss_top_k")
@@ -93,8 +94,8 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
     in what was not given. Without argv it is that of the process, and from here on a signal to stop gets an
     answer and exit code 4."""
     if argv is None:
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+        for number in STOP_SIGNALS:
+            signal.signal(number, on_signal)
         argv = sys.argv[1:]
         for stream in sys.stdout, sys.stderr:
             stream.reconfigure(errors="backslashreplace")  # text that a terminal has no letters for must not end a run

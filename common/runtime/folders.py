@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from common.runtime.flags import InputError, printable
+from common.runtime.parallel import exchange
 from common.runtime.run import LOGS, first_line, fsync, open_own, read_json
 
 META = "trainer/meta.json"  # of a checkpoint, its last file
@@ -178,10 +180,8 @@ def is_whole(folder):
         is_sound = meta.pop("own_crc32", None) == zlib.crc32(json.dumps(meta).encode())  # of the rest
         if not is_sound or {name: type(meta.get(name)) for name in kinds} != kinds or STATE not in meta["crc32"]:
             return False
-        for name, expected in meta["crc32"].items():
-            if name not in files or checksum(files[name]) != expected:
-                return False
-        return is_possible(folder, meta)
+        paths = [files[name] for name in meta["crc32"] if name in files]
+        return dict(checksums(folder, paths)) == meta["crc32"] and is_possible(folder, meta)
     except (OSError, SafetensorError):
         return False
 
@@ -259,6 +259,30 @@ def regular_files(folder):
     """Return {name: path} of all files in a folder and in folders of it; behind links nothing is looked for."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     return {str(path.relative_to(folder)): path for path in paths}
+
+
+def sum_written(run, folder):
+    """Bring the files of a new checkpoint to the disk and return {name: CRC-32} of them. Each rank does that for what
+    it has written: on a network file system no other rank can, and none need see it yet."""
+    written = [*folder.glob(f"trainer/shard-{run.rank + 1:05}-*")]  # dcp's names: its ranks begin with 1
+    if run.rank == 0:
+        written += [path for path in regular_files(folder).values() if not path.name.startswith("shard-")]
+    sums = {}
+    for name, value in checksums(folder, written):
+        fsync(folder / name)
+        sums[name] = value
+        run.beat = time.monotonic()
+    for part in exchange(sums, run.device, run.group):
+        sums.update(part)
+    return sums
+
+
+def checksums(folder, paths):
+    """Yield (name, CRC-32) of those of the paths in a folder that are files. Several are read at a time."""
+    files = [path for path in paths if path.is_file()]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for path, value in zip(files, pool.map(checksum, files)):
+            yield str(path.relative_to(folder)), value
 
 
 def checksum(path):

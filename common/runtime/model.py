@@ -276,8 +276,10 @@ def longest(groups, completion=0):
 
 def fit_memory(run, policy, tokenizer, tokens):
     """Apply --compile and --activation_checkpointing, under which layers are computed again in backward. auto does that
-    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam's moments. `tokens`
-    are those of the largest group. All ranks decide alike: layers may be collective. Return a sentence for the plan."""
+    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam's moments; where
+    there is room for whole weights and gradients, too, the policy keeps them from a step's first micro-batch to its
+    last. `tokens` are those of the largest group. All ranks decide alike: layers may be collective. Return a sentence
+    for the plan."""
     args = run.args
     recompute = args.activation_checkpointing == "on"
     sentence = "not looked at"
@@ -288,6 +290,11 @@ def fit_memory(run, policy, tokenizer, tokens):
         room = 0.8 * free_bytes() - gradients_and_moments  # the rest: logits, a layer's gradients
         recompute = all_most(run, activations > room) == 1
         sentence = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens"
+        whole = (run.dtype.itemsize + 4) * run.weights / args.tp_size  # gradients are fp32
+        room -= whole + (0 if recompute else activations)
+        policy.stays_whole = run.world > args.tp_size and not args.cpu_offload and all_most(run, room < 0) == 0
+        if policy.stays_whole:
+            sentence += f"; {whole / 1e9:.2f} GB keep weights and gradients whole until a step's last micro-batch"
     for layer in policy.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             if args.compile:
@@ -330,7 +337,10 @@ def free_bytes():
     """Return the bytes that this rank may still allocate: of its GPU, or its part of the machine's memory."""
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0]
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what the allocator holds unused
+        for segment in torch.cuda.memory_snapshot():  # and what the allocator holds unused; only graphs use their pools
+            if segment["segment_pool_id"] == (0, 0):
+                free += segment["total_size"] - segment["allocated_size"]
+        return free
     info = Path("/proc/meminfo")
     if not info.is_file():
         return float("inf")

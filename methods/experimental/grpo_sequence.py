@@ -152,7 +152,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_sum, share
+from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_size, sequence_sum, share
 from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.rewards import check_rewards, heldout_metrics, load_rewards, reward_table, rollout_metrics, sample_and_judge
@@ -204,7 +204,7 @@ def surrogate(ratio, logprobs, advantage, seq, args):
         log_ratio = ratio.log()
         inside = log_ratio.clamp(-args.epsilon, high)
         bounded = torch.where(advantage >= 0, log_ratio.minimum(inside), log_ratio.maximum(inside))
-        mean = sequence_sum(bounded, seq) / torch.bincount(seq)[seq]
+        mean = sequence_sum(bounded, seq) / sequence_size(seq)
         return -mean.exp() * advantage, bounded != log_ratio
     clipped = ratio.clamp(1 - args.epsilon, 1 + high) * advantage
     return -torch.min(ratio * advantage, clipped), clipped < ratio * advantage
@@ -216,7 +216,7 @@ def importance_ratio(logprobs, old_logprobs, seq, args):
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if args.importance_sampling_level == "token":
         return log_ratio
-    mean = sequence_sum(log_ratio, seq) / torch.bincount(seq)[seq]
+    mean = sequence_sum(log_ratio, seq) / sequence_size(seq)
     if args.importance_sampling_level == "sequence":
         return mean
     return mean.detach() + logprobs - logprobs.detach()  # sequence_token: the same value, each token's own gradient
@@ -249,7 +249,7 @@ def token_weight(seq, num_tokens, num_seqs, args):
     """seq (M,) per token; num_tokens, num_seqs: of the whole optimizer step, all ranks. Returns what a token's loss is
     multiplied by before the sum: the denominators of Norm."""
     if args.loss_type in ("grpo", "gmpo"):
-        return 1 / (torch.bincount(seq)[seq] * num_seqs)
+        return 1 / (sequence_size(seq) * num_seqs)
     if args.loss_type == "dr_grpo":
         return 1 / (args.max_completion_length * num_seqs)
     if args.loss_type == "luspo":
@@ -270,7 +270,7 @@ def grpo_sequence_loss(logprobs, batch, num_tokens, num_seqs, args):
     loss, clipped = surrogate(capped, logprobs, advantage, seq, args)
     metrics = {"ratio_mean": capped, "clip_frac": clipped.float()}
     if args.off_policy_mask_threshold is not None:  # the sampler's log-probs, so that its own error counts, too
-        gap = sequence_sum(batch["sampler_logprobs"] - logprobs.detach(), seq) / torch.bincount(seq)[seq]
+        gap = sequence_sum(batch["sampler_logprobs"] - logprobs.detach(), seq) / sequence_size(seq)
         loss = loss * ((advantage >= 0) | (gap <= args.off_policy_mask_threshold))
     if args.importance_sampling_mode != "none":
         metrics["sampler_weight"] = sampler_weight(old_logprobs, batch["sampler_logprobs"], seq, args)

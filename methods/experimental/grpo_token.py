@@ -146,7 +146,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_sum, share
+from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_size, sequence_sum, share
 from common.data import fingerprint, load_rows
 from common.logprobs import Policy
 from common.rewards import check_rewards, heldout_metrics, load_rewards, reward_table, rollout_metrics, sample_and_judge
@@ -212,7 +212,7 @@ def importance_ratio(logprobs, old_logprobs, seq, args):
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if args.importance_sampling_level == "token":
         return log_ratio
-    return sequence_sum(log_ratio, seq) / torch.bincount(seq)[seq]
+    return sequence_sum(log_ratio, seq) / sequence_size(seq)
 
 
 def sampler_weight(old_logprobs, sampler_logprobs, seq, args):
@@ -242,7 +242,7 @@ def token_weight(seq, num_tokens, num_seqs, args):
     """seq (M,) per token; num_tokens, num_seqs: of the whole optimizer step, all ranks. Returns what a token's loss is
     multiplied by before the sum: the denominators of Norm."""
     if args.loss_type in ("grpo", "sapo"):
-        return 1 / (torch.bincount(seq)[seq] * num_seqs)
+        return 1 / (sequence_size(seq) * num_seqs)
     if args.loss_type == "dr_grpo":
         return 1 / (args.max_completion_length * num_seqs)
     return 1 / num_tokens  # dapo, cispo
