@@ -205,7 +205,7 @@ WHERE = [
     ("RLOO's KL is taken off the reward", "methods/rloo.py", "penalized_rewards", "-= args.beta"),
     ("the trained weights enter the sampler", "methods/grpo.py", "refresh", "copy_("),
     ("what a checkpoint holds", "common/runtime/checkpoint.py", "trainer_tensors", "tensors["),
-    ("what `final/` holds", "common/runtime/checkpoint.py", "export", "save_pretrained"),
+    ("what `final/` holds", "common/runtime/export.py", "export", "save_pretrained"),
 ]
 
 

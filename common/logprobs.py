@@ -214,6 +214,7 @@ class Policy(nn.Module):
     auto_class = AutoModelForCausalLM
     head_config = {}  # what auto_class must be told about the head
     teacher = None  # a Teacher, where the script sets one
+    stays_whole = False  # weights and gradients do, from a step's first micro-batch to its last: see fit_memory
 
     def __init__(self, lm, temperature=1.0):
         super().__init__()
@@ -232,16 +233,13 @@ class Policy(nn.Module):
         # lm may move to the GPU after this line: the machine counts, not where the weights are now.
         flat = runs_flat(lm, "cuda" if torch.cuda.is_available() else "cpu")
         self.road = "flat" if flat else "padded"
-        # Whether weights and gradients stay whole on each rank from a step's first micro-batch to its last, so that
-        # ranks exchange them once a step: see fit_memory.
-        self.stays_whole = False
         if flat:
             lm.config._attn_implementation = ATTENTION  # set_attn_implementation would look for a package of this name
         self.implementation = lm.config._attn_implementation
 
     def __call__(self, batch, want=()):
+        is_last = batch.get("is_last", True)
         if isinstance(self, FSDPModule):
-            is_last = batch.get("is_last", True)
             self.set_requires_all_reduce(is_last)  # copies of the model (--replicate_size) exchange once a step
             if self.stays_whole:
                 self.set_requires_gradient_sync(is_last)
@@ -252,10 +250,9 @@ class Policy(nn.Module):
         return super().__call__(without_lists, want)
 
     def forward(self, batch, want=()):
-        """Return a dict of "logprobs" and what of OUTPUTS is in `want`, each (M,), at the policy's temperature. All are
-        fp32 and have gradients, except for "correct", which is bool, and "teacher_logprobs". "divergence" is there with
-        "teacher_logprobs": it needs policy.teacher, and in the batch teacher_hidden (M, D'). want ["hidden"]: what
-        the head would read, (M, D), and nothing else."""
+        """Return a dict of "logprobs" and what of OUTPUTS is in `want`, (M,) fp32 each, at the policy's temperature.
+        "correct", bool, and "teacher_logprobs" have no gradient. "divergence" comes with the latter, needs
+        policy.teacher and in the batch teacher_hidden (M, D'). want ["hidden"]: what the head would read, (M, D)."""
         if not set(want) <= {*OUTPUTS, "hidden"}:
             raise ValueError(f"want {want} must be some of {', '.join(OUTPUTS)}")
         implementation = self.lm.config._attn_implementation

@@ -18,7 +18,7 @@ from test_logprobs import build
 from transformers import AutoModelForCausalLM
 
 from common.batches import flat_batch
-from common.runtime import checkpoint, model
+from common.runtime import checkpoint, export, model
 from common.runtime.launch import launch
 from common.runtime.parallel import full
 
@@ -57,7 +57,7 @@ def load(rank, world, path, replicate, tp, size):
     mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
     run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=rank, weights=0)
     run.dtype, run.group = torch.float32, dist.group.WORLD
-    args.replicate_size, checkpoint.FILE_BYTES = replicate, size
+    args.replicate_size, export.FILE_BYTES = replicate, size
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -68,7 +68,7 @@ def load(rank, world, path, replicate, tp, size):
     if rank == 0:
         (path / "export").mkdir()
     dist.barrier()
-    checkpoint.export(run, policy, path / "export")
+    export.export(run, policy, path / "export")
     dist.barrier()
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     weights = {name: full(p).detach() for name, p in lm.named_parameters()}
@@ -224,7 +224,7 @@ def load_all(rank, world, path):
     if rank == 0:
         (path / "export").mkdir()
     dist.barrier()
-    checkpoint.export(run, policy, path / "export")
+    export.export(run, policy, path / "export")
     dist.barrier()
     return logprobs, lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
@@ -305,7 +305,8 @@ def large(change=lambda folder: None):
                 change(folder)
             dist.barrier()
 
-        checkpoint.RELOADED, checkpoint.FILE_BYTES, checkpoint.write_checkpoint = 0, 2**16, spoiled
+        checkpoint.RELOADED, export.RELOADED, export.FILE_BYTES = 0, 0, 2**16
+        checkpoint.write_checkpoint = spoiled
 
     return patch
 

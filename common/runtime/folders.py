@@ -292,15 +292,3 @@ def checksum(path):
         while block := file.read(2**24):
             value = zlib.crc32(block, value)
     return value
-
-
-def forget_code(folder):
-    """Take the addresses of code out of the exported configs. It was not run here, and whoever serves the model with
-    trust_remote_code would run what stands there by then."""
-    for path in folder.glob("*config.json"):
-        config = json.loads(path.read_text(), object_pairs_hook=without_code)
-        path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def without_code(pairs):
-    return {name: value for name, value in pairs if name not in ("auto_map", "custom_pipelines")}
