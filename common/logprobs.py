@@ -238,8 +238,8 @@ class Policy(nn.Module):
         self.implementation = lm.config._attn_implementation
 
     def __call__(self, batch, want=()):
-        is_last = batch.get("is_last", True)
         if isinstance(self, FSDPModule):
+            is_last = batch.get("is_last", True)
             self.set_requires_all_reduce(is_last)  # copies of the model (--replicate_size) exchange once a step
             if self.stays_whole:
                 self.set_requires_gradient_sync(is_last)
@@ -267,8 +267,7 @@ class Policy(nn.Module):
             inputs["position_ids"] = batch["position_ids"][None]
             rows = batch["rows"]
         backbone = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model  # Llama-4's has no name
-        hidden = backbone(use_cache=False, **inputs).last_hidden_state
-        hidden = select_rows(hidden.flatten(0, 1), rows)
+        hidden = select_rows(backbone(use_cache=False, **inputs).last_hidden_state.flatten(0, 1), rows)
         return {"hidden": hidden} if "hidden" in want else self.read(hidden, batch, want)
 
     def _padded(self, batch):

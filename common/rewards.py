@@ -267,9 +267,10 @@ class RewardModel:
             raise ValueError("it is no sequence classifier with one label")
         self.tokenizer = load_tokenizer(folder)
         self.stops = stop_ids(self.tokenizer)
-        probe = ids_of(tokenizer, "Is 3 + 4 = 7?\nYes.")
-        reads_alike = tokenizer.decode(probe) == self.tokenizer.decode(probe)
-        self.reads_ids = reads_alike and tokenizer.get_vocab().items() <= self.tokenizer.get_vocab().items()
+        self.reads_ids = tokenizer.get_vocab().items() <= self.tokenizer.get_vocab().items()
+        if self.reads_ids:  # the same tokens; one tokenizer may still write them otherwise
+            probe = ids_of(tokenizer, "Is 3 + 4 = 7?\nYes.")
+            self.reads_ids = tokenizer.decode(probe) == self.tokenizer.decode(probe)
         self.model = Scorer(lm.to(self.device))
 
     @torch.no_grad()

@@ -199,8 +199,8 @@ def is_possible(folder, meta):
                 return False
     state = {"alerts": {}, "before": {}, "last": {}, "best": {"accuracy": 0}}  # of shared code; the rest is a script's
     state.update({name: value for name, value in meta["state"].items() if name in state})
-    for numbers in state.values():
-        if not isinstance(numbers, dict) or any(type(number) not in (int, float) for number in numbers.values()):
+    for values in state.values():
+        if not isinstance(values, dict) or any(type(value) not in (int, float) for value in values.values()):
             return False
     return state["last"].keys() <= state["before"].keys() and "accuracy" in state["best"]
 
