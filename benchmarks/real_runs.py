@@ -9,6 +9,10 @@ The scripts on a real model and real data, on the CPU: SmolLM2-135M-Instruct and
 
 Parts: sft, dpo, cold, grpo, grpo_gsm8k, reward and kto run one script each and leave run.json and metrics.jsonl in
 benchmarks/results/smollm2-<part>/. A part that was stopped goes on where it was; one that is finished is skipped.
+orpo, simpo and distillation are experimental scripts: the first two take dpo's pairs, steps and learning rate; in the
+last a student of every second layer of SmolLM2 (made here, in DIR/half of --work) learns from SmolLM2 on its own
+completions of GSM8K questions. It writes no stop token at first, so --allow GRPO002. GSM8K accuracy is 0 throughout and
+says nothing; the held-out divergence does.
 SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT on the tiny
 lab's demonstrations: groups then hold right and wrong answers.
 
@@ -17,6 +21,10 @@ margin; pair accuracy, and beside it that of a ranker, trained on the same pairs
 and signs a solution has and how often. reward and kto take the 560 shortest of the 731 questions that have a right and
 a wrong solution, since the CPU pays by the token. Of 200 of them all pairs are held out; of each other one pair, drawn
 at random, is trained on (kto: its two solutions are rows with a label, no pair).
+
+orpo_interval and simpo_interval do the same for how much farther apart, in nats, training has moved the two
+log-likelihoods of a held-out question: log pi(chosen) - log pi(rejected), less the same of the starting model, which is
+dpo's margin over beta.
 """
 
 import argparse
@@ -28,12 +36,16 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is what this is about
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k", "reward", "reward_interval", "kto")
+PARTS = (
+    "sft", "dpo", "dpo_interval", "cold", "grpo", "grpo_gsm8k", "reward", "reward_interval", "kto", "distillation",
+    "orpo", "orpo_interval", "simpo", "simpo_interval",
+)  # fmt: skip
 HELD_OUT = 120  # questions with a right and a wrong solution that DPO never trains on
 RANKED, TRAINED = 200, 360  # the same for reward and kto, and the questions that they train on
 DRAWS = 10_000  # of a bootstrap
@@ -112,6 +124,8 @@ def commands(model, work):
     """Sizes for two cores, which train about 100 tokens of this model a second."""
     few = "--save_every 10 --keep_last 1 --tokens_per_microbatch 1024"
     gsm8k, tiny = f"--model {model} --max_length 400", f"--model {model} --max_length 128"
+    pairs_of_dpo = (f"{gsm8k} --dataset {work}/pairs_train.jsonl --eval_dataset {work}/pairs_test.jsonl "
+                    f"--eval_rows {HELD_OUT} --eval_every 0 --max_steps 40 --batch_size 6 --learning_rate 1e-5 {few}")
     return {
         "sft": f"sft.py {gsm8k} --dataset {work}/sft_train.jsonl --eval_dataset {work}/sft_test.jsonl --eval_rows 24 "
                f"--eval_every 0 --max_steps 60 --batch_size 2 --learning_rate 2e-5 {few}",
@@ -131,6 +145,12 @@ def commands(model, work):
         "kto": f"kto.py --model {model} --dataset {work}/labelled_train.jsonl "
                f"--eval_dataset {work}/labelled_test.jsonl --eval_rows 32 --eval_every 0 --max_steps 12 --batch_size 8 "
                f"--learning_rate 1e-5 {few}",
+        "distillation": f"experimental/distillation.py --model {work}/half --teacher {model} --max_length 400 "
+                        f"--dataset {work}/prompts_train.jsonl --eval_dataset {work}/prompts_test.jsonl "
+                        "--eval_rows 24 --eval_every 20 --max_completion_length 64 --max_steps 40 --batch_size 4 "
+                        f"--learning_rate 1e-4 --warmup_steps 4 --allow GRPO002 {few}",
+        "orpo": f"experimental/orpo.py {pairs_of_dpo}",
+        "simpo": f"experimental/cpo.py {pairs_of_dpo} --loss_type simpo --beta 2 --cpo_alpha 0",
     }
 
 
@@ -174,6 +194,56 @@ def dpo_interval(work):
               "pairs_right": sum(m > 0 for m in margins) / len(margins), "margins": margins}
     (ROOT / "benchmarks/results/smollm2-dpo/interval.json").write_text(json.dumps(result, indent=1) + "\n")
     print({k: v for k, v in result.items() if k != "margins"})
+
+
+def pair_margins(folder, rows):
+    """-> log pi(chosen) - log pi(rejected) of every pair, by the model of a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common.batches import flat_batch, seq_sums
+    from common.logprobs import Policy
+    from common.tokenization import encode_preference, load_tokenizer, stop_ids
+
+    tokenizer = load_tokenizer(str(folder))
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stops = stop_ids(tokenizer, lm.generation_config)
+    policy, margins = Policy(lm), []
+    with torch.no_grad():
+        for row in rows:
+            batch = flat_batch([encode_preference(row, tokenizer, stops)])
+            chosen, rejected = seq_sums(policy(batch)["logprobs"], batch).tolist()
+            margins.append(chosen - rejected)
+    return margins
+
+
+def pair_interval(work, part):
+    """How much training has moved the two log-likelihoods of a pair apart, and its 95 % interval over questions."""
+    sys.path.insert(0, str(ROOT))
+    run = json.loads((work / part / "run.json").read_text())
+    rows = [json.loads(line) for line in (work / "pairs_test.jsonl").read_text().splitlines()]
+    before, after = (pair_margins(folder, rows) for folder in (run["flags"]["model"], work / part / "final"))
+    moved = [b - a for a, b in zip(before, after)]
+    result = {"questions": len(moved), "mean_nats": sum(moved) / len(moved), "bootstrap_draws": DRAWS,
+              "interval_95": bootstrap(moved), "pairs_moved_apart": sum(m > 0 for m in moved) / len(moved)}
+    print(part, result)
+    result["nats"] = moved
+    target = ROOT / "benchmarks" / "results" / f"smollm2-{part}" / "interval.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def make_half(model, folder):
+    """A student: the model without every second layer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lm.model.layers = torch.nn.ModuleList(list(lm.model.layers)[::2])
+    lm.config.num_hidden_layers = len(lm.model.layers)
+    if getattr(lm.config, "layer_types", None):
+        lm.config.layer_types = lm.config.layer_types[::2]
+    lm.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 
 
 def by_question(rows):
@@ -269,7 +339,10 @@ def reward_interval(work):
     (ROOT / "benchmarks/results/smollm2-reward/interval.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-INTERVALS = {"dpo_interval": dpo_interval, "reward_interval": reward_interval}
+INTERVALS = {
+    "dpo_interval": dpo_interval, "reward_interval": reward_interval,
+    "orpo_interval": partial(pair_interval, part="orpo"), "simpo_interval": partial(pair_interval, part="simpo"),
+}  # fmt: skip
 
 
 def main():
@@ -286,6 +359,8 @@ def main():
         if part in INTERVALS:
             INTERVALS[part](args.work)
             continue
+        if part == "distillation" and not (args.work / "half").is_dir():
+            make_half(args.model, args.work / "half")
         if not (out / "final").is_dir():
             script, *flags = commands(args.model, args.work)[part].split()
             command = [sys.executable, str(ROOT / "methods" / script), *flags, "--output_dir", str(out)]
