@@ -148,13 +148,14 @@ def test_ranks_exchange_once_a_step_where_memory_allows(more, tmp_path):
     flags = ["--dataset", rows, "--eval_dataset", rows, "--batch_size", 8, "--tokens_per_microbatch", 60]
     flags += ["--max_steps", 3, "--save_every", 0, "--eval_every", 1, *more]
     runs, calls = {}, {}
-    for name, free in ("often", 5e7), ("once", 1e15):
+    for name, free in ("often", 0), ("once", 1e15):
         train("sft", tmp_path / name, *flags, world=2, patch=counted(tmp_path / f"calls-{name}", free))
         runs[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
         lines = (tmp_path / f"calls-{name}-0").read_text().splitlines()
         calls[name] = {tuple(map(int, line.split())) for line in lines}
     ((gathers, reductions),) = calls["once"]
-    assert gathers == reductions == 4  # three layers and the root
+    assert reductions == 4  # three layers and the root
+    assert gathers == (0 if "--replicate_size" in more else 4)  # a replica of one rank has nothing to gather
     assert all(often[1] >= 4 * reductions for often in calls["often"])
     if "bfloat16" not in more:
         assert not metric_differences(runs["often"], runs["once"])
