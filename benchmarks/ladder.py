@@ -39,7 +39,7 @@ FLOORS = {"sft": 0.9, "dpo": 0.85, "reward": 0.9, "kto": 0.85, "grpo": 0.9, "rlo
 SECONDS = 180  # CPU seconds of a whole run
 VERIFIED = 5  # steps that must be the same, besides the evaluation before them
 HARD = ["--digits", "6", "--start", "common/tiny/model", "--steps", "400"]  # for make_tiny.py
-HARD_LENGTH = 96  # tokens of a completion that an online method samples; right answers have up to 66
+HARD_LENGTH = 96  # tokens of a completion that an online method samples; right answers have up to 65
 POLL = 0.05  # seconds between two looks at a run
 
 
