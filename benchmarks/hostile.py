@@ -1474,11 +1474,11 @@ def output_in_use(case):
     out.mkdir()
     verdict, name, content = case.rng.choice([
         ("bad", "run.json", "{}"), ("bad", "run.json", "["), ("bad", "run.json", "[]"), ("bad", "run.json", ""),
-        ("good", "notes.txt", "x"), ("good", "metrics.jsonl", "old\n"), ("good", "rows.jsonl", "{}\n"),
-        ("either", "metrics.jsonl/", ""), ("either", "alerts.jsonl/", ""), ("either", ".tmp-checkpoint/x", "x"),
-        ("either", "final/config.json", "{}"), ("either", "checkpoint-000001/x", "x"), ("either", ".run.json/", ""),
-        ("either", "run.json/", ""), ("either", ".tmp-rehearsal", "x"), ("either", "checkpoint-000001", "x"),
-        ("either", "final", "x"),
+        ("good", "notes.txt", "x"), ("bad", "metrics.jsonl", "old\n"), ("good", "rows.jsonl", "{}\n"),
+        ("bad", "metrics.jsonl/", ""), ("bad", "alerts.jsonl/", ""), ("bad", ".tmp-checkpoint/x", "x"),
+        ("bad", "final/config.json", "{}"), ("bad", "checkpoint-000001/x", "x"), ("either", ".run.json/", ""),
+        ("bad", "run.json/", ""), ("bad", ".tmp-rehearsal", "x"), ("bad", "checkpoint-000001", "x"),
+        ("bad", "final", "x"),
     ])
     if name.endswith("/"):
         (out / name).mkdir(parents=True)
@@ -1487,7 +1487,7 @@ def output_in_use(case):
         (out / name).write_text(content)
     case.names = {"--output_dir", "out"}
     if name == "run.json" and case.rng.random() < 0.5:
-        case.flags["--resume"], verdict = "auto", "good"
+        case.flags["--resume"] = "auto"
     return verdict
 
 
@@ -2894,8 +2894,12 @@ def right(case, folder, out, err, known):
         return ["it trained"] if trained or known.get("status") in ("failed", "running") else []
     if (known.get("status"), known.get("exit_code")) != ("finished", 0):
         wrong.append(f"run.json says {known.get('status')}, {known.get('exit_code')}")
-    if leftovers := [path.name for path in folder.glob(".*") if path.name not in (".tmp-link",)]:
+    hidden = {path.name for path in folder.glob(".*")}
+    others = {".tmp-x", ".old-x"} if "strange_neighbours" in case.mutations else set()
+    if leftovers := hidden - others - {".tmp-link"}:
         wrong.append(f"leftovers: {leftovers}")
+    if others - hidden:
+        wrong.append(f"files of others are gone: {others - hidden}")
     said = re.search(r"^data +(\d+) of (\d+) rows kept", out, re.M)
     if not said:
         return [*wrong, "no plan"]

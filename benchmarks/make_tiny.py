@@ -12,7 +12,11 @@ The model   is pretrained on questions that never end in a file, by a writer who
             prefer, and nearly all mistakes are well-formed answers.
 The data    the same TRAIN questions in every train file, so that methods are compared on equal knowledge:
             demonstrations (right), pairs (right over slipped), triples (the right one again, as reference), labelled
-            (right and slipped in turn), prompts (answer only), and TEST held-out questions with all columns.
+            (right and slipped in turn), steps (the same, cut at blanks, each step with a label: as it should be or
+            not), prompts (answer only), and TEST held-out questions with all columns.
+
+The teacher is the model after methods/sft.py with no flags, in bfloat16: it adds right. `--only teacher` makes it
+            alone, from the model that is there, in half a minute.
 
 The second command makes the harder lab of benchmarks/ladder.py: the same task in longer rows, where hardly a question
 comes without a carry. Its model is the tiny lab's, pretrained further on such rows by the same forgetful writer.
@@ -24,8 +28,13 @@ Deterministic on one machine with one set of library versions. Takes about four 
 import argparse
 import json
 import math
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -85,6 +94,13 @@ def slipped(*numbers, rng):
     return wrong
 
 
+def steps_and_labels(text, right):
+    """The steps of an answer and whether each is what stands in its place in the right one, as columns of a row."""
+    steps, right_steps = text.split(" "), right.split(" ")
+    labels = [step == right_step for step, right_step in zip(steps, right_steps, strict=True)]
+    return {"completions": steps, "labels": labels}
+
+
 def question(rng, digits=3, summands=2):
     """A question's numbers, as a tuple."""
     return tuple(rng.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(summands))
@@ -104,18 +120,21 @@ def make_data(out, rng, digits=3, summands=2):
     while len(questions) < TRAIN + TEST:
         if (numbers := question(rng, digits, summands)) not in questions:
             questions.append(numbers)
-    files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "prompts", "test")}
+    files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts", "test")}
     for i, numbers in enumerate(questions):
         prompt, answer = user(*numbers), str(sum(numbers))
-        right, wrong = assistant(write_out(*numbers)), assistant(slipped(*numbers, rng=rng))
+        right_text, wrong_text = write_out(*numbers), slipped(*numbers, rng=rng)
+        right, wrong = assistant(right_text), assistant(wrong_text)
+        steps = steps_and_labels(wrong_text if i % 2 else right_text, right_text)
         if i >= TRAIN:
             row = {"prompt": prompt, "completion": right, "chosen": right, "rejected": wrong, "answer": answer}
-            files["test"].append(row)
+            files["test"].append(row | steps)
             continue
         files["demonstrations"].append({"prompt": prompt, "completion": right})
         files["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
         files["triples"].append({"prompt": prompt, "chosen": right, "rejected": wrong, "reference": right})
         files["labelled"].append({"prompt": prompt, "completion": wrong if i % 2 else right, "label": i % 2 == 0})
+        files["steps"].append({"prompt": prompt} | steps)
         files["prompts"].append({"prompt": prompt, "answer": answer})
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -218,6 +237,28 @@ def measure(model, tokenizer, questions):
     }
 
 
+# ---- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def make_teacher(out, seed):
+    """Train out/model by methods/sft.py with the flags of its preset, and write out/teacher."""
+    root = Path(__file__).resolve().parents[1]
+    flags = json.loads((root / "common" / "tiny" / "presets.json").read_text())["sft"]
+    flags |= {"model": out / "model", "dataset": out / "demonstrations.jsonl", "eval_dataset": out / "test.jsonl"}
+    flags |= {"seed": seed, "save_dtype": "bfloat16"}
+    shutil.rmtree(out / "teacher", ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, root / "methods" / "sft.py", "--output_dir", run]
+        for name, value in flags.items():
+            command += [f"--{name}", str(value)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(command, check=True, env=environment)
+        (run / "final" / "README.md").unlink()  # it names the temporary folder
+        shutil.copytree(run / "final", out / "teacher")
+    (out / "teacher" / "model.safetensors").chmod(0o644)
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,11 +266,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("common/tiny"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["teacher"], help="make this, and leave the rest as it is")
     parser.add_argument("--digits", type=int, default=3, help="of every number; 3")
     parser.add_argument("--summands", type=int, default=2, help="of every question; 2")
     parser.add_argument("--start", default="", help="folder of a model to pretrain further; a new model")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of pretraining; {STEPS}")
     args = parser.parse_args()
+    if args.only:
+        make_teacher(args.out, args.seed)
+        return
     torch.set_num_threads(1)  # another number of threads adds up in another order, and ends at other weights
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -247,6 +292,7 @@ def main():
     model = LlamaForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)  # what the scripts will load
     for name, value in measure(model, tokenizer, test).items():
         print(f"{name:30s} {value:.3f}" if isinstance(value, float) else f"{name:30s} {value}")
+    make_teacher(args.out, args.seed)
 
 
 if __name__ == "__main__":

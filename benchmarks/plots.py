@@ -142,12 +142,17 @@ def part_rloo_diff():
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
 }  # by the first script of methods/ among a script and its parents
-OFFSHOOTS = {"orpo": "Pairs without a reference"}  # or by one of these, which do something else than their parent
+NEARER = {"prm": "reward"}  # where another script of methods/ is meant than the parent
+OFFSHOOTS = {  # or by one of these, which do something else than their parent, or have none
+    "orpo": "Pairs without a reference", "distillation": "Distillation",
+}  # fmt: skip
 
 
 def family(path):
     """methods/experimental/dpo_batch.py -> dpo"""
     while Path(path).parent.name == "experimental" and Path(path).stem not in OFFSHOOTS:
+        if Path(path).stem in NEARER:
+            return NEARER[Path(path).stem]
         path = re.search(r"^Parent: (\S+)", (ROOT / path).read_text(), re.M)[1]
     return Path(path).stem
 
@@ -200,7 +205,7 @@ WHERE = [
     ("RLOO's KL is taken off the reward", "methods/rloo.py", "penalized_rewards", "-= args.beta"),
     ("the trained weights enter the sampler", "methods/grpo.py", "refresh", "copy_("),
     ("what a checkpoint holds", "common/runtime/checkpoint.py", "trainer_tensors", "tensors["),
-    ("what `final/` holds", "common/runtime/checkpoint.py", "export", "save_pretrained"),
+    ("what `final/` holds", "common/runtime/export.py", "export", "save_pretrained"),
 ]
 
 
@@ -790,14 +795,16 @@ time: 6 FLOPs a weight and token; ours computes the logits again in backward, 8.
 states and the weights' gradient."""),
     "size": ("Size of the model", """Forward, backward and AdamW. Memory: of the process, beyond what it had before the
 model; weights, gradients and Adam's two moments in fp32 are 16 bytes a weight."""),
-    "ranks": ("Processes", """`methods/sft.py` itself with gloo, one thread a process, the same rows in micro-batches of
-the same size. More processes than cores cannot be faster. One is not sharded; two gain nothing over it here.
-CPU time: of all processes. Memory: of the process with most,
-the model's included; what is above the dashed line is a micro-batch's activations, gathered layers and what malloc
-keeps, and does not shrink with more processes."""),
+    "ranks": ("Processes", """`methods/sft.py` itself with gloo, the same rows, micro-batches of 256 and of 2048 tokens.
+More processes than cores cannot be faster, and one is not sharded. Each: weights are gathered and gradients reduced in
+every micro-batch, as where memory is short, and not once a step. CPU time: of all processes. Memory: of the process
+with most, the model's included."""),
     "spread": ("Spread of lengths", """Rows of log-normal length, the same number of tokens in all. Padded: what batches
 of 8 of these rows would compute, each as long as its longest."""),
 }  # fmt: skip
+
+
+DRAWN = [part for part in SCALED if part != "ranks"]  # there the table says it all
 
 
 def scaling(part):
@@ -819,7 +826,7 @@ def scaling(part):
             figures["padded"].append(row.get("padded_tokens", tokens) / tokens)
             figures["least"] += [1e3 * row["flops"] / mean(rates) / tokens] if rates else []
             figures["times"] += [s * mean(rates) / row["flops"] for s in row["seconds"]] if rates else []
-        found.append((rows[0] | rows[0]["point"], figures))
+        found.append(({"setting": ""} | rows[0] | rows[0]["point"], figures))
     return found
 
 
@@ -847,7 +854,6 @@ def scaling_panels(part):
         "length": (lambda row: row["length"], "tokens of a row"),
         "group": (lambda row: row["group"], "completions of a prompt"),
         "size": (lambda row: row["weights"] / 1e6, "million weights"),
-        "ranks": (lambda row: row["ranks"], "processes"),
         "spread": (lambda row: row["sigma"], "sigma of log(length)"),
     }[part]
     time, memory = {"ours": line(x, "ms"), least: line(x, "least")}, {"ours": line(x, "mb")}
@@ -862,20 +868,12 @@ def scaling_panels(part):
         whole = {"process": line(x, lambda row, f: [row["model_bytes"] / 1e6 + mb for mb in f["mb"]])}
         whole |= {"(16 bytes a weight)": line(x, lambda row, _: [16e-6 * row["weights"]])}
         return [(label, "time / least time", {"ours": line(x, "times")}), (label, "MB", whole)]
-    if part == "ranks":
-        shard = {"(weights, gradients, Adam)": line(x, lambda row, _: [rank_memory(row)])}
-        return [(label, "ms per token", {"CPU, all processes": line(x, "cpu"), "on the clock": line(x, "ms")}),
-                (label, "MB of a process", {"above its start": line(x, "mb")} | shard)]
     return [(label, "ms per token", time),
             (label, "tokens computed\nper token of a row", computed | {"padded": line(x, "padded")})]
 
 
 def head_memory(row, figures):
     return [mb - 4e-6 * row["weights"] for mb in figures["mb"]]
-
-
-def rank_memory(row):
-    return sum(row[key] for key in ("parameters", "gradients", "optimizer")) / 1e6
 
 
 def span(values):
@@ -896,16 +894,17 @@ def part_scaling():
         "vocabulary": {"words:": "vocabulary", "tokens:": "tokens", "head": "side"} | times | {"MB:": head_memory},
         "size": {"weights:": "weights", "layers:": "layers", "hidden:": "hidden"} | times
         | {"MB, model and Adam:": lambda row, _: [row["model_bytes"] / 1e6], "MB, the work:": "mb"},
-        "ranks": {"processes:": "ranks", "ms a token:": "ms", "CPU ms a token:": "cpu"}
+        "ranks": {"tokens a micro-batch:": "budget", "processes:": "ranks", "how": "setting"}
+        | {"ms a token:": "ms", "CPU ms a token:": "cpu"}
         | {f"{key}, MB:": lambda row, _, key=key: [row[key] / 1e6] for key in ("parameters", "gradients", "optimizer")}
         | {"process, MB:": "mb"},
         "spread": {"sigma:": "sigma"} | times | {"tokens computed:": "computed", "padded:": "padded", "MB:": "mb"},
     }  # fmt: skip
     for part, (title, about) in SCALED.items():
         points = scaling(part)
-        cells = [[row[c] if c in row["point"] or c == "weights" else span(c(row, f) if callable(c) else f[c])
+        cells = [[row[c] if c in (*row["point"], "weights", "setting") else span(c(row, f) if callable(c) else f[c])
                   for c in columns[part].values()] for row, f in points]
-        picture = f"![{title}](scaling_{part}.png)\n\n"
+        picture = f"![{title}](scaling_{part}.png)\n\n" if part in DRAWN else ""
         text += f"### {title}\n\n{about}\n\n{picture}{table(columns[part], cells)}\n" if points else ""
     starts = {}
     for row in lines(RESULTS / "scaling.jsonl"):
@@ -1136,7 +1135,7 @@ def draw_growth(panels):
 
 
 PICTURES = {"tiny_curves.png": (curves, draw_curves), "versus_trl.png": (ratios, draw_ratios)}
-PICTURES |= {f"scaling_{part}.png": (partial(scaling_panels, part), draw_growth) for part in SCALED}
+PICTURES |= {f"scaling_{part}.png": (partial(scaling_panels, part), draw_growth) for part in DRAWN}
 PICTURES |= {f"ladder_{name}.png": (partial(ladder_curves, name), draw_ladder) for name in LADDER}
 
 

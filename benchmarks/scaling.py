@@ -7,8 +7,9 @@ length      rows of 128 to 2048 tokens, the same number of tokens in all
 group       1 to 16 completions of one prompt, the same number of completions in all
 vocabulary  the head alone, 1k to 150k words, then 1x to 8x the tokens; plain: logits and cross_entropy
 size        models of 1.4M to 63M weights, with the optimizer's step
-ranks       methods/sft.py itself in 1 (which FSDP2 has no part in), 2 and 4 processes (gloo), one thread each: three
-            steps after the first
+ranks       methods/sft.py itself, micro-batches of 256 and 2048 tokens, two steps after the first: in one process with
+            one thread and with two (FSDP2 has no part in it), in two with one thread each (gloo), as FSDP2 shards,
+            replicas and tensor parallelism cut it. each: FSDP2 that gathers and reduces in every micro-batch
 spread      rows of log-normal length, sigma 0 to 1.5, the same number of tokens in all
 startup     --help, a wrong flag, and the first optimizer step of the tiny lab, of every script
 
@@ -57,6 +58,14 @@ from common.runtime.launch import setup
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
 conftest.TIMEOUT = 600  # seconds for the ranks of one run
 LIMITS = {"--help": 1.0, "flag error": 1.0, "first step": 20.0}  # seconds, on two cores
+SETTINGS = [  # of processes
+    {"ranks": 1, "threads": 1, "setting": "1 thread"},
+    {"ranks": 1, "threads": 2, "setting": "2 threads"},
+    {"ranks": 2, "setting": "FSDP2"},
+    {"ranks": 2, "setting": "FSDP2, each"},
+    {"ranks": 2, "setting": "2 replicas", "replicate_size": 2},
+    {"ranks": 2, "setting": "tp 2", "tp_size": 2},
+]
 MODEL = {"hidden": 256, "layers": 4, "vocabulary": 8192}
 PADDED = 8  # rows of a padded batch, for comparison
 
@@ -77,8 +86,9 @@ def points(tiny):
         "vocabulary": [point | {"side": side} for point in heads for side in ("ours", "plain")],
         "size": [{"hidden": hidden, "layers": layers, "vocabulary": small["vocabulary"], "length": 128, "tokens": 1024,
                   "budget": 1024} for hidden, layers in sizes],
-        "ranks": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "ranks": world, "steps": 4,
-                           "rows": 4 if tiny else 16, "budget": 256 // k} for world in (1, 2, 4)],
+        "ranks": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "steps": 3, "budget": budget // k,
+                           "rows": max(4, budget // 16 // k)} | setting
+                  for budget in (256, 2048) for setting in SETTINGS],
         "spread": [small | {"sigma": sigma, "mean": 128 // k, "longest": 1024 // k, "tokens": 8192 // k,
                             "budget": 2048 // k} for sigma in (0.0, 0.5, 1.0, 1.5)],
         "startup": [{"script": name, "what": what} for name in SCRIPTS for what in LIMITS],
@@ -241,8 +251,9 @@ def local_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def train(rank, world, argv):
+def train(rank, world, argv, point):
     """methods/sft.py's own main on this rank, watched at the end of each update but the first."""
+    torch.set_num_threads(point.get("threads", 1))
     module, found, at = script("sft"), {}, []
     shard, resume, check_update, log = module.shard, module.resume, module.check_update, module.log
     kept = {}
@@ -252,6 +263,8 @@ def train(rank, world, argv):
         return shard(policy, run)
 
     def resumed(run, models, optimizers, tokenizer):
+        if point["setting"] == "FSDP2, each":
+            models["policy"].stays_whole = False
         kept.update(policy=models["policy"], optimizer=optimizers["policy"])
         resume(run, models, optimizers, tokenizer)
 
@@ -289,11 +302,12 @@ def ranks(point):
     with tempfile.TemporaryDirectory() as folder:
         flags = {"model": f"{folder}/model", "output_dir": f"{folder}/out", "dataset": "tiny", "max_length": 256,
                  "batch_size": point["rows"], "max_steps": point["steps"], "eval_every": 0, "save_every": 0,
-                 "tokens_per_microbatch": point["budget"]}  # fmt: skip
+                 "tokens_per_microbatch": point["budget"], "tp_size": point.get("tp_size", 1),
+                 "replicate_size": point.get("replicate_size", 1)}  # fmt: skip
         argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         try:
             (weights,) = conftest.ranks(1, save_model, point, Path(folder, "model"))
-            found = conftest.ranks(point["ranks"], train, argv)
+            found = conftest.ranks(point["ranks"], train, argv, point)
         except AssertionError as e:  # what a rank said
             raise Problem(str(e).strip().splitlines()[-1]) from e
     known = {key: max(rank[key] for rank in found) for key in ("parameters", "gradients", "optimizer", "rise_bytes")}
@@ -391,7 +405,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = list(points(False))
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=" ".join(parts))
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a point; ranks: always one each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a point, but for ranks")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each point, all points in turn")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions in each process")
     parser.add_argument("--tiny", action="store_true", help="an eighth of the size, to try the benchmark itself")

@@ -318,10 +318,52 @@ def bco():
     return {"batches": batches, "cases": cases}
 
 
+# ---- prm -------------------------------------------------------------------------------------------------------------
+
+STEPS = [  # prompt, steps, labels
+    ("3+4?", ["3+4=7", "#### 7"], [True, True]),
+    ("What is 12 + 9?", ["2+9=11", "1+1=2", "so 21", ""], [True, True, False, True]),
+    ("no\nsteps\n", [" in one\ntwo lines "], [False]),
+]
+
+
+def prm():
+    """Token ids and labels of rows by PRMTrainer, and the loss of a token classifier's logits at the labels, which is
+    that of transformers: TRL leaves it to the model."""
+    from transformers import AutoTokenizer
+    from transformers.loss.loss_utils import ForTokenClassification
+    from trl.experimental.prm.prm_trainer import PRMTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER.parents[1] / "common" / "tiny" / "model")
+    generator = torch.Generator().manual_seed(0)
+    settings = {"separator": ("\n", False, False), "blank": (" ", False, False), "two tokens": (" \n", False, False),
+                "last": ("\n", True, False), "last, held out": ("\n", True, True)}  # fmt: skip
+    batches, cases = {}, []
+    for name, (separator, last_only, is_eval) in settings.items():
+        rows = []
+        for prompt, steps, labels in STEPS:
+            row = {"prompt": prompt, "completions": steps, "labels": labels}
+            rows.append(PRMTrainer.tokenize_row(row, tokenizer, separator, 1024, None, last_only, is_eval))
+        batches[name] = {"separator": separator, "last_only": last_only, "is_eval": is_eval, "rows": rows}
+        targets = torch.tensor([label for row in rows for label in row["labels"]])
+        at = (targets >= 0).nonzero()[:, 0]
+        given = [[round(x, 3) for x in pair] for pair in (4 * torch.randn(len(at), 2, generator=generator)).tolist()]
+        logits = torch.zeros(len(targets), 2)
+        logits[at] = torch.tensor(given)
+        logits.requires_grad_()
+        config = SimpleNamespace(num_labels=2)
+        loss = ForTokenClassification(logits, targets, config, num_items_in_batch=len(at))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        numbers = {"logits": given, "loss": loss.item(), "gradient": gradient[at].tolist()}
+        cases.append({"flags": {"train_on_last_step_only": last_only}, "batch": name} | numbers)
+    rows = [{"prompt": prompt, "completions": steps, "labels": labels} for prompt, steps, labels in STEPS]
+    return {"batches": {"data": rows} | batches, "cases": cases}
+
+
 # ---- all families ----------------------------------------------------------------------------------------------------
 
-FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo, "tpo": tpo, "bco": bco}
-LAST_RELEASE = {"bco": "1.9.0"}  # with what VERSION has no more: put its wheel, unpacked, in PYTHONPATH
+FAMILIES = {"dpo": dpo, "orpo": orpo, "cpo": cpo, "tpo": tpo, "bco": bco, "prm": prm}
+LAST_RELEASE = {"bco": "1.9.0", "prm": "1.9.0"}  # with what VERSION has no more: put its wheel, unpacked, in PYTHONPATH
 
 
 def main():

@@ -20,6 +20,7 @@ only by a run in which nothing failed.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -230,8 +231,20 @@ def load_script(method):
     return module
 
 
+def part_of_loss(script, policy, with_old, counts, args, groups):
+    """The part that these groups have in the loss of a batch with `counts` tokens and sequences, and their metrics."""
+    from common.batches import flat_batch
+
+    batch = flat_batch(groups)  # with what the completions carry
+    logprobs = policy(batch)["logprobs"]
+    batch["old_logprobs"] = batch["old"] if with_old else logprobs.detach()
+    batch["sampler_logprobs"] = batch["old_logprobs"]
+    return getattr(script, f"{script.__name__}_loss")(logprobs, batch, *counts, args)
+
+
 def online_batch(spec):
-    """grpo, rloo: our loss and gradients of one batch, per case, cut into micro-batches. Writes the batch for TRL."""
+    """grpo, rloo: our loss and gradients of one batch, per case, cut into micro-batches, and for each parameter the
+    sum of |the gradient of a sequence| over all sequences: what `gradients` refers to. Writes the batch for TRL."""
     import random
     from array import array
 
@@ -245,7 +258,6 @@ def online_batch(spec):
     from common.tokenization import load_tokenizer
 
     script, tokenizer, draw = load_script(spec["method"]), load_tokenizer(spec["model"]), random.Random(0)
-    loss_of = getattr(script, f"{spec['method']}_loss")
     lines, size, groups = read(spec["samples"])[: spec["count"]], spec["size"], []
     for i in range(0, len(lines), size):
         members = lines[i : i + size]
@@ -275,15 +287,20 @@ def online_batch(spec):
         advantages = script.compute_advantages(rewards_of(groups, args), args)
         for c, a in zip(completions, advantages.flatten().tolist()):
             c["advantage"] = a
-        policy.zero_grad()
         loss, sums, batches = 0.0, {"clip_frac": 0.0, "kl": 0.0}, pack(groups, spec["budget"])
         counts = sum(lengths), len(completions)
+        loss_of_part = functools.partial(part_of_loss, script, policy, case["old"], counts, args)
+        magnitudes = {n: torch.zeros_like(p) for n, p in policy.lm.named_parameters()}
+        for group in groups:
+            for completion in group["completions"]:
+                policy.zero_grad()
+                loss_of_part([group | {"completions": [completion]}])[0].backward()
+                for n, p in policy.lm.named_parameters():
+                    magnitudes[n] += p.grad.abs()
+        save_file(magnitudes, f"{spec['result']}.{number}.magnitudes")
+        policy.zero_grad()
         for members in batches:
-            batch = flat_batch(members)  # with what the completions carry
-            logprobs = policy(batch)["logprobs"]
-            batch["old_logprobs"] = batch["old"] if case["old"] else logprobs.detach()
-            batch["sampler_logprobs"] = batch["old_logprobs"]
-            piece, metrics = loss_of(logprobs, batch, *counts, args)
+            piece, metrics = loss_of_part(members)
             piece.backward()
             loss += piece.item()
             sums = {name: value + float(metrics.get(name, 0)) / counts[0] for name, value in sums.items()}
@@ -300,14 +317,23 @@ def online_batch(spec):
 
 
 def gradients(spec):
-    """Per case the largest difference of a parameter's gradient, relative to that gradient's largest entry."""
+    """Per case the largest difference of a parameter's gradient, relative to the largest entry of what is summed to it:
+    |the part of a sequence|, over all sequences. Advantages have both signs, and what is left of the sum can be 25
+    times smaller than what went into it, but the rounding is that of the parts.
+
+    The difference is mostly TRL's rounding. Its head takes p = exp(z - log_z) with an fp32 log_z, which at a log_z of
+    20 makes every p of a row wrong by 1e-6 of itself; for a token of which the model is sure, 1 - p is hardly larger.
+    Beside the formula written out in float64, one sequence at a time, a case of rloo was at 6e-6 here and TRL at
+    1.9e-5; TRL at 1.8e-5 with its model in float64 but not that log_z, and at 2e-6 with float64 in the head alone. One
+    part in 1,000 too much on one side is 3e-4 here."""
     from safetensors.torch import load_file
 
     worst = []
     for number in range(spec["count"]):
         a, b = load_file(f"{spec['ours']}.{number}"), load_file(f"{spec['trl']}.{number}")
         assert a.keys() == b.keys(), "the two sides name their parameters differently"
-        worst.append(max(((a[n] - b[n]).abs().max() / b[n].abs().max()).item() for n in a))
+        scale = load_file(f"{spec['ours']}.{number}.magnitudes")
+        worst.append(max(((a[n] - b[n]).abs().max() / scale[n].max()).item() for n in a))
     return worst
 
 
@@ -491,11 +517,11 @@ def parity_batch(method, options, samples, rows):
         line |= {"gradient_difference": gradient, "advantage_difference": advantage, "clip_frac": a["clip_frac"]}
         results.append(line | {"kl": a["kl"], "micro_batches": a["micro_batches"]})
         idle = case["old"] and a["clip_frac"] < 0.05 or case["ref"] and a["kl"] < 0.01  # the case would test nothing
-        if idle or not (loss <= 1e-5 and gradient <= 1e-4 and advantage <= 1e-6):
+        if idle or not (loss <= 1e-5 and gradient <= 5e-5 and advantage <= 1e-6):
             wrong.append(f"{case['name']}: loss {loss:.1e}, gradient {gradient:.1e}, advantage {advantage:.1e}")
     if wrong:
-        raise Problem(f"{method} batch: {'; '.join(wrong)} (limits 1e-5, 1e-4, 1e-6)")
-    limits = {"loss": 1e-5, "gradient": 1e-4, "advantage": 1e-6}
+        raise Problem(f"{method} batch: {'; '.join(wrong)} (limits 1e-5, 5e-5, 1e-6)")
+    limits = {"loss": 1e-5, "gradient": 5e-5, "advantage": 1e-6}
     return {"cases": results, "limits": limits, "versions": theirs["versions"]}
 
 

@@ -7,7 +7,7 @@ import heapq
 import time
 from array import array
 from functools import lru_cache
-from itertools import accumulate, compress
+from itertools import accumulate, compress, islice
 
 import numpy as np
 import torch
@@ -46,31 +46,34 @@ def group_tokens(group):
     return len(group["prompt"]) + sum(len(completion["ids"]) for completion in group["completions"])
 
 
-def fit(groups, rows, max_length, overlong="drop"):
+def fit(groups, rows, max_length, overlong="drop", room=0):
     """Return the groups that training can use, and counts of rows: all, kept, overlong, equal (a pair of one text),
     refused (they became no group), or without a scored token in one of their completions; "longest" is the most tokens
     of a prompt and a completion. What is beyond max_length is dropped, is an error, or with "truncate_prompt" loses
-    tokens on the left; no completion is ever cut. A row may have become several groups."""
+    tokens on the left; no completion is ever cut. A row may have become several groups. room: tokens of a completion
+    that is still to be sampled."""
     kept, too_long, unscored, equal = [], [], [], []
     longest = 0
     for group in groups:
         completions = group["completions"]
-        answer_length = max((len(completion["ids"]) for completion in completions), default=0)
+        answer_length = max([room, *(len(completion["ids"]) for completion in completions)])
         length = len(group["prompt"]) + answer_length
         longest = max(longest, length)
         if not all(any(predicted_flags(group, completion)) for completion in completions):
             unscored.append(group)
+        elif length > max_length and overlong == "error":
+            raise InputError(f"over --max_length {max_length}: tokens (row {group['row'] + 1}): {length}. "
+                             f"Type --max_length {length}, or --overlong drop")
+        elif length > max_length and overlong == "drop":
+            too_long.append(group)
         elif "equal" in group:
             equal.append(group)
         elif length <= max_length:
             kept.append(group)
-        elif overlong == "error":
-            raise InputError(f"over --max_length {max_length}: tokens (row {group['row'] + 1}): {length}. "
-                             f"Type --max_length {length}, or --overlong drop")
         else:
             too_long.append(group)
             room = max_length - answer_length
-            if overlong == "truncate_prompt" and room > 0:
+            if room > 0:
                 kept.append({**group, "prompt": group["prompt"][-room:]})
     counts = {"rows": len(rows), "longest": longest}
     for name, members in {"kept": kept, "overlong": too_long, "unscored": unscored, "equal": equal}.items():
@@ -236,6 +239,17 @@ def flat_batch(groups, device="cpu"):
     return {**batch, **carried_entries(completions, device)}
 
 
+def probe_groups(vocab_size):
+    """Return two groups of fixed ids with shared prompts, 40 tokens: there a Policy meets its plain forward."""
+    ids = iter([(7919 * i + 13) % vocab_size for i in range(40)])
+    groups = []
+    for row, lengths in enumerate([(7, 5, 9, 3), (8, 6, 2)]):  # of a prompt and its completions
+        prompt, *answers = [array("i", islice(ids, length)) for length in lengths]
+        completions = [{"ids": answer, "scored": None} for answer in answers]
+        groups.append({"prompt": prompt, "completions": completions, "row": row})
+    return groups
+
+
 def carried_entries(completions, device):
     """Return what scripts attached to the completions, under the same names: tensors of a value for each scored token,
     together (M,), and Python floats, together (S,) in float32. Other types stay. What the first has, all must have."""
@@ -270,8 +284,9 @@ def attach_logprobs(run, model, groups, name):
     """Set completion[name], on the CPU, to the model's log-probs of its scored tokens, from a pass without gradients.
     Every rank has to call it, with at least one group."""
     for batch in micro_batches(run, groups, spare=groups[0]):
-        lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).tolist()
-        pieces = model(batch)["logprobs"].cpu().split(lengths)
+        logprobs = model(batch)["logprobs"].cpu()
+        lengths = torch.bincount(batch["seq"].cpu(), minlength=batch["num_seqs"]).tolist()
+        pieces = logprobs.split(lengths)
         if batch["weight"] > 0:
             for completion, piece in zip(batch["completions"], pieces):
                 completion[name] = piece
@@ -287,14 +302,12 @@ def prompt_embeddings(run, policy, groups):
         prompts.append({"prompt": array("i"), "completions": [{"ids": ids, "scored": None}], "number": number})
     size = policy.lm.config.get_text_config().hidden_size
     embeddings = torch.zeros(len(groups), size, dtype=torch.float64, device=run.device)
-    policy.read = lambda hidden, batch, want: {"hidden": hidden}  # the policy without its head
     for batch in micro_batches(run, share(run, prompts), spare=prompts[0]):
-        hidden = policy(batch)["hidden"].double()
+        hidden = policy(batch, ["hidden"])["hidden"].double()
         sums = hidden.new_zeros(batch["num_seqs"], size).index_add_(0, batch["seq"], hidden)
-        lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).clamp(min=1)
+        lengths = seq_sums(torch.ones_like(hidden[:, 0]), batch).clamp(min=1)
         numbers = [group["number"] for group in batch["groups"]]
         embeddings[numbers] += batch["weight"] * sums / lengths[:, None]
-    del policy.read  # its class has the one with a head
     dist.all_reduce(embeddings, group=run.group)
     embeddings = embeddings / run.args.tp_size  # its ranks compute the same rows
     return torch.nn.functional.pad(embeddings, (0, 1), value=1.0).cpu()
@@ -308,3 +321,9 @@ def seq_sums(values, batch):
 def sequence_sum(values, seq):
     """Return for each scored token (M,) the sum of the values (M,) over its completion. No completion is empty."""
     return values.new_zeros(len(seq)).index_add(0, seq, values)[seq]
+
+
+def sequence_size(seq):
+    """Return for each scored token (M,) how many its completion has. torch.bincount would wait for the GPU, which then
+    has nothing to do until the backward pass is queued."""
+    return sequence_sum(torch.ones_like(seq), seq)

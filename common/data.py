@@ -4,7 +4,7 @@ import hashlib
 import json
 import reprlib
 import re
-from os.path import exists, isdir  # Path's own raise where a name is too long
+from os.path import exists, isdir, isfile  # Path's own raise where a name is too long
 from pathlib import Path
 
 from common.runtime.flags import InputError
@@ -71,6 +71,9 @@ def read_rows(name, split, slices):
     """Return (FILE:ROW, object) pairs of a file, a folder saved by `datasets` or a hub id (split: or CONFIG/SPLIT)."""
     kind, rows, line = Path(name.removesuffix(".gz")).suffix, [], 0
     try:
+        for part in Path(name).rglob("*") if isdir(name) else [name]:
+            if exists(part) and not isdir(part) and not isfile(part):
+                raise ValueError(f"{part} is a pipe or a device, which may have no end")
         if kind in (".jsonl", ".json", ".csv"):
             with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
                 content = file.read(4 if kind == ".csv" else -1)

@@ -4,9 +4,8 @@ The model's layers run on one row of tokens (common/attention.py), so the hidden
 once. Only scored rows reach the language-model head; logits exist one chunk of rows at a time, and backward computes
 them again. There are M scored tokens and S completions; V is the vocabulary, D the hidden size. Log-probs are in nats.
 """
-from array import array
 from collections import defaultdict
-from itertools import islice
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -17,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from common.attention import ATTENTION, runs_flat, select_rows
 from common.batches import scored_flags
+from common.divergence import divergence, divergence_slope
 from common.runtime.flags import InputError
 from common.runtime.parallel import local
 
 # fp32 logits in a chunk, in numbers: 64 MiB on a CPU; 1 GiB on a GPU, enough rows to keep its matrix units busy.
 CHUNK = {"cpu": 2**24, "cuda": 2**28}
-OUTPUTS = ("logprobs", "mean_logprob", "sum_p2", "entropy", "correct")
+OUTPUTS = ("logprobs", "mean_logprob", "sum_p2", "entropy", "correct", "divergence", "teacher_logprobs")
 
 
 class ScoredHead(torch.autograd.Function):
@@ -32,26 +32,31 @@ class ScoredHead(torch.autograd.Function):
     (scale, cap, temperature). With p = softmax(z), y the label and e_y the vector that is 1 at y and 0 elsewhere, the
     outputs of a row and their gradients with respect to z are
 
-        logprobs      log p_y                      e_y - p
-        mean_logprob  1/V sum_v log p_v            1/V - p
-        sum_p2        s = sum_v p_v^2              2 p (p - s)
-        entropy       H = -sum_v p_v log p_v       -p (log p + H)
-        correct       whether y is the arg-max     none
+        logprobs          log p_y                      e_y - p
+        mean_logprob      1/V sum_v log p_v            1/V - p
+        sum_p2            s = sum_v p_v^2              2 p (p - s)
+        entropy           H = -sum_v p_v log p_v       -p (log p + H)
+        correct           whether y is the arg-max     none
+        divergence        of p from q, the teacher's   see common/divergence.py
+        teacher_logprobs  log q_y                      none
 
-    Under tensor parallelism W and b are this rank's rows of the vocabulary, which the ranks of `group` share; only
-    numbers per scored token are exchanged. Gradients of W and b are summed over chunks in fp32."""
+    The last two are there if there is a teacher. Under tensor parallelism W and b are this rank's rows of the
+    vocabulary, which the ranks of `group` share; only numbers per scored token are exchanged. Gradients of W and b are
+    summed over chunks in fp32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, transform, want, group=None):
-        ctx.rows = max(1, CHUNK.get(hidden.device.type, 2**28) // len(weight))  # of a chunk
-        ctx.transform, ctx.group = transform, group
+    def forward(ctx, hidden, weight, bias, labels, transform, want, group=None, teacher=None):
+        models = 2 if teacher else 1
+        ctx.rows = max(1, CHUNK.get(hidden.device.type, 2**28) // (models * len(weight)))  # of a chunk
+        ctx.transform, ctx.group, ctx.teacher = transform, group, teacher
         if group:
             labels = labels - len(weight) * dist.get_rank(group)  # the labels' rows of W, where this rank has them
         chunks = defaultdict(list)
-        for h, y in zip(hidden.split(ctx.rows), labels.split(ctx.rows)):
-            logp = slope = None  # frees the chunk before
-            logp, slope = _log_probs(h, weight, bias, transform, group)
-            column, is_here = _label_columns(y, len(weight))
+        for start in range(0, max(1, len(labels)), ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            logp = logq = slope = None  # frees the chunk before
+            logp, logq, slope = _both_log_probs(ctx, hidden, weight, bias, chunk)
+            column, is_here = _label_columns(labels[chunk], len(weight))
             log_p_y = logp.gather(1, column) * is_here  # 0 where another rank has the label
             chunks["logprobs"].append(log_p_y[:, 0])
             if "mean_logprob" in want:
@@ -63,6 +68,9 @@ class ScoredHead(torch.autograd.Function):
                 chunks["entropy"] += [-torch.linalg.vecdot(part.exp(), part) for part in _parts(logp)]
             if "correct" in want:
                 chunks["highest"].append(logp.amax(-1))
+            if teacher:
+                chunks["divergence"].append(divergence(logp, logq, teacher))
+                chunks["teacher_logprobs"].append((logq.gather(1, column) * is_here)[:, 0])
         out = {name: torch.cat(pieces) for name, pieces in chunks.items()}
         if group:  # the vocabulary's numbers from those of each rank's part of it
             for name, values in out.items():
@@ -71,8 +79,8 @@ class ScoredHead(torch.autograd.Function):
                 out["mean_logprob"] /= group.size()
         if "correct" in want:
             out["correct"] = out["logprobs"] == out["highest"]
-            ctx.mark_non_differentiable(out["correct"])
-        ctx.last_chunk = logp, slope  # backward begins with it, and would need as much memory to compute it again
+        ctx.mark_non_differentiable(*[out[name] for name in ("correct", "teacher_logprobs") if name in out])
+        ctx.last_chunk = logp, logq, slope  # backward begins with it, and would need as much memory to compute it again
         ctx.save_for_backward(hidden, weight, bias, labels, out.get("sum_p2"), out.get("entropy"))
         ctx.set_materialize_grads(False)  # backward gets None for an output that the loss does not use
         return tuple(out.get(name) for name in OUTPUTS)
@@ -90,12 +98,17 @@ class ScoredHead(torch.autograd.Function):
         half_on_cuda = hidden.is_cuda and hidden.dtype != torch.float32
         for start in reversed(range(0, len(labels), ctx.rows)):
             chunk = slice(start, start + ctx.rows)
-            logp, slope = ctx.last_chunk
-            ctx.last_chunk = None, None
+            logp, logq, slope = ctx.last_chunk
+            ctx.last_chunk = None, None, None
             if logp is None:
-                logp, slope = _log_probs(hidden[chunk], weight, bias, ctx.transform, ctx.group)
+                logp, logq, slope = _both_log_probs(ctx, hidden, weight, bias, chunk)
             # d loss / d z
+            from_teacher = None
+            if "divergence" in grads:
+                from_teacher = divergence_slope(logp, logq, ctx.teacher, ctx.group) * grads["divergence"][chunk]
             d_z = _multiple_of_p(logp, grads, sum_p2, entropy, chunk)
+            if from_teacher is not None:
+                d_z += from_teacher
             column, is_here = _label_columns(labels[chunk], len(weight))
             d_z.scatter_add_(1, column, grads["logprobs"][chunk] * is_here)  # log p_y: the entry of e_y
             if "mean_logprob" in grads:  # 1/V in every column
@@ -115,7 +128,7 @@ class ScoredHead(torch.autograd.Function):
                 d_weight.addmm_(d_z.T, hidden[chunk].float())
         if ctx.group:
             dist.all_reduce(d_hidden, group=ctx.group)  # each rank has the share of its own rows of W
-        return d_hidden, d_weight, d_bias, None, None, None, None  # autograd rounds them to the dtypes of the inputs
+        return d_hidden, d_weight, d_bias, *[None] * 5  # autograd rounds them to the dtypes of the inputs
 
 
 def fp32_product(hidden, weight):
@@ -123,6 +136,16 @@ def fp32_product(hidden, weight):
     if hidden.is_cuda and hidden.dtype != torch.float32:  # only CUDA's products of half precision can end in fp32
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return hidden.float() @ weight.float().T
+
+
+def _both_log_probs(ctx, hidden, weight, bias, chunk):
+    """Return `_log_probs` of a chunk of rows, with the teacher's log q, or None, in the middle."""
+    logp, slope = _log_probs(hidden[chunk], weight, bias, ctx.transform, ctx.group)
+    teacher = ctx.teacher
+    if not teacher:
+        return logp, None, slope
+    logq, _ = _log_probs(teacher.hidden[chunk], teacher.weight, teacher.bias, teacher.transform, ctx.group)
+    return logp, logq, slope
 
 
 def _log_probs(hidden, weight, bias, transform, group):
@@ -190,6 +213,8 @@ class Policy(nn.Module):
     new = frozenset()  # weights that a model folder may lack
     auto_class = AutoModelForCausalLM
     head_config = {}  # what auto_class must be told about the head
+    teacher = None  # a Teacher, where the script sets one
+    stays_whole = False  # weights and gradients do, from a step's first micro-batch to its last: see fit_memory
 
     def __init__(self, lm, temperature=1.0):
         super().__init__()
@@ -213,16 +238,22 @@ class Policy(nn.Module):
         self.implementation = lm.config._attn_implementation
 
     def __call__(self, batch, want=()):
+        is_last = batch.get("is_last", True)
+        if isinstance(self, FSDPModule):
+            self.set_requires_all_reduce(is_last)  # copies of the model (--replicate_size) exchange once a step
+            if self.stays_whole:
+                self.set_requires_gradient_sync(is_last)
+                self.set_reshard_after_backward(is_last)
+                self.set_reshard_after_forward(not torch.is_grad_enabled())
         # FSDP2 walks through all lists that a forward is given: 0.2 s for the flags of 16,000 tokens.
-        if isinstance(self, FSDPModule):  # copies of the model (--replicate_size) exchange gradients once a step
-            self.set_requires_all_reduce(batch.get("is_last", True))
         without_lists = {name: value for name, value in batch.items() if not isinstance(value, list)}
         return super().__call__(without_lists, want)
 
     def forward(self, batch, want=()):
-        """Return a dict of "logprobs" and what of OUTPUTS is in `want`, each (M,), at the policy's temperature. All are
-        fp32 and have gradients, except for "correct", which is bool."""
-        if not set(want) <= set(OUTPUTS):
+        """Return a dict of "logprobs" and what of OUTPUTS is in `want`, (M,) fp32 each, at the policy's temperature.
+        "correct", bool, and "teacher_logprobs" have no gradient. "divergence" comes with the latter, needs
+        policy.teacher and in the batch teacher_hidden (M, D'). want ["hidden"]: what the head would read, (M, D)."""
+        if not set(want) <= {*OUTPUTS, "hidden"}:
             raise ValueError(f"want {want} must be some of {', '.join(OUTPUTS)}")
         implementation = self.lm.config._attn_implementation
         if implementation != self.implementation:
@@ -237,7 +268,8 @@ class Policy(nn.Module):
             rows = batch["rows"]
         backbone = self.lm.base_model if self.lm.base_model is not self.lm else self.lm.model  # Llama-4's has no name
         hidden = backbone(use_cache=False, **inputs).last_hidden_state
-        return self.read(select_rows(hidden.flatten(0, 1), rows), batch, want)
+        hidden = select_rows(hidden.flatten(0, 1), rows)
+        return {"hidden": hidden} if "hidden" in want else self.read(hidden, batch, want)
 
     def _padded(self, batch):
         """Return the model's inputs, S rows of [prompt + completion + padding], and the rows that predict."""
@@ -260,7 +292,13 @@ class Policy(nn.Module):
         if isinstance(head.weight, DTensor):  # tensor parallelism shards it over the vocabulary
             group = head.weight.device_mesh.get_group()
         weight, bias = local(head.weight), local(head.bias)
-        out = ScoredHead.apply(hidden, weight, bias, batch["labels"], self.transform, want, group)
+        teacher = None
+        if "divergence" in want:
+            teacher = replace(self.teacher, hidden=batch["teacher_hidden"])
+            columns = len(teacher.weight)
+            if columns < len(weight):  # a vocabulary that is padded further: softmax is over what both have
+                weight, bias = weight[:columns], None if bias is None else bias[:columns]
+        out = ScoredHead.apply(hidden, weight, bias, batch["labels"], self.transform, want, group, teacher)
         return {name: values for name, values in zip(OUTPUTS, out) if values is not None}
 
     def plain_forward(self, groups):
@@ -299,21 +337,10 @@ class Scorer(Policy):
     @torch.no_grad()
     def plain_answer(self, lm, groups):
         """Return lm's scores (S,) of the groups, one sequence at a time."""
-        return torch.cat([logits for *_, logits in _plain_logits(lm, groups)])
+        return torch.cat([logits for *_, logits in plain_logits(lm, groups)])
 
 
-def probe_groups(vocab_size):
-    """Return two groups of fixed ids with shared prompts, 40 tokens: there Policy meets its plain forward."""
-    ids = iter([(7919 * i + 13) % vocab_size for i in range(40)])
-    groups = []
-    for row, lengths in enumerate([(7, 5, 9, 3), (8, 6, 2)]):  # of a prompt and its completions
-        prompt, *answers = [array("i", islice(ids, length)) for length in lengths]
-        completions = [{"ids": answer, "scored": None} for answer in answers]
-        groups.append({"prompt": prompt, "completions": completions, "row": row})
-    return groups
-
-
-def _plain_logits(lm, groups):
+def plain_logits(lm, groups):
     """Yield (group, completion, ids, logits) from lm(ids) of one sequence at a time: nothing is shared or flat."""
     for group in groups:
         for completion in group["completions"]:
@@ -325,7 +352,7 @@ def _plain_logits(lm, groups):
 def plain_logprobs(lm, groups, temperature=1.0):
     """Return log-probs (M,), fp32, in flat_batch's order. Call it before Policy(lm), which replaces the attention."""
     out = []
-    for group, completion, ids, logits in _plain_logits(lm, groups):
+    for group, completion, ids, logits in plain_logits(lm, groups):
         scored = [False] * len(group["prompt"]) + scored_flags(completion)
         # Row i of the logits predicts token i + 1, and nothing predicts the first.
         rows = torch.tensor(scored[1:], device=lm.device).nonzero()[:, 0]

@@ -1,23 +1,12 @@
-"""What completions are worth: built-in rewards, reward files (FILE.py:FUNCTION) and reward models.
+"""What completions are worth: built-in rewards, reward files (FILE.py:FUNCTION, see reward_files.py) and reward models.
 
 A reward is a function with TRL's signature, reward(prompts, completions, **columns), that returns a list of numbers and
-None, one for each completion. A reward file runs in a process of its own: `RewardFile` is training's end of it, `serve`
-the other, and the two exchange lines of JSON.
+None, one for each completion. None is no reward, which is not a reward of 0.
 """
-import asyncio
-import importlib.util
-import inspect
-import json
 import math
-import numbers
 import os
 import re
-import resource
-import signal
-import socket
-import subprocess
 import sys
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,23 +15,30 @@ from transformers import AutoModelForSequenceClassification
 
 from common.answers import NUMBER, final_number, gold_number, last_text
 from common.batches import flat_batch, pack
+from common.data import Row, columns_of, problem
 from common.logprobs import Scorer
-from common.runtime.flags import InputError
-from common.runtime.parallel import agree, all_sum, layer_dtype
+from common.reward_files import RewardFile
+from common.runtime.flags import HealthError, InputError, printable
+from common.runtime.health import check, streak
+from common.runtime.model import check_config, stored_tensors
+from common.runtime.parallel import agree, all_most, all_sum, layer_dtype
 from common.runtime.run import first_line, write
-from common.data import Row, problem
-from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
+from common.step_rewards import StepRewardModel, is_step_model
+from common.templates import write_turn
+from common.tokenization import control_pattern, encode_demonstration, encode_text, ids_of, load_tokenizer, make_group
+from common.tokenization import stop_ids
 
 
 # ---- built-in rewards ----------------------------------------------------------------------------
 def accuracy(prompts, completions, answer=None, solution=None, **_):
     """1 where a completion's final answer is the number in the column `answer` or `solution`, 0 where not, None where
     the column does not hold one number."""
-    rewards = []
-    for gold, completion in zip(answer or solution or [None] * len(completions), completions):
+
+    def judge(gold, completion):
         wanted = gold_number(gold)
-        rewards.append(None if wanted is None else float(final_number(completion) == wanted))
-    return rewards
+        return None if wanted is None else float(final_number(completion) == wanted)
+
+    return row_by_row("accuracy", judge, answer or solution or [None] * len(completions), completions)
 
 
 def ends_in_number(prompts, completions, **_):
@@ -50,13 +46,34 @@ def ends_in_number(prompts, completions, **_):
     return [float(re.search(rf"####\s*{NUMBER}\s*$", last_text(text)) is not None) for text in completions]
 
 
+def row_by_row(name, judge, *columns):
+    """Return judge(a row's values) for every row of the columns. Data may hold anything: where it raises, None, so that
+    an odd row costs its own reward only."""
+    values, errors = [], []
+    for row in zip(*columns):
+        try:
+            values.append(judge(*row))
+        except Exception as e:
+            values.append(None)
+            errors.append(f"{type(e).__name__}: {first_line(e)}")
+    if errors:
+        say_lost(name, f"{len(errors)} of {len(values)} rows raised, the first {errors[0]}")
+    return values
+
+
+def say_lost(name, text):
+    """Say on stderr, on the rank where it happens, why completions got no reward."""
+    print(printable(f"reward {name}: {text}"), file=sys.stderr, flush=True)
+
+
 BUILT_IN = {"accuracy": accuracy, "format": ends_in_number}
 SHIPPED = {"math": str(Path(__file__).with_name("examples") / "math_reward.py") + ":equal_in_math"}
 
 
 # ---- judging completions -------------------------------------------------------------------------
-def load_rewards(args, groups):
-    """Return the functions of --reward. groups: of the data set, which must have a column that `accuracy` reads."""
+def load_rewards(args, groups, tokenizer):
+    """Return the functions of --reward. groups: of the data set, which must have a column that `accuracy` reads.
+    tokenizer: the policy's."""
     columns = groups[0]["columns"]
     if "accuracy" in args.reward and not {"answer", "solution"} & columns.unread:
         raise problem(columns, "--reward accuracy needs a column answer or solution; found", sorted(columns),
@@ -70,13 +87,16 @@ def load_rewards(args, groups):
             if name in BUILT_IN:
                 functions.append(BUILT_IN[name])
                 columns.unread.difference_update(["answer", "solution"])
+            elif is_step_model(name):
+                functions.append(StepRewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
             elif os.path.isdir(name):
-                functions.append(RewardModel(name, args.tokens_per_microbatch, layer_dtype(args)))
+                functions.append(RewardModel(name, args.tokens_per_microbatch, layer_dtype(args), tokenizer))
             elif ":" not in path:
                 raise ValueError("there is no such reward")
             else:
                 functions.append(RewardFile(path, args.reward_timeout, args.reward_memory))
-                columns.unread.clear()  # its function gets all of them
+                taken = functions[-1].takes
+                columns.unread.difference_update(list(columns.unread) if taken is None else taken)
         except Exception as e:  # files and folders are input, and what loads them raises anything
             advice = f"Give {', '.join([*BUILT_IN, *SHIPPED])}, FILE.py:FUNCTION or the folder of a reward model."
             raise InputError(f"--reward {name}: {first_line(e)}. {advice}") from e
@@ -85,21 +105,27 @@ def load_rewards(args, groups):
 
 def sample_and_judge(run, sampler, groups, copies, functions, place, greedy=False):
     """Give every group `copies` completions with their rewards, 256 completions at a time: while the next ones are
-    sampled, a thread judges those before. Every rank calls this: a function's wrong answer ends the run on all."""
+    sampled, a thread judges those before. Every rank calls this: a function's wrong answer ends the run on all, and a
+    failed call sets run.lost_calls on all. Without functions there are no rewards."""
     size = max(1, 256 // copies)
     answers = []
     with ThreadPoolExecutor(1) as judge:
         for first in range(0, len(groups), size):
             part = groups[first : first + size]
             sampler.sample(part, copies, place, greedy)
-            answers.append(judge.submit(reward_groups, part, functions, sampler.tokenizer, run.args))
-        errors = [answer.result() for answer in answers]
-    agree(run, next(filter(None, errors), None))
+            if functions:
+                answers.append(judge.submit(reward_groups, part, functions, sampler.tokenizer, run.args))
+        results = [answer.result() for answer in answers]
+    errors = [error for _, error in results if error]
+    agree(run, errors[0] if errors else None)
+    if all_most(run, sum(lost for lost, _ in results)) > 0:
+        run.lost_calls = True
 
 
 def reward_groups(groups, functions, tokenizer, args):
     """Set completion["rewards"], a number for each function, and completion["reward"], their weighted sum. NaN where a
-    function raises, hangs or says None, which is not a reward of 0. Return a text if its answer is wrong, else None."""
+    function raises, hangs or says None, which is not a reward of 0. Return how many functions failed, and a text if one
+    gave a wrong answer, else None."""
     completions, rows = [], []
     for group in groups:
         prompt = group["columns"]["prompt"]
@@ -115,14 +141,17 @@ def reward_groups(groups, functions, tokenizer, args):
         columns[name] = [row.get(name) for row in rows]
     columns["max_completion_length"] = args.max_completion_length
     table = []
+    lost = 0
     for name, function in zip(args.reward, functions):
         try:
             values = function(**columns)
         except Exception as e:  # rows may hold anything, and files do anything
-            print(f"reward {name}: {type(e).__name__}: {first_line(e)}", file=sys.stderr)
+            say_lost(name, f"{type(e).__name__}: {first_line(e)}")
             values = [None] * len(completions)
+            lost += 1
         if values is None:
-            return f"--reward {name} must return a list of {len(rows)} numbers (or None), one for each completion."
+            text = f"--reward {name} must return a list of {len(rows)} numbers (or None), one for each completion."
+            return lost, text
         table.append([math.nan if value is None or math.isinf(value) else value for value in values])
     rewards = torch.tensor(table, dtype=torch.float64).T.contiguous()  # (completions, functions)
     weights = torch.tensor(args.reward_weights or 1.0, dtype=torch.float64)
@@ -130,7 +159,21 @@ def reward_groups(groups, functions, tokenizer, args):
     sums[rewards.isnan().all(1)] = math.nan
     for completion, parts, total in zip(completions, rewards.tolist(), sums.tolist()):
         completion.update(rewards=parts, reward=total)
-    return None
+    return lost, None
+
+
+def check_rewards(run, code, step, metric, share):
+    """Raise the alert `code` where completions, or held-out prompts, got no reward: `share` of them, the same number on
+    all ranks. Before step 1 more than a tenth ends the run, unless a call has failed: a crash or a hang costs its own
+    call only. The third rollout in a row without any reward ends the run at any time."""
+    if run.lost_calls:
+        step = max(1, step)
+        run.lost_calls = False
+    subject = "held-out prompts" if metric.startswith("eval/") else "completions"
+    text = f"{subject} got no reward: it raised, hung or was None"
+    check(run, code, step=step, metric=metric, value=share, message=text, warn=0, error=0.1)
+    if subject == "completions" and streak(run.state, "rollouts without reward", share == 1) == 3:
+        raise HealthError(f"{code}: three rollouts in a row got no reward at all. Check --reward.")
 
 
 def reward_table(groups, key="reward"):
@@ -142,8 +185,9 @@ def reward_table(groups, key="reward"):
 
 
 def rollout_metrics(groups):
-    """Return, over the groups of all ranks: the mean reward of completions that have one, the share of groups whose
-    rewards are all equal or absent, the shares of completions without reward or stop token, and their mean length."""
+    """Return, over the groups of all ranks: the mean reward of completions that have one (NaN: none has), the share of
+    groups whose rewards are all equal or absent, the shares of completions without reward or stop token, and their mean
+    length."""
     completions = []
     num_rewards = num_silent = 0
     reward_sum = 0.0
@@ -155,7 +199,7 @@ def rollout_metrics(groups):
         if len(set(rewards)) < 2:
             num_silent += 1
     return {
-        "reward": reward_sum / max(1, num_rewards),
+        "reward": reward_sum / num_rewards if num_rewards else math.nan,
         "silent_frac": num_silent / len(groups),
         "no_reward_frac": 1 - num_rewards / len(completions),
         "truncated_frac": sum(not c["stopped"] for c in completions) / len(completions),
@@ -195,7 +239,9 @@ def write_samples(run, step, groups, tokenizer):
         for completion in group["completions"]:
             text = tokenizer.decode(completion["ids"])
             line = {"step": step, "row": group["row"], "prompt": prompt, "completion": text}
-            line.update(reward=completion["reward"], advantage=completion["advantage"], parts=completion["rewards"])
+            if "reward" in completion:
+                parts = completion["rewards"]
+                line.update(reward=completion["reward"], advantage=completion["advantage"], parts=parts)
             line["stop"] = "stop" if completion["stopped"] else "length"
             write(run, "samples.jsonl", line)
 
@@ -203,142 +249,70 @@ def write_samples(run, step, groups, tokenizer):
 # ---- reward models -------------------------------------------------------------------------------
 class RewardModel:
     """A sequence classifier with one label, in a folder as reward modelling saves it. Every rank holds all of it.
-    Prompt and completion are encoded as its training encoded them, and it reads the end-of-turn token."""
+    Prompt and completion are encoded as its training encoded them, and it reads the end-of-turn token. Letters that
+    spell a control token are letters: where the tokens of the policy (tokenizer: its own) are all tokens of this model,
+    it reads the ids that were sampled."""
 
-    def __init__(self, folder, tokens_per_microbatch, dtype=torch.float32):
+    def __init__(self, folder, tokens_per_microbatch, dtype, tokenizer):
+        self.folder = folder
         self.budget = tokens_per_microbatch
         self.device = torch.device("cpu")
         if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
             self.device = torch.device("cuda", torch.cuda.current_device())
+        check_config(folder, stored_tensors(folder))
         lm, info = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         if info["missing_keys"] or lm.config.num_labels != 1:
             raise ValueError("it is no sequence classifier with one label")
         self.tokenizer = load_tokenizer(folder)
+        self.stops = stop_ids(self.tokenizer)
+        probe = ids_of(tokenizer, "Is 3 + 4 = 7?\nYes.")
+        reads_alike = tokenizer.decode(probe) == self.tokenizer.decode(probe)
+        self.reads_ids = reads_alike and tokenizer.get_vocab().items() <= self.tokenizer.get_vocab().items()
         self.model = Scorer(lm.to(self.device))
 
     @torch.no_grad()
-    def __call__(self, prompts, completions, **_):
-        groups = []
-        stops = stop_ids(self.tokenizer)
-        for prompt, completion in zip(prompts, completions):
-            row = Row(prompt=prompt, completion=completion)
-            groups.extend(encode_demonstration(row, self.tokenizer, stops))
-        for members in pack(groups, self.budget):
+    def __call__(self, prompts, completions, completion_ids, **_):
+        groups = row_by_row(self.folder, self.encode, prompts, completions, completion_ids)
+        for members in pack([group for group in groups if group], self.budget):
             batch = flat_batch(members, self.device)
             for completion, reward in zip(batch["completions"], self.model(batch)["rewards"].tolist()):
                 completion["reward"] = reward
-        return reward_table(groups)[:, 0].tolist()
+        rewards = []
+        for group in groups:
+            rewards.append(group["completions"][0]["reward"] if group else None)
+        return rewards
 
+    def encode(self, prompt, completion, ids):
+        """Return the group of a prompt and its completion, text or messages; ids: the completion's, as sampled."""
+        row = Row(prompt=prompt, completion=completion)
+        text = last_text(completion)
+        if not self.reads_ids and not control_pattern(self.tokenizer).search(text):
+            (group,) = encode_demonstration(row, self.tokenizer, self.stops)
+            return group
+        before, lead, ending = self.surroundings(row)
+        if not self.reads_ids:
+            before += ids_of(self.tokenizer, lead)
+            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            if not set(ids).isdisjoint(self.stops):
+                raise problem(row, "the completion spells an end of turn", text, "Use one that is a special token")
+        if not ids or ids[-1] != ending[-1]:
+            answer = [token for token in ids if token not in self.stops]  # one is left that ends another model's turn
+            ids = answer + ending
+        return make_group(row, before, ids)
 
-# ---- reward files --------------------------------------------------------------------------------
-class RewardFile:
-    """The function of FILE.py:FUNCTION in a process of its own. A call returns the function's list of numbers and None,
-    or None for any other answer. ChildProcessError where it raised, crashed or hung: after the last two the next call
-    gets a new process. timeout: seconds of a call, memory: GB of address space. 0 of either: no limit."""
-
-    def __init__(self, name, timeout, memory):
-        self.command = [sys.executable, "-uPc", CHILD_PROGRAM, name, str(memory)]  # P: without a json.py of this folder
-        self.timeout = timeout
-        self.child = None
-        self()  # without columns the process only loads the file
-
-    def __call__(self, /, **columns):
-        if self.child is None:
-            self.wire, other_end = socket.socketpair()
-            self.wire.settimeout(self.timeout or None)
-            options = {"stdin": subprocess.PIPE, "stdout": other_end, "start_new_session": True}
-            with other_end:  # a session of its own: Ctrl-C is training's to handle, and its end takes the whole group
-                self.child = subprocess.Popen(self.command, **options)
-        try:
-            self.wire.sendall(json.dumps(columns, default=str).encode() + b"\n")  # dates and bytes become text
-            answer = json.loads(self.wire.makefile("rb").readline())
-        except TimeoutError as e:
-            self.stop()
-            raise ChildProcessError(f"no answer after {self.timeout:g} s (--reward_timeout)") from e
-        except (OSError, ValueError) as e:
-            code = self.stop()
-            reason = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-            raise ChildProcessError(f"its process ended: {reason}") from e
-        if isinstance(answer, str):
-            if not columns or answer.startswith("MemoryError"):
-                self.stop()  # nothing is loaded, or what filled the memory may still be there
-            raise ChildProcessError(answer)
-        return answer
-
-    def stop(self):
-        """Kill the process group and return the exit code of its first process."""
-        os.killpg(self.child.pid, signal.SIGKILL)
-        self.wire.close()
-        with self.child as child:  # closes its stdin and waits
-            self.child = None
-        return child.returncode
-
-
-def serve(name, memory):
-    """Answer each line, the columns of a call, with a line: a list, null where the function returned something else, or
-    a text that says what went wrong. Without columns only load the function. memory: bytes, 0: no limit."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: None)  # schedulers signal every process; training decides when to end
-    if os.fork() == 0:  # stdin closes when training ends, however it ends; then the whole process group goes
-        os.close(1)
-        os.read(0, 1)
-        os.killpg(0, signal.SIGKILL)
-    wire = socket.socket(fileno=os.dup(1)).makefile("rw")
-    os.dup2(2, 1)  # what the function prints goes to stderr
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if memory and sys.platform == "linux":
-        most = resource.getrlimit(resource.RLIMIT_AS)[1]
-        if most == resource.RLIM_INFINITY or memory < most:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    path, _, function_name = name.rpartition(":")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # as for a script: its neighbours can be imported, too
-    function = None
-    os.register_at_fork(after_in_child=wire.close)  # where the function forks and both come back, only one may answer
-    for line in wire:
-        answer = None
-        try:
-            if function is None:
-                function = load_function(path, function_name)
-            columns = json.loads(line)
-            if columns:
-                answer = answer_to(columns, function)
-        except BaseException as e:  # user code may raise anything
-            answer = traceback.format_exception_only(e)[-1]
-        print(json.dumps(answer), file=wire, flush=True)
-
-
-def load_function(path, name):
-    """Return the function of a file, which is loaded by its path: its name may be one of the standard library's."""
-    spec = importlib.util.spec_from_file_location(os.path.basename(path).removesuffix(".py"), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    function = getattr(module, name)
-    if not callable(function):
-        raise TypeError(f"{name} is not a function")
-    return function
-
-
-def answer_to(columns, function):
-    """Return what the function returns, if that is a list, tuple, array or tensor of numbers and None, one for each
-    completion, as a list; else None."""
-    count = len(columns["completions"])  # before the call, which may change what it was given
-    values = function(**columns)
-    if inspect.iscoroutine(values):  # of an `async def`
-        values = asyncio.run(values)
-    if hasattr(values, "tolist"):  # of numpy or torch
-        values = values.tolist()
-    if not isinstance(values, list | tuple) or len(values) != count:
-        return None
-    values = [value.item() if hasattr(value, "item") else value for value in values]
-    if all(isinstance(value, numbers.Real | None) for value in values):
-        return [None if value is None else float(value) for value in values]
-    return None
-
-
-# What the process runs, without an import of this project. Taken now, as this file may change before a later start.
-CHILD_IMPORTS = "import asyncio, importlib.util, inspect, json, numbers, os, resource, signal, socket, sys, traceback\n"
-CHILD_MAIN = "serve(sys.argv[1], int(float(sys.argv[2]) * 2**30))"
-CHILD_PROGRAM = CHILD_IMPORTS + "\n".join(map(inspect.getsource, (serve, load_function, answer_to))) + CHILD_MAIN
+    def surroundings(self, row):
+        """Return what stands around a row's answer: the ids before it, the text with which the chat template opens an
+        answer, which a policy samples itself, and the ids that end its turn."""
+        prompt, _ = columns_of(row, ["prompt", "completion"])
+        if isinstance(prompt, str):
+            eos = self.tokenizer.eos_token_id
+            return encode_text(self.tokenizer, prompt), "", [self.stops[0] if eos is None else eos]
+        stop_pattern = "|".join(re.escape(self.tokenizer.decode([stop])) for stop in self.stops)
+        messages = [*prompt, {"role": "assistant", "content": "ANSWER"}]
+        opening, turn, _ = write_turn(row, self.tokenizer, stop_pattern, None, messages, len(prompt))
+        lead, found, ending = turn.partition("ANSWER")
+        if not found or not ending:
+            raise problem(row, "the chat template writes no answer with an end", turn, "Use another reward model")
+        return ids_of(self.tokenizer, opening), lead, ids_of(self.tokenizer, ending)

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common.attention import PAGED, runs_flat, runs_paged
-from common.decoding import CacheDecoder, FlatDecoder
+from common.decoding import ROOM, CacheDecoder, FlatDecoder
 from common.logprobs import fp32_product
-from common.runtime.flags import InputError
-from common.runtime.model import free_bytes, materialize
+from common.runtime.model import check_fits, free_bytes, materialize
 from common.runtime.parallel import gather_tensors
-from common.runtime.run import say
+from common.runtime.run import first_line, say
 
 PAGE = 256  # tokens of the engine's cache that are kept, shared and dropped together
 # What of a completion travels between ranks and into checkpoints. A float64 returns as the number that it was.
@@ -36,20 +35,19 @@ ROLLOUT_FIELDS = {
 class Sampler:
     """An unsharded copy of the model, in --dtype, that this rank samples with and nobody trains. It has no values until
     the script copies the policy's weights into it. lm: the model on the meta device, before Policy replaces its
-    attention. stops: ids that end a completion."""
+    attention. stops: ids that end a completion. top_k, top_p: see `truncated`; log-probs stay those of the policy."""
 
-    def __init__(self, run, lm, tokenizer, stops):
+    def __init__(self, run, lm, tokenizer, stops, top_k=0, top_p=1.0):
         self.run = run
         self.tokenizer = tokenizer
         self.stops = stops
+        self.top_k, self.top_p = top_k, top_p
         self.engine = None
         self.lm = copy.deepcopy(lm)
         for parameter in self.lm.parameters():  # not the buffers: rotary tables stay fp32
             parameter.data = parameter.to(run.dtype)
-        need, free = sum(parameter.nbytes for parameter in self.lm.parameters()), free_bytes()
-        if need > free:
-            text = f"the copy that samples takes {need / 1e9:.1f} GB on every rank, and {free / 1e9:.1f} GB are free"
-            raise InputError(f"--model {run.args.model}: {text}. Choose a smaller model.")
+        need = sum(parameter.nbytes for parameter in self.lm.parameters())
+        check_fits(f"--model {run.args.model}: the copy that samples takes", need)
         materialize(self.lm, run.device, run.device)
         head = self.lm.get_output_embeddings()
         head.forward = partial(fp32_head, head)  # as the trainer's: logits in bfloat16 would be off by 0.03 nats
@@ -59,22 +57,40 @@ class Sampler:
         the seed: place, ("train", number of the rollout) or ("eval",), and group["place"], where in it the group is."""
         args = self.run.args
         prompts = [group["prompt"] for group in groups]
-        if greedy:  # not by the engine: it can draw, or be greedy, but not both
-            sequences = generate(self.lm, prompts, copies, None, self.stops, args)
-        elif self.engine:
+        if self.engine and not greedy:  # it can draw, or be greedy, but not both
             sequences = self.sample_continuous(prompts, copies, (*place, groups[0]["place"]))
         else:
-            noise = []
-            for group, k in product(groups, range(copies)):
-                noise.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
-            noise = torch.stack(noise).to(self.run.device)
-            sequences = generate(self.lm, prompts, copies, noise, self.stops, args)
+            sequences = []
+            size = self.prompts_at_once(prompts, copies)
+            for first in range(0, len(groups), size):
+                part = slice(first, first + size)
+                noise = None if greedy else self.noise(groups[part], copies, place)
+                sequences += generate(self.lm, prompts[part], copies, noise, self.stops, args, self.top_k, self.top_p)
         for group in groups:
             group["completions"] = []
         for i, (ids, logprobs) in enumerate(sequences):
             completion = {"ids": array("i", ids), "sampler_logprobs": torch.as_tensor(logprobs)}
             completion.update(stopped=ids[-1] in self.stops, scored=None)  # None: every token is
             groups[i // copies]["completions"].append(completion)
+
+    def noise(self, groups, copies, place):
+        """Return uniform numbers (groups * copies, max_completion_length), the same however prompts are cut up."""
+        args = self.run.args
+        rows = []
+        for group, k in product(groups, range(copies)):
+            rows.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
+        return torch.stack(rows).to(self.run.device)
+
+    def prompts_at_once(self, prompts, copies):
+        """Return how many prompts the loop may complete together: keys and values of all their sequences take half of
+        the memory that is free. The rest is for logits."""
+        config = self.lm.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * head_size * self.run.dtype.itemsize
+        length = max(map(len, prompts)) + self.run.args.max_completion_length
+        room = length + max(ROOM, length // 2)  # by which a full buffer grows
+        return int(max(1, min(len(prompts), free_bytes() / 2 / (copies * room * token_bytes))))
 
     def start_engine(self):
         """Prepare transformers' continuous batching if --engine wants it. The script calls this when the policy is
@@ -99,8 +115,17 @@ class Sampler:
         rules.eos_token_id = self.stops
         rules.max_new_tokens = args.max_completion_length
         self.lm.config._attn_implementation = PAGED
-        self.engine = self.lm.init_continuous_batching(rules, settings)
-        self.engine.warmup()  # takes the memory and records the graphs now
+        try:
+            self.engine = self.lm.init_continuous_batching(rules, settings)
+            if self.top_k > 0 or self.top_p < 1:  # by `rules`, log-probs would be those of what is left
+                self.engine.batch_processor = self.engine._create_batch_processor()
+                self.engine.batch_processor.model_runner._sample = partial(sample_scores, self.top_k, self.top_p)
+            self.engine.warmup()  # takes the memory and records the graphs now
+        except RuntimeError as e:
+            if args.engine != "auto":
+                raise
+            self.engine = None
+            say(self.run, f"sampling  in the loop: the engine does not start here: {first_line(e)}")
 
     def sample_continuous(self, prompts, copies, place):
         """What `generate` returns, by the engine: all prompts in one batch, each computed once and forked. It draws
@@ -135,6 +160,17 @@ class Sampler:
         return [(results[name].generated_tokens, results[name].logprobs) for name in sorted(results)]
 
 
+def sample_scores(top_k, top_p, scores, output_ids):
+    """In the engine's place: of scores (1, R, V), the logits over the temperature, write a token of each row, drawn
+    from the truncated distribution, and its log-prob in the whole one into output_ids (2, R or more) int32. The second
+    row holds the bits of fp32."""
+    p = scores[0].softmax(-1)
+    tokens = torch.multinomial(truncated(p, top_k, top_p), 1)
+    logprobs = p.gather(1, tokens).log()
+    output_ids[0, : len(tokens)].copy_(tokens[:, 0])
+    output_ids[1, : len(tokens)].copy_(logprobs[:, 0].view(torch.int32))
+
+
 def fp32_head(head, hidden):
     """What the linear head of a model returns for hidden states (..., D), in fp32."""
     logits = fp32_product(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
@@ -165,8 +201,23 @@ def draw(p, noise):
     return (block * width + inside)[:, 0]
 
 
+def truncated(p, top_k, top_p):
+    """Return the probabilities p (R, V) with 0 for all but the top_k most likely tokens of a row (0: all) and, of what
+    that leaves, for all but the fewest likely ones that together hold at least the share top_p of it."""
+    if top_k == 0 and top_p == 1:
+        return p
+    ranked, tokens = p.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    sums = ranked.cumsum(-1, dtype=torch.float64)
+    more_likely = sums - ranked  # what the tokens before a token hold: 0 for the first, which always stays
+    if top_p < 1:
+        ranked.masked_fill_(more_likely >= top_p * sums[:, -1:], 0)
+    return torch.zeros_like(p).scatter_(1, tokens, ranked)
+
+
 @torch.no_grad()
-def generate(lm, prompts, copies, noise, stops, args):
+def generate(lm, prompts, copies, noise, stops, args, top_k=0, top_p=1.0):
     """Return ids and log-probs (fp32, on the CPU) of `copies` completions of each prompt, those of one prompt side by
     side. Those that end leave the batch. noise: uniform (prompts * copies, max_completion_length), None: greedy."""
     kind = FlatDecoder if runs_flat(lm, lm.device.type) else CacheDecoder
@@ -177,7 +228,7 @@ def generate(lm, prompts, copies, noise, stops, args):
     logprobs = torch.zeros(ids.shape, device=lm.device)
     for t in range(args.max_completion_length):
         p = (decoding.logits.float() / args.temperature).softmax(-1)
-        tokens = p.argmax(-1) if noise is None else draw(p, noise[live, t])
+        tokens = p.argmax(-1) if noise is None else draw(truncated(p, top_k, top_p), noise[live, t])
         ids[live, t] = tokens
         logprobs[live, t] = p.gather(1, tokens[:, None])[:, 0].log()
         ended = torch.isin(tokens, stop_tokens)

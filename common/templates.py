@@ -27,17 +27,20 @@ def render(row, tokenizer, options, messages, generation):
     try:
         columns = row.get("tools"), row.get("chat_template_kwargs")
         tools, extra = [json.loads(value) if isinstance(value, str) else value for value in columns]
+        special = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}.intersection(extra or ())
+        if special:  # the template would take a row's text for them
+            raise ValueError(f"chat_template_kwargs sets {', '.join(special)}")
         can_limit = threading.current_thread() is threading.main_thread()  # no other thread (rewards) can set an alarm
         if can_limit:
             signal.signal(signal.SIGALRM, expire)
-            signal.alarm(PATIENCE)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, 0.1)  # again and again: jinja swallows it in constants
         try:
             text = tokenizer.apply_chat_template(  # spelled out: what a row must not replace
                 messages, tools=tools, chat_template=None, add_generation_prompt=generation, tokenize=False,
                 continue_final_message=False, **{**(options or {}), **(extra or {})})
         finally:
             if can_limit:
-                signal.alarm(0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
         if len(text) > 2**24:
             raise ValueError(f"it writes {len(text)} characters")
         text.encode()  # fails where no tokenizer could take the text

@@ -1,6 +1,8 @@
 """From rows to groups of token ids with scored spans (rows: common/data.py, groups: common/batches.py)."""
+import math
 import re
 from array import array
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from os.path import commonprefix, isfile  # Path's own raises where a name is too long
@@ -8,8 +10,24 @@ from pathlib import Path
 
 from common.batches import predicted_flags
 from common.data import Row, columns_of, problem
-from common.runtime.flags import COMMON
+from common.runtime.flags import COMMON, InputError
 from common.templates import render, write_turn
+
+
+class Panic(InputError):
+    """The tokenizers library has failed."""
+
+
+@contextmanager
+def no_panic():
+    """Make an Exception of a panic, in a block or a function. The library is written in Rust, whose panics are
+    BaseExceptions of a class that cannot be imported: they would pass every handler, in threads and processes, too."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise Panic(f"the tokenizers library fails: {str(error)[:200]!a}. Pass another --model.") from error
 
 
 def load_tokenizer(path, chat_template=""):
@@ -22,7 +40,9 @@ def load_tokenizer(path, chat_template=""):
     if chat_template and not isfile(file):
         raise problem(chat_template, "no chat template", "no such file", "Type --chat_template FILE, chatml or plain")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with no_panic():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.encode, tokenizer.decode = no_panic()(tokenizer.encode), no_panic()(tokenizer.decode)
         if chat_template:
             tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
         begin = tokenizer.encode("a")[:1]  # what is broken inside shows only now
@@ -62,7 +82,24 @@ def stop_ids(tokenizer, generation_config=None):
     return sorted(stops)
 
 
+@lru_cache(maxsize=4)
+def longest_token(tokenizer):
+    """Return the characters of the longest token; a byte of a byte-level vocabulary counts as one."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
 def ids_of(tokenizer, text):
+    """Return the ids of a text. Where encode_rows has set tokenizer.most_tokens, the most that a row may have, a text
+    of more characters than twice as many of the longest tokens is cut there, since its row will be dropped: tokens take
+    up to 180 bytes a character. A normalizer may shrink a text, so the tokens of the beginning decide."""
+    most = 2 * getattr(tokenizer, "most_tokens", math.inf)  # twice: where the text is cut, tokens may be others
+    if len(text) > most * longest_token(tokenizer):
+        beginning = text[: most * longest_token(tokenizer)]
+        if any(token.lstrip for token in tokenizer.added_tokens_decoder.values()):
+            beginning = beginning.rstrip()  # such a token takes all the white space before it
+        ids = tokenizer.encode(beginning, add_special_tokens=False)
+        if len(ids) >= most:
+            return ids
     return tokenizer.encode(text, add_special_tokens=False)
 
 

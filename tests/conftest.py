@@ -85,6 +85,7 @@ FAST = {
         "--learning_rate", "8e-5", "--loss_type", "simpo", "--beta", "5", "--cpo_alpha", "1"]},
     "experimental/tpo": {"data": "triples", "micro": 90, "flags": [
         "--learning_rate", "8e-5", "--loss_type", "tpo-l", "--beta", "5"]},
+    "experimental/prm": {"data": "steps", "micro": 60, "flags": ["--learning_rate", "1e-4", "--step_separator", " "]},
     "reward": {"data": "pairs", "micro": 90, "flags": ["--learning_rate", "1e-4"]},
     # a seed with which each of their steps has rows of both labels: metrics of a label that is absent are null
     "kto": {"data": "labelled", "micro": 90, "flags": ["--learning_rate", "8e-5", "--beta", "1", "--seed", "15"]},
@@ -101,12 +102,23 @@ FAST = {
     "experimental/gdpo": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--learning_rate", "1e-4"]},
     "experimental/gfpo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--num_remains_in_group", "3", "--group_filter", "token_efficiency"]},
+    "experimental/raft": {"data": "prompts", "micro": 90, "flags": [*ONLINE, "--num_remains", "2"]},
     # cooler: at 1.2 its prompts draw tokens so rare that exp(log ref - log pi) makes 2e-5 of rounding in that one step
     "experimental/dapo": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--beta", "0.01", "--sampling_rounds", "3", "--temperature", "1"]},
     "experimental/grpo_entropy": {"data": "prompts", "micro": 90, "flags": [
         *ONLINE, "--top_entropy_quantile", "0.2", "--entropy_coef", "0.01", "--use_adaptive_entropy",
         "--entropy_target", "0.035"]},
+    # half of the steps learn from the data's completions; at 1.2 rare tokens round a gradient by 2e-5 of its norm
+    "experimental/distillation": {"data": "demonstrations", "micro": 60, "flags": [
+        "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
+        "--lmbda", "0.5", "--beta", "0.5"]},
+    # the other half learns from completions that the teacher samples
+    "experimental/gkd": {"data": "prompts", "micro": 60, "flags": [
+        "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
+        "--seq_kd", "--temperature", "1"]},
+    "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
+        "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
 }  # fmt: skip
 
 

@@ -483,6 +483,11 @@ def raises(prompts, completions, **columns):
     raise RuntimeError("{MARKER}")
 def hangs(prompts, completions, **columns):
     time.sleep(60)
+def raises_first(prompts, completions, **columns):
+    calls.append(0)
+    if len(calls) == 1:
+        raise RuntimeError("{MARKER}")
+    return [float(i) for i in range(len(completions))]
 def raises_later(prompts, completions, **columns):
     calls.append(0)
     if len(calls) > 2:
@@ -560,11 +565,20 @@ def test_grpo002_rises_to_an_error(tmp_path):
     assert list(dict.fromkeys(level for _, level in levels(result, "GRPO002"))) == ["warn", "error"]
 
 
+THREE_IN_A_ROW = "error: GRPO003: three rollouts in a row got no reward at all. Check --reward."
+
+
 @pytest.mark.parametrize("function, flags", (("none", []), ("raises", []), ("hangs", ["--reward_timeout", 1])))
 def test_grpo003_no_reward_at_all(function, flags, tmp_path):
-    for allow in ["GRPO002"], ["GRPO002", "GRPO003"]:  # without any reward there is nothing to go on with
-        result = provoke("grpo", tmp_path, *reward(tmp_path, function), *flags, allow=allow)
-        assert result.code == 3 and levels(result, "GRPO003") == [(0, "error")]
+    """A function that says so ends the run at once; calls that fail may be accidents, but not three in a row. Allowed
+    or not: without any reward there is nothing to go on with."""
+    for allow in ["GRPO002"], ["GRPO002", "GRPO003"]:
+        result = provoke("grpo", tmp_path, *reward(tmp_path, function), *flags, steps=9, allow=allow)
+        at_once = function == "none" and len(allow) == 1
+        first = 0 if function == "none" else 1
+        assert levels(result, "GRPO003") == [(first, "error"), (2, "error")][: 1 if at_once else 2]
+        assert result.code == 3 and (THREE_IN_A_ROW in result.err) == (not at_once)
+        assert not (result.folder / "final").exists()
 
 
 def test_grpo003_some_without_reward(tmp_path):
@@ -580,8 +594,9 @@ def test_grpo003_some_without_reward(tmp_path):
 def test_grpo003_a_reward_that_breaks_later(tmp_path):
     result = provoke("grpo", tmp_path, *reward(tmp_path, "lost_later"), steps=4, **QUICK)  # half of them: it goes on
     assert result.code == 0 and levels(result, "GRPO003")[0] == (3, "error")
-    result = provoke("grpo", tmp_path, *reward(tmp_path, "raises_later"), steps=4, **QUICK)  # all of them: the end
-    assert result.code == 3 and levels(result, "GRPO003")[0] == (3, "error")
+    result = provoke("grpo", tmp_path, *reward(tmp_path, "raises_later"), steps=9, **QUICK)  # all of them: the end
+    assert result.code == 3 and levels(result, "GRPO003") == [(3, "error"), (4, "error")]
+    assert THREE_IN_A_ROW in result.err and len((result.folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert not (result.folder / "final").exists()
 
 
@@ -599,6 +614,21 @@ def test_grpo003_held_out_rows_without_a_reward(tmp_path):
     first = strict((result.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["eval/accuracy"] is None and first["eval/no_reward_frac"] == 1
     assert strict((result.folder / "run.json").read_text())["last"]["eval/accuracy"] is None
+
+
+def test_grpo003_one_call_that_fails_before_step_1(tmp_path):
+    """Of the first evaluation, which then has no accuracy, or of the first rollout: said, and the run goes on."""
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"prompt": "1+1="}) + "\n")
+    flags = [*reward(tmp_path, "raises_first"), "--eval_samples", 0]
+    for more, metric in (["--eval_dataset", heldout], "eval/no_reward_frac"), ([], "no_reward_frac"):
+        result = provoke("grpo", tmp_path, *flags, *more, steps=2, **QUICK)
+        assert result.code == 0 and levels(result, "GRPO003") == [(1, "error")]
+        (found,) = [alert for alert in result.alerts if alert["code"] == "GRPO003"]
+        assert (found["metric"], found["value"]) == (metric, 1)
+        lines = [strict(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["no_reward_frac"] for line in lines if "loss" in line] == ([0, 0] if more else [1, 0])
+        assert not more or lines[0]["eval/accuracy"] is None
 
 
 def test_alerts_are_counted_and_written_at_powers_of_two(tmp_path):

@@ -73,6 +73,7 @@ GOOD = {  # one row each, and columns that are not enough
     "kto": ({"prompt": "3+4=", "completion": "7", "label": True}, {"prompt": "3+4=", "completion": "7"}),
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "rloo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
+    "experimental/distillation": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
 }
 
 
@@ -128,7 +129,8 @@ def test_flags_that_are_none(name, flags, needles):
     assert all(needle in result.err for needle in needles), result.err
 
 
-ZERO = "warmup_steps eval_every save_every eval_samples update_after max_steps".split()  # 0 turns off, or means at once
+ZERO = "warmup_steps eval_every save_every eval_samples update_after max_steps"  # 0 turns off, or means at once
+ZERO = [*ZERO.split(), "top_k", "loss_top_k"]
 
 
 def numbers(name):
@@ -138,7 +140,8 @@ def numbers(name):
         real = type(field.default) is float or "float |" in kind
         if field.name == "seed" or not real and type(field.default) is not int:
             continue
-        for value in ("-2", *(["nan", "inf"] if real else ["0"])):
+        below = [] if field.name == "reward_bar" else ["-2"]  # rewards may be anything
+        for value in (*below, *(["nan", "inf"] if real else ["0"])):
             if value != "0" or field.name not in ZERO:
                 yield f"--{field.name}", value
 
@@ -402,7 +405,7 @@ def stubborn(prompts, completions, **columns):
         except Exception:  # as users guard against one bad completion: it must not eat the time limit
             rewards.append(0.0)
     return rewards
-def too_few(prompts): return [1.0] * len(prompts)
+def other_columns(prompts, completions, nosuch): return [1.0] * len(prompts)
 def fine(prompts, completions, **columns): return [float(i) for i in range(len(completions))]
 def greedy(prompts, completions, **columns):
     columns["answer"].clear()  # its own copy
@@ -442,12 +445,15 @@ def test_rewards_that_are_none(reward, needles, tmp_path):
     refused(online(tmp_path, reward), tmp_path, *needles)
 
 
-@pytest.mark.parametrize("function", ("nan", "infinite", "none", "raises", "leaves", "hangs", "too_few", "stubborn"))
+@pytest.mark.parametrize("function", ("nan", "infinite", "none", "raises", "leaves", "hangs", "other_columns",
+                                      "stubborn"))  # fmt: skip
 def test_rewards_that_never_answer(function, tmp_path):
-    """A health error before step 1: no reward is not a reward of 0."""
-    result = online(tmp_path, f"{{}}/mine.py:{function}", "--reward_timeout", 1, limit=15)
+    """A health error: no reward is not a reward of 0. Before step 1 where the function says so; a call that fails costs
+    its rollout only, until the third."""
+    result = online(tmp_path, f"{{}}/mine.py:{function}", "--reward_timeout", 1, "--max_steps", 9, limit=15)
     assert result.code == 3, result.err
-    refused(result, tmp_path, "GRPO003", code=3)
+    line = refused(result, tmp_path, "GRPO003", code=3)
+    assert ("three rollouts in a row" in line) == (function not in ("nan", "infinite", "none"))
 
 
 @pytest.mark.parametrize("function", ("fine", "greedy", "many_kinds"))

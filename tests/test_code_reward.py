@@ -102,6 +102,14 @@ def test_odd_tests_cost_their_own_row_only(enclosed):
     assert given == [None] * 6 + [1.0]
 
 
+def test_a_row_that_raises_costs_itself(tmp_path, monkeypatch):
+    """Whatever it is that raises: here what should be a completion."""
+    module = code_attacks.load_reward(tmp_path)
+    monkeypatch.setattr(module, "level", lambda: "any")
+    monkeypatch.setattr(module, "judged", lambda *_: ("passed", ""))
+    assert module.passes(["a"] * 3, [fenced(ADD), None, fenced(ADD)], tests=["assert add(1) == 2"] * 3) == [1, None, 1]
+
+
 def test_iteration_does_not_end_by_the_code(enclosed):
     """As PEP 479 has it for generators: all() and zip() of the tests see an error, and not an early end."""
     raising = {kind: (f"def f(x): raise {kind}", "assert all(map(f, [2, 3, 5]))")

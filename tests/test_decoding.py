@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from conftest import ranks
 from test_logprobs import FLAT, PADDED, V, build
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from common import decoding as subject
 from common import sampling
-from common.sampling import draw, from_tensors, gather_groups, generate, set_completions, to_tensors
+from common.sampling import draw, from_tensors, gather_groups, generate, set_completions, to_tensors, truncated
 
 LENGTHS = [6, 3, 9, 6, 1]  # of the prompts: two form a cohort; longer than the sliding window (4), and shorter
 
@@ -84,6 +85,39 @@ def test_draw_is_the_inverse_of_the_running_sum(vocabulary):
     edges = numpy.abs(sums - noise[:, None].numpy() * sums[:, -1:]).min(1) < 1e-13  # where two roundings may disagree
     assert all(a == b or edge for a, b, edge in zip(drawn.tolist(), wanted, edges))
     assert sum(edges) <= 4
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.6), (1, 1.0), (0, 1e-9), (999, 0.99)])
+def test_truncated_is_what_transformers_leaves(top_k, top_p):
+    """By its own warpers of logits, first top_k, then top_p of what is left, but for a token at the very edge."""
+    logits = 3 * torch.randn(64, 103, generator=torch.Generator().manual_seed(top_k))
+    expected = logits.double()
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    p = logits.softmax(-1)
+    found = truncated(p, top_k, top_p)
+    assert torch.equal(found > 0, expected.softmax(-1) > 0) and (found > 0).any(-1).all()
+    assert torch.equal(found[found > 0], p[found > 0])  # what is left keeps its probability: `draw` divides by the sum
+
+
+@pytest.mark.parametrize("name", ["Llama", "Bloom"])
+def test_truncated_draws_have_the_policys_logprobs(name):
+    """Of the two likeliest tokens each time, with the log-prob that all tokens leave to them."""
+    lm, prompts, stops = build(name, sliding_window=None), prompts_of(LENGTHS), [5, 11, 12, 13, 14, 40]
+    args = SimpleNamespace(max_completion_length=12, temperature=0.7)
+    noise = torch.rand(3 * len(prompts), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    drawn = generate(copy.deepcopy(lm), prompts, 3, noise, stops, args, top_k=2)
+    ranks = []
+    for number, (ids, logprobs) in enumerate(drawn):
+        prompt = prompts[number // 3]
+        with torch.no_grad():
+            z = lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        own = z.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+        assert (own[:, 0] - logprobs).abs().max() < 1e-4
+        ranks += (z.log_softmax(-1) > own).sum(-1).tolist()
+    assert set(ranks) == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["Llama", "Bloom"])

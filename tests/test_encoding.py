@@ -16,7 +16,7 @@ from common.runtime import encoding
 from common.runtime.encoding import encode_rows
 from common.tokenization import encode_demonstration, load_tokenizer, stop_ids
 
-ARGS = SimpleNamespace(chat_template_kwargs="{}")
+ARGS = SimpleNamespace(chat_template_kwargs="{}", max_length=999, overlong="drop")
 TINY = str(ROOT / "common" / "tiny" / "model")
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT, newest, read_jsonl, tiny_rows, train
 from test_resume import assert_equal
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common import attention, logprobs, sampling
+from common import attention, decoding, logprobs, sampling
 from common.batches import flat_batch
 from common.tokenization import encode_prompt, stop_ids
 
@@ -23,16 +23,17 @@ ROUNDING = 2e-4
 FOLDER = ROOT / "common" / "tiny" / "model"
 
 
-def make_sampler(**changes):
+def make_sampler(cut=None, **changes):
     """A Sampler with the weights of the tiny model, and a run that has what it reads of one."""
     flags = {"num_generations": COPIES, "temperature": TEMPERATURE, "max_completion_length": LENGTH, "max_length": 1024}
-    flags |= {"seed": 42, "deterministic": False, "engine": "auto"}
+    flags |= {"seed": 42, "deterministic": False, "engine": "auto", "model": "tiny"}
     args = SimpleNamespace(**flags | changes)
     run = SimpleNamespace(args=args, device=torch.device("cpu"), dtype=torch.float32, rank=0)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    sampler = sampling.Sampler(run, lm, tokenizer, stop_ids(tokenizer, GenerationConfig.from_pretrained(FOLDER)))
+    stops = stop_ids(tokenizer, GenerationConfig.from_pretrained(FOLDER))
+    sampler = sampling.Sampler(run, lm, tokenizer, stops, **cut or {})
     trained = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     sampler.lm.load_state_dict(trained.state_dict())
     sampler.start_engine()
@@ -76,6 +77,35 @@ def gap(sampler, groups):
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_loop_fits_into_the_free_memory(greedy, monkeypatch):
+    """What buffers of keys and values take, counted as they are made, stays within half of what is free, and fewer
+    prompts at a time draw the same tokens."""
+    loop = make_sampler(engine="loop")
+    whole = sampled(loop, greedy=greedy)
+    free, peaks = 26e6, []
+    remember, generate = decoding.FlatDecoder.remember, sampling.generate
+
+    def counted(self, *rest):
+        found = remember(self, *rest)
+        peaks[-1] = max(peaks[-1], sum(buffer.nbytes for cohort in self.cohorts for buffer in cohort.cache.values()))
+        return found
+
+    def begun(*rest):
+        peaks.append(0)
+        return generate(*rest)
+
+    monkeypatch.setattr(decoding.FlatDecoder, "remember", counted)
+    monkeypatch.setattr(sampling, "generate", begun)
+    sampled(loop, greedy=greedy)
+    assert len(peaks) == 1 and peaks[0] > free / 2, "the test's memory is not short"
+    peaks.clear()
+    monkeypatch.setattr(sampling, "free_bytes", lambda: free)
+    parts = sampled(loop, greedy=greedy)
+    assert len(peaks) > 1 and free / 8 < max(peaks) <= free / 2
+    assert ids(parts) == ids(whole)
+
+
 def test_greedy_is_the_loops(sampler, monkeypatch):
     """Token for token, whatever the batch, the length of the prompt and the fork."""
     expected = sampled(sampler, 1, greedy=True)
@@ -101,6 +131,26 @@ def test_draws_follow_the_model(sampler, monkeypatch):
         p = (lm(torch.tensor([prompt])).logits[0, -1].double() / TEMPERATURE).softmax(-1)
     z = (counts - copies * p) / (copies * p * (1 - p)).sqrt().clamp(min=1)
     assert z.abs().max() < 4.5 and (copies * p > 20).sum() >= 2
+
+
+@pytest.mark.parametrize("cut, likely", [({"top_k": 2}, 2), ({"top_p": 0.9}, None)], ids=str)
+def test_truncated_draws(cut, likely):
+    """Of the likeliest tokens only, in their proportions; log-probs are still the policy's, of all tokens."""
+    sampler = make_sampler(cut, engine="continuous")
+    groups = sampled(sampler, 8)
+    assert gap(sampler, groups) < ROUNDING
+    lm = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    for group in groups:
+        for completion in group["completions"]:
+            ids = torch.tensor([[*group["prompt"], *completion["ids"]]])
+            with torch.no_grad():
+                p = (lm(ids).logits[0, len(group["prompt"]) - 1 : -1].double() / TEMPERATURE).softmax(-1)
+            own = p.gather(1, torch.tensor(completion["ids"])[:, None])
+            more_likely = p * (p > own * (1 + 1e-6))
+            if likely:
+                assert ((more_likely > 0).sum(-1) < likely).all()
+            else:
+                assert (more_likely.sum(-1) < cut["top_p"] + 1e-5).all()
 
 
 def test_stop_tokens_and_lengths(sampler):
@@ -266,3 +316,21 @@ def test_resume(tmp_path):
                 shutil.rmtree(path)
         train("grpo", out, *flags, "--resume", "auto")
         assert_equal(out, tmp_path / "whole", (5,))
+
+
+def test_an_engine_that_does_not_start(monkeypatch, capsys):
+    """auto says so and takes the loop; who asks for the engine gets the error."""
+
+    def broken(*_):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(FOLDER))],
+                        "init_continuous_batching", broken)
+    with pytest.raises(RuntimeError):
+        make_sampler(engine="continuous")
+    loop = make_sampler(engine="loop")
+    loop.run.args.engine, loop.run.device, loop.run.bar = "auto", SimpleNamespace(type="cuda"), None
+    monkeypatch.setattr(sampling, "runs_paged", lambda *_: True)
+    loop.start_engine()
+    assert loop.engine is None
+    assert "in the loop: the engine does not start here: no kernel image" in capsys.readouterr().out

@@ -163,6 +163,39 @@ def test_order_on_the_disk(name, tmp_path):
         ".tmp-rehearsal", ".old-checkpoint-000001"]
 
 
+def each_sums_its_own(folder):
+    """Writes what a rank fsyncs to folder/<rank>. Rank 0 sees no file that another rank wrote: its listing is old, as
+    one of a network file system may be."""
+
+    def patch(_module):
+        rank = dist.get_rank()
+        glob = Path.rglob
+
+        def stale(path, pattern):
+            return [found for found in glob(path, pattern) if rank or "shard-00002" not in found.name]
+
+        Path.rglob = stale
+        recorder(folder / str(rank))(None)
+
+    return patch
+
+
+def test_each_rank_sums_and_syncs_its_own_files(tmp_path):
+    flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 4), "--max_steps", 1, "--batch_size", 2]
+    train("sft", tmp_path / "run", *flags, world=2, patch=each_sums_its_own(tmp_path))
+    saved = tmp_path / "run" / "checkpoint-000001"
+    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert any("shard-00002" in name for name in files)
+    meta = json.loads((saved / "trainer" / "meta.json").read_text())
+    assert meta["crc32"].keys() == files - {"trainer/meta.json"} and folders.is_whole(saved)
+    for rank in range(2):
+        events = [json.loads(line) for line in (tmp_path / str(rank)).read_text().splitlines()]
+        synced = {Path(path).name for event, path, *_ in events if event == "fsync" and ".tmp-checkpoint" in path}
+        shards = {name[:11] for name in synced if name.startswith("shard-")}
+        assert shards == {f"shard-{rank + 1:05}"}
+        assert ("model.safetensors" in synced) == (rank == 0)
+
+
 # ---- damaged ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,21 @@
 """A rank that hangs, is stopped or dies ends the run within --ddp_timeout: never a hang, and the message names it."""
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, newest, read_jsonl, tiny_flags, tiny_rows, train, trainer_tensors, try_train
+from conftest import (
+    ROOT, newest, ranks, read_jsonl, script, tiny_flags, tiny_rows, train, trainer_tensors, try_ranks, try_train,
+)
+
+from common.runtime import launch
+from common.runtime.flags import InputError
 
 LIMIT = 8  # seconds of --ddp_timeout
 
@@ -50,6 +57,71 @@ def test_a_rank_that_hangs_is_named(what, said, tmp_path):
     (line,) = [line for line in lines if line.startswith("error: step 2: no progress")]
     assert said in line and "rank 0 is in" in line and "--resume auto" in line
     assert (tmp_path / "run" / "checkpoint-000001").is_dir()
+
+
+def asked_to_stop():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+
+
+def test_a_dead_rank_is_named_after_a_signal(tmp_path, monkeypatch):
+    """As under NCCL: rank 0 waits for a rank that is gone, where no handler of Python's runs, and gets SIGTERM. It says
+    who does not answer before --ddp_timeout, and waits on."""
+    monkeypatch.setattr(launch, "SILENCE", 1.0)
+
+    def patch(module):
+        trouble(is_stopped)(module)
+        if torch.distributed.get_rank() == 0:
+            later = module.clip_grad_norm
+
+            def signalled(run, policy, limit):
+                if run.step == 1:
+                    asked_to_stop()
+                return later(run, policy, limit)
+
+            module.clip_grad_norm = signalled
+
+    flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 6), "--batch_size", 2, "--max_steps", 4]
+    results = try_train("sft", tmp_path / "run", *flags, "--ddp_timeout", 20, world=2, patch=patch)
+    lines = [line for line in results[0].log.splitlines() if line.startswith("error: step 2: no progress for")]
+    assert len(lines) == 2 and "1 s since a signal to stop" in lines[0] and "20 s" in lines[1]
+    for line in lines:
+        assert "rank 1 does not answer" in line and "rank 0 is in" in line
+
+
+def timeouts(_rank, _world, argv):
+    module = script("sft")
+    args = module.parse_args(argv)
+    run = launch.setup(args, module.__file__)
+    mesh = module.init_device_mesh("cpu", run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    return mesh["tp"].get_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_groups_of_the_mesh_have_the_runs_timeout(tmp_path):
+    argv = [*tiny_flags("sft"), "--output_dir", str(tmp_path / "run"), "--ddp_timeout", "321", "--tp_size", "2"]
+    assert ranks(4, timeouts, argv) == [642] * 4
+
+
+def ends_on_rank_1(rank, _world, argv):
+    os.environ["RANK"] = str(rank)
+    module = script("sft")
+    resume = module.resume
+
+    def refuse(run, *rest):
+        if run.rank == 1:
+            raise InputError("only rank 1 knows")
+        resume(run, *rest)
+
+    module.resume = refuse
+    launch.launch(module.main, module.parse_args(argv), module.__file__)
+
+
+def test_the_exit_code_of_any_rank_stops_restarts(tmp_path):
+    """torchrun starts all ranks again when one ends; rank 0 then finds in run.json that it would end the same way."""
+    argv = [*tiny_flags("sft"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    results = try_ranks(2, ends_on_rank_1, argv)
+    assert results[1].code == 2 and "error: only rank 1 knows" in results[1].log
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["exit_code"] == 2
 
 
 def children(pid):

@@ -18,7 +18,7 @@ from test_logprobs import build
 from transformers import AutoModelForCausalLM
 
 from common.batches import flat_batch
-from common.runtime import checkpoint, model
+from common.runtime import checkpoint, export, model
 from common.runtime.launch import launch
 from common.runtime.parallel import full
 
@@ -57,7 +57,7 @@ def load(rank, world, path, replicate, tp, size):
     mesh = module.init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tp"))
     run = SimpleNamespace(args=args, mesh=mesh, device=torch.device("cpu"), world=world, rank=rank, weights=0)
     run.dtype, run.group = torch.float32, dist.group.WORLD
-    args.replicate_size, checkpoint.FILE_BYTES = replicate, size
+    args.replicate_size, export.FILE_BYTES = replicate, size
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -68,7 +68,7 @@ def load(rank, world, path, replicate, tp, size):
     if rank == 0:
         (path / "export").mkdir()
     dist.barrier()
-    checkpoint.export(run, policy, path / "export")
+    export.export(run, policy, path / "export")
     dist.barrier()
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     weights = {name: full(p).detach() for name, p in lm.named_parameters()}
@@ -177,7 +177,9 @@ def test_a_hub_id_downloads_only_what_is_read(sharded, tmp_path, monkeypatch):
         (path / file).parent.mkdir(exist_ok=True)
         (path / file).write_bytes(b"x")
 
-    def download(name, allow_patterns, revision=None):
+    def download(name, allow_patterns, revision=None, dry_run=False):
+        if dry_run:
+            return []  # all of it is in the cache
         assert name == "someone/model" and revision in (None, "0123abc")
         target = tmp_path / "snapshots" / "0123abc"
         for file in [file for file in path.rglob("*") if file.is_file()]:
@@ -222,7 +224,7 @@ def load_all(rank, world, path):
     if rank == 0:
         (path / "export").mkdir()
     dist.barrier()
-    checkpoint.export(run, policy, path / "export")
+    export.export(run, policy, path / "export")
     dist.barrier()
     return logprobs, lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
@@ -303,7 +305,8 @@ def large(change=lambda folder: None):
                 change(folder)
             dist.barrier()
 
-        checkpoint.RELOADED, checkpoint.FILE_BYTES, checkpoint.write_checkpoint = 0, 2**16, spoiled
+        checkpoint.RELOADED, export.RELOADED, export.FILE_BYTES = 0, 0, 2**16
+        checkpoint.write_checkpoint = spoiled
 
     return patch
 
@@ -332,6 +335,21 @@ def test_a_large_model_that_was_saved_wrong(change, tmp_path):
     flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 4), "--batch_size", 2, "--max_steps", 1]
     for result in try_train("sft", tmp_path / "run", *flags, world=2, patch=large(change)):
         assert result.code == 1 and "HealthError: CKPT001" in result.error, result.log
+
+
+def test_the_practice_save_of_a_large_model_is_one_file(tmp_path):
+    """Of 70B weights a whole checkpoint is a terabyte. The last save, and what is published, is whole."""
+
+    def note(folder):
+        with open(tmp_path / "saves", "a") as file:
+            file.write(f"{len(list(folder.glob('*.safetensors')))} {len(list(folder.glob('trainer/shard*')))}\n")
+
+    flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 4), "--batch_size", 2, "--max_steps", 1]
+    train("sft", tmp_path / "run", *flags, world=2, patch=large(note))
+    practice, last = [tuple(map(int, line.split())) for line in (tmp_path / "saves").read_text().splitlines()]
+    assert practice == (1, 0)
+    assert last[0] > 1 and last[1] == 2
+    assert len(list((tmp_path / "run" / "final").glob("*.safetensors"))) == last[0]
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))

@@ -5,17 +5,20 @@ not from the code. TIGHT is what a dozen float64 operations on numbers of size 1
 denominator is off by more than 1e-2.
 """
 
+import inspect
 import math
+from array import array
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 import torch
-from conftest import script
+from conftest import FAST, SCRIPTS, script, tiny_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.batches import flat_batch
 from common.rewards import BUILT_IN, accuracy
 
 TIGHT = {"rtol": 0, "atol": 1e-12}
@@ -492,3 +495,48 @@ def test_accuracy_finds_an_integer_however_it_is_written(n):
     for text in f"#### {n}", f"#### {n:,}", f"\\boxed{{{n}}}", f"it is {n}.", f"#### {n}.00":
         assert accuracy(["?"], [text], answer=[str(n)]) == [1.0], text
         assert accuracy(["?"], [text], answer=[str(n + 1)]) == [0.0], text
+
+
+# ---- no wait for a GPU ---------------------------------------------------------------------------
+
+SHAPES = {  # flags of other roads through a loss
+    "dpo": ["--use_weighting", "--ld_alpha", "0.5"],
+    "experimental/cpo": ["--loss_type", "simpo"],
+    "experimental/gdpo": ["--loss_type", "grpo", "--importance_sampling_level", "sequence"],
+    "grpo": ["--loss_type", "grpo", "--importance_sampling_level", "sequence"],
+    "experimental/grpo_sequence": ["--loss_type", "gmpo", "--importance_sampling_level", "token",
+                                   "--off_policy_mask_threshold", "0.1"],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_loss_does_not_ask_a_gpu(name):
+    """On the meta device tensors have no values: whatever would wait for a GPU to know a number, a count or a maximum
+    (bincount, a mask as an index, item) fails there. The backward pass is queued while the forward still runs."""
+    module = script(name)
+    args = module.parse_args([*tiny_flags(name), *SHAPES.get(name, [])])
+    counts = 3 if FAST[name]["data"] == "triples" else 2
+    groups = []
+    for row in range(2):
+        completions = []
+        for k in range(counts):
+            entries = {"role": float(k), "ref_logprob": -1.0, "desirable": float(k), "advantage": 1.0}
+            entries["density_ratio"] = 1.0
+            tokens = {x: torch.zeros(3) for x in ("old_logprobs", "sampler_logprobs", "ref_logprobs", "entropy")}
+            ids = array("i", [5, 6, 7])
+            completions.append({"ids": ids, "scored": None, "margin": 1.0} | entries | tokens)
+        groups.append({"prompt": array("i", [1, 2]), "completions": completions, "row": row, "number": row})
+    batch = flat_batch(groups, "meta")
+    logprobs = torch.zeros(len(batch["seq"]), device="meta", requires_grad=True)
+    out = dict.fromkeys(("logprobs", "mean_logprob", "sum_p2", "entropy"), logprobs)
+    out["rewards"] = torch.zeros(batch["num_seqs"], device="meta", requires_grad=True)
+    policy = lambda batch, want=(): out  # noqa: E731
+    known = {"policy": policy, "reference": policy, "batch": batch, "args": args, "out": out, "logprobs": logprobs}
+    known |= {"num_tokens": 12, "num_seqs": 4, "kl": 0.1, "delta": 0.1, "threshold": 0.5, "coef": 0.1}
+    known |= {"rewards": torch.zeros(2, 2, device="meta")}
+    batch["weight"] = 1.0
+    loss = getattr(module, "forward", None) or getattr(module, f"{name.split('/')[-1]}_loss")
+    if name == "experimental/dpo_batch":
+        loss = module.per_completion
+    result = loss(**{key: known[key] for key in inspect.signature(loss).parameters if key in known})
+    assert all(x.is_meta for x in (result if isinstance(result, tuple) else [result]) if isinstance(x, torch.Tensor))

@@ -15,12 +15,13 @@ from test_logprobs import FLAT, build, gradients, make_groups
 from test_split import metric_differences, weight_differences
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from common.batches import flat_batch
-from common.logprobs import Policy, probe_groups
+from common.batches import flat_batch, probe_groups
+from common.logprobs import Policy
 from common.runtime import model
 from common.runtime.launch import setup
 from common.runtime.parallel import full
@@ -106,6 +107,60 @@ def test_a_run_ends_the_same(name, world, more, tmp_path):
     assert not weight_differences(newest(tmp_path / "off"), newest(tmp_path / "on"), ROWS[name])
 
 
+def counted(path, free):
+    """`free` bytes on every rank; the numbers of gathers and reductions that FSDP2 has begun go to `path`, step by
+    step."""
+
+    def patch(module):
+        calls = {"foreach_all_gather": 0, "foreach_reduce": 0}
+        model.free_bytes = lambda: free
+        for name in calls:
+            function = getattr(_fsdp_param_group, name)
+
+            def count(*args, name=name, function=function, **options):
+                calls[name] += 1
+                return function(*args, **options)
+
+            setattr(_fsdp_param_group, name, count)
+        clip_grad_norm, all_sum = module.clip_grad_norm, module.all_sum
+
+        def begun(run, *values):
+            calls["foreach_all_gather"] = calls["foreach_reduce"] = 0
+            module.all_sum = all_sum  # the next one is at the end of the micro-batches
+            return all_sum(run, *values)
+
+        def ended(run, *rest):
+            module.all_sum = begun
+            with open(f"{path}-{run.rank}", "a") as file:
+                file.write(f"{calls['foreach_all_gather']} {calls['foreach_reduce']}\n")
+            return clip_grad_norm(run, *rest)
+
+        module.all_sum, module.clip_grad_norm = begun, ended
+
+    return patch
+
+
+@pytest.mark.parametrize("more", [(), ("--dtype", "bfloat16"), ("--replicate_size", 2)])
+def test_ranks_exchange_once_a_step_where_memory_allows(more, tmp_path):
+    """With room for whole weights and gradients every layer is gathered and reduced once a step, not in each
+    micro-batch; numbers differ by the order of a sum only, and evaluations in between find the weights sharded."""
+    rows = tiny_rows("sft", tmp_path / "rows.jsonl", 8)
+    flags = ["--dataset", rows, "--eval_dataset", rows, "--batch_size", 8, "--tokens_per_microbatch", 60]
+    flags += ["--max_steps", 3, "--save_every", 0, "--eval_every", 1, *more]
+    runs, calls = {}, {}
+    for name, free in ("often", 5e7), ("once", 1e15):
+        train("sft", tmp_path / name, *flags, world=2, patch=counted(tmp_path / f"calls-{name}", free))
+        runs[name] = read_jsonl(tmp_path / name / "metrics.jsonl")
+        lines = (tmp_path / f"calls-{name}-0").read_text().splitlines()
+        calls[name] = {tuple(map(int, line.split())) for line in lines}
+    ((gathers, reductions),) = calls["once"]
+    assert gathers == reductions == 4  # three layers and the root
+    assert all(often[1] >= 4 * reductions for often in calls["often"])
+    if "bfloat16" not in more:
+        assert not metric_differences(runs["often"], runs["once"])
+        assert not weight_differences(newest(tmp_path / "often"), newest(tmp_path / "once"), ROWS["sft"])
+
+
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Qwen3Moe", "Gemma3Text"])
 def test_compiled_layers_agree_and_are_compiled_a_few_times(name, monkeypatch):
     """Batches of six shapes: other tokens, segments, completions of one prompt. Each graph is compiled for the first
@@ -128,3 +183,14 @@ def test_compiled_layers_agree_and_are_compiled_a_few_times(name, monkeypatch):
         graphs.append(counter.frame_count)
     assert graphs[0] > 0
     assert graphs[-1] == graphs[2], graphs  # nothing new after the third shape
+
+
+def test_free_bytes_of_a_gpu_leave_out_the_pools_of_graphs(monkeypatch):
+    segments = [{"segment_pool_id": pool, "total_size": size, "allocated_size": used}
+                for pool, size, used in [((0, 0), 100, 40), ((0, 1), 1000, 0)]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7, 80))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1100)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 40)
+    assert model.free_bytes() == 7 + 60

@@ -119,17 +119,23 @@ STEPS, BATCH, ROWS = 10, 5, 15
 LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e-4", "rloo": "5e-4",
       "experimental/dpo_batch": "1e-4", "experimental/tr_dpo": "1e-4", "experimental/neftune": "1e-3",
       "experimental/sft_moe": "1e-3", "experimental/sft_bema": "1e-3", "experimental/orpo": "5e-4",
-      "experimental/cpo": "5e-4", "experimental/tpo": "5e-4", "experimental/bco": "1e-4"}  # fmt: skip
-ONLINE = [name for name in SCRIPTS if hasattr(script(name), "rollout")]
-LR |= {name: "5e-4" for name in ONLINE if "/" in name}
+      "experimental/cpo": "5e-4", "experimental/tpo": "5e-4", "experimental/bco": "1e-4",
+      "experimental/prm": "1e-3"}  # fmt: skip
+ONLINE = [name for name in SCRIPTS if "reward" in script(name).Args.__dataclass_fields__]
+TAUGHT = [name for name in SCRIPTS if "teacher" in script(name).Args.__dataclass_fields__]
+LR |= {name: "5e-4" for name in ONLINE + TAUGHT if "/" in name}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
 }  # fmt: skip
+# Digits, and the characters' codes so that no completion has exactly its group's mean: at an advantage of 0 the first
+# gradient of a token that occurs in that completion alone is 0, too (the policy is the reference still, so the KL gives
+# none), and 1e-10 of rounding on a mesh, which is 0.02 learning rates after Adam with its 1e-8. Of a Qwen3 on tp4, 113
+# weights of 62,832, 110 of them such, moved step 3's kl by 6e-5; set to one process's values they left it to 1e-8.
 REWARD = """
 def digits(prompts, completions, **_):
     texts = [c[-1]["content"] for c in completions]
-    return [sum(x.isdigit() for x in text) / max(1, len(text)) for text in texts]
+    return [sum(x.isdigit() + ord(x) / 1000 for x in text) / max(1, len(text)) for text in texts]
 """
 
 
@@ -165,6 +171,8 @@ def run(name, model, out, mesh, batch=BATCH):
         (out.parent / "reward.py").write_text(REWARD)
         flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
         flags += ["--allow", "GRPO001", "GRPO002"]
+    if name in TAUGHT:  # by a model of random weights
+        flags += ["--teacher", model.parent / "raw", "--max_completion_length", 40, "--allow", "GRPO002"]
     train(name, out, *flags, world=world)
     return out
 
@@ -204,8 +212,7 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
     out = run(name, model, tmp_path / "out", MESHES[mesh])
     lines, others = (read_jsonl(folder / "metrics.jsonl") for folder in (reference, out))
     # rewards of dpo, kto: 0.1 (tr_dpo 0.5, bco 0.3) times differences of log-probs that sum to some -100, known to 8e-6
-    # grpo: a KL is exp(d) - d - 1 of d near 1 at worst, a difference of two log-probs that are known to 6e-7
-    coarse = {"grpo": 2e-6, "dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5,
+    coarse = {"dpo": 4e-6, "kto": 4e-6, "experimental/dpo_batch": 4e-6, "experimental/tr_dpo": 2e-5,
               "experimental/bco": 1.2e-5}
     wrong = metric_differences(lines, others, coarse.get(name, DEFAULT_FLOOR), name)
     # Adam's first step is one learning rate, whatever the size of a gradient: a weight whose first gradient is only

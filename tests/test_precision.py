@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_alerts import levels, provoke
 from torch.distributed.device_mesh import init_device_mesh
 
-from common import rewards, sampling
+from common import rewards
 from common.runtime import checkpoint, health, launch, model, parallel
 from common.runtime.flags import InputError
 from common.runtime.parallel import local
+from common.tokenization import load_tokenizer
 
 BF16 = ["--dtype", "bfloat16"]
 
@@ -274,16 +275,18 @@ def test_a_reward_model_knows_the_number_of_its_gpu(tmp_path, monkeypatch):
     """A thread judges, and each thread has a current device of its own: 0. So the device carries its number."""
     folder = tmp_path / "reward"
     train("reward", folder, "--max_steps", 1, "--batch_size", 2, "--eval_dataset", "")
-    loaded = rewards.RewardModel(str(folder / "final"), 4096, torch.bfloat16)
+    tokenizer = load_tokenizer(folder / "final")
+    loaded = rewards.RewardModel(str(folder / "final"), 4096, torch.bfloat16, tokenizer)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    score = loaded([[{"role": "user", "content": "What is 3 + 4?"}]], [[{"role": "assistant", "content": "#### 7"}]])
-    assert json.dumps(score) and score == loaded([[{"role": "user", "content": "What is 3 + 4?"}]],
-                                                [[{"role": "assistant", "content": "#### 7"}]])  # fmt: skip
+    prompt, completion = [{"role": "user", "content": "What is 3 + 4?"}], [{"role": "assistant", "content": "#### 7"}]
+    ids = tokenizer.encode("#### 7<|end|>", add_special_tokens=False)
+    score = loaded([prompt], [completion], [ids])
+    assert json.dumps(score) and score == loaded([prompt], [completion], [ids])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     places = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: places.append(device) or module)
-    rewards.RewardModel(str(folder / "final"), 4096)
+    rewards.RewardModel(str(folder / "final"), 4096, torch.float32, tokenizer)
     assert places == [torch.device("cuda", 3)]
 
 
@@ -322,7 +325,7 @@ def test_a_sampler_that_does_not_fit(tmp_path):
     """Said in bytes, before a weight is read: the half million weights of the tiny model take 2 MB."""
 
     def patch(_module):
-        sampling.free_bytes = lambda: 1e6
+        model.free_bytes = lambda: 1e6
 
     result = provoke("grpo", tmp_path, patch=patch)
     assert result.code == 2 and "the copy that samples takes 0.0 GB on every rank" in result.err, result.err

@@ -25,7 +25,8 @@ from conftest import tiny_rows, train, trainer_tensors, try_ranks, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
+    AutoTokenizer, GenerationConfig,
 )  # fmt: skip
 
 from common.rewards import BUILT_IN
@@ -49,7 +50,7 @@ def runs(tmp_path_factory):
             flags = ["--dataset", tiny_rows(name, folder / "rows.jsonl", 12), "--max_steps", STEPS]
             flags += ["--eval_dataset", folder / "heldout.jsonl", "--eval_every", 4, "--batch_size", BATCH]
             flags += ["--save_every", 3, "--keep_last", 99, "--save_dtype", "float32"]
-            if hasattr(script(name), "rollout"):  # sums that are no fp32 numbers: a cast of the state would show
+            if "reward" in script(name).Args.__dataclass_fields__:  # sums that no fp32 number is: a cast would show
                 flags += ["--reward", "accuracy", "format", "--reward_weights", "0.7", "0.1"]
             train(name, folder / "whole", *flags, world=world)
             made[name, world] = flags, folder / "whole"
@@ -169,7 +170,7 @@ def chains():
     """Scripts with a loop of their own, killed in their steps; the other chains are about what is shared."""
     for name in LOOPS:
         for chain in CHAINS:
-            if chain == "rollouts" and not hasattr(script(name), "rollout"):
+            if chain == "rollouts" and "reward" not in script(name).Args.__dataclass_fields__:
                 continue
             usual = chain == "steps" or (name, chain) in USUAL
             yield pytest.param(name, chain, marks=[] if usual else [pytest.mark.slow])
@@ -418,10 +419,11 @@ def test_leftovers_are_cleaned(name, runs, tmp_path):
     out = interrupted(whole, tmp_path / "run", 6)
     for leftover in (".tmp-checkpoint", ".tmp-rehearsal", ".tmp-final", ".old-checkpoint-000002"):
         shutil.copytree(out / "checkpoint-000003", out / leftover)
-    (out / ".tmp-file").write_bytes(b"half")
+    (out / ".tmp-logprobs").write_bytes(b"half")
     (out / ".run.json").write_text("{")
     code, text = ended(command(name, out, *flags, "--resume", "auto"))
     assert code == 0, text[-2000:]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert_equal(out, whole)
 
 
@@ -431,8 +433,11 @@ def test_leftovers_are_cleaned(name, runs, tmp_path):
 def assert_export(folder, checkpoint, dtype, tied):
     """A Hugging Face folder says what the trainer's weights say, in `dtype`."""
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
-    classifier = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForSequenceClassification")
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    kind = AutoModelForCausalLM
+    for auto_class in AutoModelForSequenceClassification, AutoModelForTokenClassification:
+        if AutoConfig.from_pretrained(folder).architectures[0].endswith(auto_class.__name__.removeprefix("AutoModel")):
+            kind = auto_class
+    classifier = kind != AutoModelForCausalLM
     lm, info = kind.from_pretrained(folder, output_loading_info=True)
     assert lm.dtype == dtype == AutoConfig.from_pretrained(folder).dtype
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, command, ended, read_jsonl, script, tiny_rows, train, trainer_tensors, try_train
+from safetensors.torch import load_file
 
 from common import rewards
 from common.data import Row
 from common.rewards import RewardFile, accuracy, ends_in_number, heldout_metrics, load_rewards, reward_groups
 from common.rewards import reward_table, rollout_metrics, write_samples
 from common.runtime.flags import InputError
+from common.runtime.folders import find_checkpoint
+from common.runtime.parallel import partial_parameters
+from common.runtime.run import say
 
 HOSTILE = '''
 import ctypes, itertools, os, random, resource, signal, subprocess, sys, threading, time
@@ -254,7 +259,7 @@ def test_functions_that_fail(function, reward):
 @pytest.mark.parametrize("function", HANGS)
 def test_functions_that_hang(function, reward):
     one = reward(function)
-    one.wire.settimeout(0.5)  # starting took what it took
+    one.timeout = 0.5  # starting took what it took
     session, started = one.child.pid, time.monotonic()
     with pytest.raises(ChildProcessError, match="no answer after .* s .--reward_timeout"):
         one(**TWO)
@@ -374,6 +379,157 @@ one(prompts=["a"], completions=["b"])
     assert nobody(lambda sid, _: sid == session)
 
 
+# ---- sizes, deadlines, terminals -------------------------------------------------------------------------------------
+
+STRANGE = '''
+import os, time
+def long_error(prompts, completions, **columns): raise ValueError("x" * 30_000_000)
+def on_the_wire(data):
+    for descriptor in range(3, 20):
+        try: os.write(descriptor, data)
+        except OSError: pass
+def floods(prompts, completions, **columns):
+    for _ in range(100): on_the_wire(b"x" * 1_000_000)
+    return [1.0] * len(completions)
+def drips(prompts, completions, **columns):
+    for _ in range(16):
+        time.sleep(0.5)
+        on_the_wire(b" ")
+    return [1.0] * len(completions)
+def named(completions, answer): return [float(len(answer)), float(answer[-1])]
+def appends(prompts, completions, **columns):
+    for prompt, completion in zip(prompts, completions): prompt.append(completion)
+    return [float(len(prompt)) for prompt in prompts]
+def sizes(prompts, completions, **columns): return [float(len(junk)) for junk in columns["junk"]]
+'''
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """strange(function, timeout, memory) -> RewardFile of STRANGE, which is stopped at the end."""
+    (tmp_path / "strange.py").write_text(STRANGE)
+    made = []
+
+    def make(function, timeout=30, memory=4):
+        made.append(RewardFile(f"{tmp_path}/strange.py:{function}", timeout, memory))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.child:
+            one.stop()
+
+
+def test_an_error_is_cut_before_it_travels(strange):
+    with pytest.raises(ChildProcessError) as raised:
+        strange("long_error")(**TWO)
+    assert str(raised.value).startswith("ValueError: xxx") and len(str(raised.value)) == 1000
+
+
+def test_an_answer_is_bounded_by_its_rows(strange):
+    """100 MB without a line break: training reads some 65 kB of them, and the process goes."""
+    one = strange("floods")
+    session = one.child.pid
+    with pytest.raises(ChildProcessError, match="its answer has more than 65600 bytes"):
+        one(**TWO)
+    assert one.child is None and nobody(lambda sid, _: sid == session)
+
+
+def test_a_column_is_sent_once_per_group(strange):
+    """64 completions of one row with 4 MB of text: 64 copies of it would not fit into the process."""
+    one, junk = strange("sizes", memory=0.3), "x" * 4_000_000
+    assert one(prompts=["a"] * 64, completions=["b"] * 64, junk=[junk] * 63 + ["short"]) == [4e6] * 63 + [5.0]
+
+
+def test_a_prompt_may_be_changed_for_one_completion(strange):
+    """As in TRL, where each completion has a prompt of its own."""
+    assert strange("appends")(prompts=[["a"]] * 3, completions=["b", "c", "d"]) == [2.0] * 3
+
+
+def test_only_the_columns_that_a_function_takes_are_sent(strange, tmp_path):
+    class Secret:
+        def __str__(self):
+            raise AssertionError("was sent")
+
+    given = {"prompts": ["a", "b"], "completions": ["c", "d"], "answer": ["1", "2"], "junk": [Secret(), Secret()]}
+    assert strange("named")(**given) == [2.0, 2.0]
+    with pytest.raises(AssertionError, match="was sent"):
+        strange("sizes")(**given)
+    for function, unread in ("named", {"junk"}), ("sizes", set()):
+        row = Row(answer="1", junk="2")
+        row.unread = {"answer", "junk"}
+        args = SimpleNamespace(reward=[f"{tmp_path}/strange.py:{function}"], reward_weights=(), reward_timeout=30,
+                               reward_memory=4)  # fmt: skip
+        (one,) = load_rewards(args, [{"columns": row}], None)
+        one.stop()
+        assert row.unread == unread
+
+
+def test_a_call_has_a_deadline(strange):
+    """A byte every half second is no answer, however long it goes on."""
+    one = strange("drips")
+    one.timeout, started = 1, time.monotonic()
+    with pytest.raises(ChildProcessError, match="no answer after 1 s"):
+        one(**TWO)
+    assert time.monotonic() - started < 3
+
+
+def test_a_process_that_does_not_die_is_left_behind(strange, monkeypatch, capsys):
+    """One in state D hears no SIGKILL. Here it is the wait that never sees an end."""
+    one = strange("named")
+    wait, child = subprocess.Popen.wait, one.child
+
+    def never(self, timeout=None):
+        assert timeout is not None, "waits for ever"
+        raise subprocess.TimeoutExpired("reward", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", never)
+    one.stop()
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    assert one.child is None and f"reward process {child.pid} was killed and does not end" in capsys.readouterr().err
+    child.wait(10)
+
+
+ESCAPE, SEEN = "\x1b]0;pwned\x07\x1b[2J", "\\x1b]0;pwned\\x07\\x1b[2J"
+
+
+def test_no_terminal_obeys_what_is_printed(capsys, tmp_path):
+    """Errors of rewards, names of folders, lines of the run."""
+    def raises(**_):
+        raise ValueError(f"cannot parse {ESCAPE}")
+
+    groups = [{"columns": {"prompt": "p"}, "completions": [completion("a")]}]
+    args = SimpleNamespace(reward=["y"], reward_weights=(), max_completion_length=9)
+    reward_groups(groups, [raises], Words(), args)
+    say(SimpleNamespace(bar=None, rank=0), f"resumed   {ESCAPE}")
+    with pytest.raises(InputError):
+        find_checkpoint(tmp_path, tmp_path / f"checkpoint-000004{ESCAPE}")
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and "\x07" not in out + err
+    assert err == f"reward y: ValueError: cannot parse {SEEN}\n" and out.startswith(f"resumed   {SEEN}\n")
+    assert f"checkpoint-000004{SEEN}: damaged" in out
+
+
+# ---- odd rows --------------------------------------------------------------------------------------------------------
+
+
+def test_an_odd_row_costs_its_own_reward(capsys):
+    """A number of 5,000 digits is one that Python does not write."""
+    assert accuracy(["?"] * 3, ["7", "7", "8"], answer=[10**5000, 7, 7]) == [None, 1, 0]
+    assert "reward accuracy: 1 of 3 rows raised, the first ValueError" in capsys.readouterr().err
+
+
+def test_an_odd_row_of_math(tmp_path, monkeypatch):
+    """With a parser that fails where it reads `odd`, as some do on some texts."""
+    parser = "def parse(text):\n    assert 'odd' not in text\n    return [text.strip('$')]\n"
+    (tmp_path / "math_verify.py").write_text(parser + "def verify(gold, answer): return gold == answer\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    function = load_math()
+    completions = ["7", "odd", "7", "8"]
+    assert function(prompts=["?"] * 4, completions=completions, answer=["7", "7", "odd", "7"]) == [1, None, None, 0]
+    function.stop()
+
+
 # ---- training with them ----------------------------------------------------------------------------------------------
 
 SHORT = ["--batch_size", 2, "--max_steps", 2, "--eval_dataset", "", "--steps_per_generation", 1, "--num_iterations", 1,
@@ -391,6 +547,86 @@ def test_a_crash_on_one_rank_costs_one_call(tmp_path, monkeypatch):
     train("grpo", tmp_path / "out", *small(tmp_path, f"{tmp_path}/hostile.py:one_rank_dies"), world=2)
     shares = [row["no_reward_frac"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
     assert shares == [0.5, 0.0]
+
+
+ROLLOUTS = ["--steps_per_generation", 2, "--max_steps", 6, "--save_every", 1, "--keep_last", 9]
+
+
+def lost_in(*rollouts):
+    """A patch: `accuracy` fails on all ranks in these rollouts, and pays for lengths in the others."""
+    def patch(module):
+        rollout, now = module.rollout, []
+
+        def noted(policy, reference, sampler, functions, prompts, index, args, run):
+            now[:] = [index]
+            return rollout(policy, reference, sampler, functions, prompts, index, args, run)
+
+        def judge(prompts, completions, **_):
+            if now[0] in rollouts:
+                raise RuntimeError("broken")
+            return [float(len(completion[-1]["content"])) for completion in completions]
+
+        module.rollout = noted
+        rewards.BUILT_IN["accuracy"] = judge
+
+    return patch
+
+
+def weights_and_moments(checkpoint):
+    return {name: tensor for name, tensor in trainer_tensors(checkpoint).items() if "/" not in name}
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_a_rollout_without_rewards_is_skipped(world, tmp_path):
+    """Not a bit of weights and moments changes in its steps, the KL's gradient or not; its prompts are not sampled
+    again; the run goes on, and a resume from its middle ends in the same bytes."""
+    flags = [*small(tmp_path, "accuracy"), *ROLLOUTS, "--beta", 0.1, "--max_completion_length", 8]
+    train("grpo", tmp_path / "out", *flags, world=world, patch=lost_in(0, 2))
+    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    lost = [row["step"] for row in rows if row["no_reward_frac"] == 1]
+    assert lost == [1, 2, 5, 6] and [row["reward"] is None for row in rows] == [row["step"] in lost for row in rows]
+    states = [weights_and_moments(tmp_path / "out" / f"checkpoint-{step:06d}") for step in range(1, 7)]
+    base = load_file(ROOT / "common" / "tiny" / "model" / "model.safetensors")
+    for name, tensor in base.items():
+        found = states[0].get(f"model.policy.lm.{name}", states[0].get(f"model.policy.{name}"))
+        assert torch.equal(found, tensor), name
+    assert not any(tensor.any() for name, tensor in states[0].items() if name.startswith("optim."))
+    for step in range(2, 7):
+        same = all(torch.equal(states[step - 1][name], states[step - 2][name]) for name in states[0])
+        assert same == (step in lost), step
+    samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
+    rows_of = [{row["row"] for row in samples if row["step"] == step} for step in (1, 3, 5)]
+    assert all(len(rows) == 4 for rows in rows_of) and not rows_of[0] & rows_of[1]  # two rollouts are one epoch
+    alerts = [a for a in read_jsonl(tmp_path / "out" / "alerts.jsonl") if a["code"] == "GRPO003"]
+    assert [(a["step"], a["level"], a["value"]) for a in alerts] == [(1, "error", 1), (5, "error", 1)]
+
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    for name in "final", *(f"checkpoint-00000{step}" for step in (2, 3, 4, 5, 6)):
+        shutil.rmtree(tmp_path / "again" / name)
+    train("grpo", tmp_path / "again", *flags, "--resume", "auto", world=world, patch=lost_in(0, 2))
+    for name in "metrics.jsonl", "alerts.jsonl", "samples.jsonl":
+        assert read_jsonl(tmp_path / "again" / name) == read_jsonl(tmp_path / "out" / name)
+    again = weights_and_moments(tmp_path / "again" / "checkpoint-000006")
+    assert all(torch.equal(again[name], states[5][name]) for name in states[5])
+
+
+def test_a_skipped_step_leaves_nothing_to_add_up():
+    """Tensor parallelism sums gradients of layers that it left whole: there are none."""
+    policy = SimpleNamespace(partial=[torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    policy.partial[0].weight.grad = torch.ones(2, 2)
+    assert partial_parameters(policy) == [policy.partial[0].weight]
+
+
+def test_the_third_rollout_without_rewards_ends_the_run(tmp_path):
+    """Of rollouts, not of steps, also where it was resumed between them."""
+    flags = [*small(tmp_path, "accuracy"), *ROLLOUTS, "--max_steps", 10, "--max_completion_length", 8]
+    (said,) = try_train("grpo", tmp_path / "out", *flags, patch=lost_in(1, 2, 3))
+    assert said.error.startswith("HealthError: GRPO003: three rollouts in a row")
+    assert len(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
+    shutil.rmtree(tmp_path / "out" / "checkpoint-000006")
+    (said,) = try_train("grpo", tmp_path / "out", *flags, "--resume", "auto", patch=lost_in(1, 2, 3))
+    assert said.error.startswith("HealthError: GRPO003: three rollouts in a row")
+    assert len(read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 6
 
 
 def test_an_async_function_is_awaited(tmp_path):
@@ -419,14 +655,16 @@ def test_rewards_are_computed_while_the_next_are_sampled(monkeypatch):
     def judge(groups, functions, tokenizer, args):
         assert begun.wait(20) and (functions, tokenizer, args) == (["function"], "tokenizer", "args")
         judged.append(groups)
-        return "wrong" if groups == [3, 4] else None
+        return int(groups == [5]), "wrong" if groups == [3, 4] else None
 
-    sampler, run = SimpleNamespace(sample=sample, tokenizer="tokenizer"), SimpleNamespace(args="args")
+    sampler = SimpleNamespace(sample=sample, tokenizer="tokenizer")
+    run = SimpleNamespace(args="args", lost_calls=False)
+    monkeypatch.setattr(rewards, "all_most", lambda run, value: value)
     monkeypatch.setattr(rewards, "reward_groups", judge)
     monkeypatch.setattr(rewards, "agree", lambda run, error: said.append(error))
     parts = [[1, 2], [3, 4], [5]]  # two groups of 128 are 256 sequences
     rewards.sample_and_judge(run, sampler, [1, 2, 3, 4, 5], 128, ["function"], ("train", 0))
-    assert judged == parts and said == ["wrong"]
+    assert judged == parts and said == ["wrong"] and run.lost_calls
     assert sampled == [(part, 128, ("train", 0), False) for part in parts]
     rewards.sample_and_judge(run, sampler, [1], 1, ["function"], ("eval",), greedy=True)
     assert said == ["wrong", None] and sampled[-1] == ([1], 1, ("eval",), True)
@@ -451,7 +689,7 @@ def test_what_a_function_gets():
     groups = [{"columns": plain, "completions": [completion("a"), completion("bc")]},
               {"columns": {"prompt": chat, "level": 5}, "completions": [completion("d")]}]  # fmt: skip
     args = SimpleNamespace(reward=["f"], reward_weights=(), max_completion_length=9)
-    assert reward_groups(groups, [lambda **columns: seen.append(columns) or [1, 2, 3]], Words(), args) is None
+    assert reward_groups(groups, [lambda **columns: seen.append(columns) or [1, 2, 3]], Words(), args) == (0, None)
     assert seen == [{
         "prompts": ["one", "one", chat], "completions": ["a", "bc", [{"role": "assistant", "content": "d"}]],
         "answer": ["1", "1", None], "level": [None, None, 5], "completion_ids": [[97, 0], [98, 99, 0], [100, 0]],
@@ -468,13 +706,13 @@ def test_rewards_are_added_up(capsys):
     functions = [lambda **_: [0.1, None, math.inf], raises, lambda **_: [True, 2, None]]
     groups = [{"columns": {"prompt": "p"}, "completions": [completion("a"), completion("b"), completion("c")]}]
     args = SimpleNamespace(reward=["x", "y", "z"], reward_weights=(3.0, 5.0, 0.5), max_completion_length=9)
-    assert reward_groups(groups, functions, Words(), args) is None
+    assert reward_groups(groups, functions, Words(), args) == (1, None)
     nan, found = math.nan, groups[0]["completions"]
     assert repr([c["rewards"] for c in found]) == repr([[0.1, nan, 1.0], [nan, nan, 2.0], [nan, nan, nan]])
     assert repr([c["reward"] for c in found]) == repr([3.0 * 0.1 + 0.5, 1.0, nan])
     assert capsys.readouterr().err == "reward y: KeyError: 'column'\n"
     wrong = "--reward y must return a list of 3 numbers (or None), one for each completion."
-    assert reward_groups(groups, [functions[0], lambda **_: None, raises], Words(), args) == wrong
+    assert reward_groups(groups, [functions[0], lambda **_: None, raises], Words(), args) == (0, wrong)
 
 
 def test_metrics_of_a_rollout():
@@ -486,7 +724,7 @@ def test_metrics_of_a_rollout():
     wanted = {"reward": 4.1 / 5, "silent_frac": 0.75, "no_reward_frac": 1 - 5 / 8, "truncated_frac": 1 / 8}
     assert rollout_metrics(groups) == wanted | {"completion_len": 3.0}
     nothing = rollout_metrics([group(math.nan)])
-    assert nothing["reward"] == 0 and nothing["no_reward_frac"] == 1
+    assert math.isnan(nothing["reward"]) and nothing["no_reward_frac"] == 1  # not a reward of 0
     assert repr(reward_table(groups).tolist()) == "[[1.0, 1.0], [0.0, nan], [nan, nan], [2.0, 0.1]]"
     several = [{"completions": [{"rewards": [1.0, 0.1]}, {"rewards": [2.0, 3.0]}]}]
     assert reward_table(several, "rewards").tolist() == [[[1.0, 0.1], [2.0, 3.0]]]
@@ -518,7 +756,7 @@ def test_what_has_no_reward_is_not_wrong(monkeypatch):
 
 def test_every_held_out_prompt_has_its_place(monkeypatch):
     """By which its noise differs, also from that of the same prompt on another rank; GRPO003 takes the worse share."""
-    module, run, said = script("grpo"), SimpleNamespace(dp_size=2), []
+    module, run, said = script("grpo"), SimpleNamespace(dp_size=2, lost_calls=False), []
     judged = {0: [], 1: []}
 
     def judge(run, sampler, groups, copies, functions, place, greedy=False):
@@ -530,7 +768,7 @@ def test_every_held_out_prompt_has_its_place(monkeypatch):
     for name in "refresh", "show_groups":
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(module, "sample_and_judge", judge)
-    monkeypatch.setattr(module, "check", lambda run, code, **more: said.append((code, more["step"], more["value"])))
+    monkeypatch.setattr(rewards, "check", lambda run, code, **more: said.append((code, more["step"], more["value"])))
     monkeypatch.setattr(rewards, "all_sum", lambda run, *values: values)
     heldout = [{"prompt": [7, 8], "completions": []}] * 6
     for run.dp_rank in 0, 1:
@@ -611,7 +849,7 @@ def test_a_part_of_an_answer_is_not_paid(text, number):
 
 def load_math():
     args = SimpleNamespace(reward=["math"], reward_weights=[], reward_timeout=60, reward_memory=8)
-    return load_rewards(args, [{"columns": Row(answer="7")}])[0]
+    return load_rewards(args, [{"columns": Row(answer="7")}], None)[0]
 
 
 def test_math_reads_what_is_no_number():
@@ -634,6 +872,17 @@ def test_math_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(InputError, match="--reward math: .* pip install math-verify"):
         load_math()
+
+
+def test_a_reward_process_has_one_thread(monkeypatch, tmp_path):
+    """Stacks and arenas of 64 threads would take the address space that --reward_memory leaves."""
+    text = "import os\ndef threads(completions, **_):\n    return [float(os.environ[name]) for name in completions]\n"
+    (tmp_path / "reward.py").write_text(text)
+    for name in "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS":
+        monkeypatch.delenv(name, raising=False)
+    function = RewardFile(f"{tmp_path / 'reward.py'}:threads", 60, 8)
+    assert function(prompts=["?"] * 2, completions=["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"]) == [1.0, 1.0]
+    function.stop()
 
 
 # ---- what a function may return --------------------------------------------------------------------------------------

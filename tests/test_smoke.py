@@ -15,7 +15,10 @@ import torch
 from conftest import METHODS, ROOT, SCRIPTS, once, script, tiny_flags, tiny_rows, with_row
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
+    GenerationConfig,
+)  # fmt: skip
 
 from common.runtime.flags import on_signal
 
@@ -67,9 +70,19 @@ for name, keys in WITHOUT_REFERENCE.items():
     training = ["step", *keys, "num_tokens", "grad_norm", "lr", *PERF]
     METRICS[f"experimental/{name}"] = training, ["step", *(f"eval/{key}" for key in keys), "eval/accuracy"]
 METRICS |= {f"experimental/{name}": METRICS["sft"] for name in ("neftune", "sft_bema")}
+JUDGED = ["loss", "accuracy", "right_frac"]
+METRICS["experimental/prm"] = (
+    ["step", *JUDGED, "num_tokens", "grad_norm", "lr", *PERF],
+    ["step", *(f"eval/{key}" for key in JUDGED)],
+)
 METRICS["experimental/sft_moe"] = ["step", "loss", "aux_loss", *METRICS["sft"][0][2:]], METRICS["sft"][1]
 PLAIN = [key for key in METRICS["grpo"][0] if key != "kl"], METRICS["grpo"][1]  # of runs without a reference
 METRICS |= {f"experimental/{name}": PLAIN for name in ("grpo_sequence", "grpo_token", "dppo", "gdpo", "gfpo")}
+
+
+KEPT = [key for key in PLAIN[0] if key not in ("ratio_mean", "clip_frac")]
+KEPT[KEPT.index("entropy") : KEPT.index("entropy")] = ["kept_reward", "empty_frac"]
+METRICS["experimental/raft"] = KEPT, PLAIN[1]
 
 
 def more_keys(metrics, before, *keys):
@@ -80,7 +93,14 @@ def more_keys(metrics, before, *keys):
 
 METRICS["experimental/dapo"] = more_keys(METRICS["grpo"], "ratio_mean", "num_prompts", "epoch")
 METRICS["experimental/grpo_entropy"] = more_keys(PLAIN, "perf/rollout_seconds", "entropy_coef")
+METRICS["experimental/distillation"] = (
+    ["step", "loss", "num_tokens", "on_policy", "truncated_frac", "completion_len", "entropy", "sampler_gap",
+     "perf/rollout_seconds", "grad_norm", "lr", *PERF],
+    ["step", "eval/accuracy", "eval/completion_len", "eval/divergence"],
+)  # fmt: skip
+METRICS["experimental/iw_opd"] = more_keys(METRICS["experimental/distillation"], "entropy", "sampled_kl")
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
+NOT_JUDGED = [key for key in SAMPLE if key not in ("reward", "advantage", "parts")]  # a teacher is no reward
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
           "tokenizer_config.json"]  # fmt: skip
 TRAINER = ["trainer/meta.json", "trainer/state.safetensors"]
@@ -94,6 +114,8 @@ EXTRA = {
 for name in set(SCRIPTS) - set(METRICS):  # a fork without rows of its own writes what its parent writes
     parent = with_row(METRICS, name)
     METRICS[name], EXTRA[name] = METRICS[parent], EXTRA.get(parent, [])
+CLASSIFIERS = {"reward": (AutoModelForSequenceClassification, "score"),
+               "experimental/prm": (AutoModelForTokenClassification, "score")}  # fmt: skip
 RUN = set("status exit_code pid command flags versions git script_sha256 data before last best alerts".split())
 RUN |= {"seconds", "save_seconds"}
 SHARD = re.compile(r"checkpoint-\d{6}/trainer/shard-\d+-model-\d+-of-\d+\.safetensors")
@@ -205,7 +227,8 @@ def test_samples(ran):
     name, out, _ = ran
     if (out / "samples.jsonl").is_file():
         rows = lines(out / "samples.jsonl")
-        assert rows and all(list(row) == SAMPLE and row["stop"] in ("stop", "length") for row in rows)
+        keys = NOT_JUDGED if "on_policy" in METRICS[name][0] else SAMPLE
+        assert rows and all(list(row) == keys and row["stop"] in ("stop", "length") for row in rows)
         assert {row["step"] for row in rows} <= {1, 2, 3}
     else:
         assert "samples.jsonl" not in EXTRA.get(name, [])
@@ -222,13 +245,13 @@ def test_the_console(ran):
 
 def test_final_loads_as_any_model(ran):
     name, out, _ = ran
-    kind, head = (AutoModelForSequenceClassification, "score") if name == "reward" else (AutoModelForCausalLM, "model")
+    kind, head = CLASSIFIERS.get(name, (AutoModelForCausalLM, "model"))
     lm = kind.from_pretrained(out / "final", use_safetensors=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(out / "final", trust_remote_code=False)
     assert lm.dtype == torch.float32 and lm.config._attn_implementation != "flash_varlen"
     config = json.loads((out / "final" / "config.json").read_text())
     assert config["dtype"] == "float32" and not any("attn" in key for key in config)
-    stops = GenerationConfig.from_pretrained(out / "final") if name == "reward" else lm.generation_config
+    stops = GenerationConfig.from_pretrained(out / "final") if name in CLASSIFIERS else lm.generation_config
     stops = stops.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|end|>") in (stops if isinstance(stops, list) else [stops])
     with safe_open(out / "final" / "model.safetensors", "pt") as tensors:
@@ -238,6 +261,8 @@ def test_final_loads_as_any_model(ran):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, return_tensors="pt")
     if name == "reward":
         assert lm(ids).logits.shape == (1, 1)
+    elif name == "experimental/prm":
+        assert lm(ids).logits.shape == (1, ids.shape[1], 2)
     else:
         assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 

@@ -14,14 +14,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import make_tiny
 
 TINY = ROOT / "common" / "tiny"
-TRAIN = ("demonstrations", "pairs", "triples", "labelled", "prompts")
+TRAIN = ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts")
 COLUMNS = {
     "demonstrations": {"prompt", "completion"},
     "pairs": {"prompt", "chosen", "rejected"},
     "triples": {"prompt", "chosen", "rejected", "reference"},
     "labelled": {"prompt", "completion", "label"},
+    "steps": {"prompt", "completions", "labels"},
     "prompts": {"prompt", "answer"},
-    "test": {"prompt", "completion", "chosen", "rejected", "answer"},
+    "test": {"prompt", "completion", "chosen", "rejected", "completions", "labels", "answer"},
 }
 WELL_FORMED = re.compile(r"(\d\+\d(\+1)?=\d{1,2} ){3}#### \d{3,4}")
 
@@ -103,6 +104,19 @@ def test_right_is_right_and_wrong_is_wrong(name):
             assert (completion == gold) is (int(completion.split()[-1]) == a + b) is row.get("label", True)
 
 
+@pytest.mark.parametrize("name", ("steps", "test"))
+def test_steps_and_their_labels(name):
+    """Half of the rows are right; in the others at least one step is wrong, and the sum with it."""
+    all_right = 0
+    for row in load(name):
+        gold = adder(*operands(row)).split(" ")
+        assert row["labels"] == [step == wanted for step, wanted in zip(row["completions"], gold, strict=True)]
+        assert WELL_FORMED.fullmatch(" ".join(row["completions"]))
+        all_right += all(row["labels"])
+        assert all(row["labels"]) or (not row["labels"][-1] and sum(row["labels"]) <= 3)
+    assert all_right == len(load(name)) / 2
+
+
 def test_both_labels_are_common():
     labels = [row["label"] for row in load("labelled")]
     assert 0.4 <= sum(labels) / len(labels) <= 0.6
@@ -110,7 +124,8 @@ def test_both_labels_are_common():
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_tokenizer_round_trips_every_text(tokenizer, name):
-    texts = {m["content"] for row in load(name) for value in row.values() if isinstance(value, list) for m in value}
+    values = [value for row in load(name) for key, value in row.items() if isinstance(value, list) and key != "labels"]
+    texts = {m if isinstance(m, str) else m["content"] for value in values for m in value}
     for content in texts:
         ids = tokenizer(content)["input_ids"]
         assert len(ids) == len(content)  # characters, and no special token is added
@@ -149,7 +164,8 @@ def test_presets():
     presets = json.loads((TINY / "presets.json").read_text())
     assert {"sft", "dpo", "grpo"} <= set(presets)
     for flags in presets.values():
-        assert flags.pop("eval_dataset") == "tiny:test"
+        assert flags.pop("eval_dataset") == "tiny:test" and flags.pop("teacher", "tiny") == "tiny"
+        assert flags.pop("step_separator", " ") == " "
         assert all(re.fullmatch("[a-z_]+", name) and isinstance(value, int | float) for name, value in flags.items())
 
 

@@ -48,7 +48,11 @@ def passes(prompts, completions, tests=None, **_):
     def score_one(index):
         left = end - time.monotonic()
         share = left * workers / (count - index + workers)  # many endless ones leave time for those that follow
-        return score(isolation, completions[index], tests[index], min(left, share, WALL))
+        try:
+            return score(isolation, completions[index], tests[index], min(left, share, WALL))
+        except Exception as e:  # an odd row costs its own reward only
+            print(f"code_reward: a row raised {type(e).__name__}: {str(e)[:200]!a}", flush=True)
+            return None
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(score_one, range(count)))

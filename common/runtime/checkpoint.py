@@ -1,36 +1,31 @@
-"""Saving, exporting and resuming: a checkpoint is there whole or not at all, and its checksums can tell."""
+"""Saving and resuming: a checkpoint is there whole or not at all, and its checksums can tell."""
 
-import copy
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 import zlib
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
-from transformers.core_model_loading import revert_weight_conversion
+from safetensors.torch import load_file, save
+from transformers import GenerationConfig
 
-from common.batches import flat_batch
-from common.logprobs import probe_groups
-from common.runtime.flags import STOP, HealthError, InputError, Preempted
-from common.runtime.folders import META, checkpoints, checksums, discard, publish, step_of
-from common.runtime.health import check, spread_gap
+from common.batches import flat_batch, probe_groups
+from common.runtime.flags import STOP, InputError, Preempted
+from common.runtime.export import RELOADED, check_export, export, export_tokenizer, forget_code
+from common.runtime.folders import META, STATE, checkpoints, copy_model, cut_logs, discard, keep_earlier
+from common.runtime.folders import publish, remove, sum_written, write_tensors
 from common.runtime.model import own_tensors
-from common.runtime.parallel import all_most, all_sum, full
-from common.runtime.run import LOGS, first_line, fsync, is_due, read_json, record, say, show_groups
+from common.runtime.parallel import all_sum
+from common.runtime.run import LOGS, first_line, fsync, is_due, open_own, read_json, record, say, show_groups
 
 CACHE_PART = 1024  # groups of each rank between two writes of log-probs that are kept
-FILE_BYTES = 2**32  # of weights in one file of an exported model, before the layer that exceeds it
-RELOADED = 250e6  # weights, 1 GB in fp32, up to which a saved model is loaded again to be compared
 # Flags that may differ when a run goes on. For --dataset it is the rows that count, by their fingerprint.
 FREE_FLAGS = """output_dir resume allow allow_changes dataset eval_dataset eval_rows eval_every save_every save_minutes
 keep_last report_to tp_size replicate_size cpu_offload deterministic ddp_timeout""".split()
@@ -76,22 +71,26 @@ def trainer_tensors(models, optimizers):
     return tensors
 
 
-def write_checkpoint(run, step, folder, models, optimizers, tokenizer):
-    """Write a Hugging Face folder of the first model, and trainer/ with the rest. On return all is on the disk."""
+def write_checkpoint(run, step, folder, models, optimizers, tokenizer, most_files=None):
+    """Write a Hugging Face folder of the first model, and trainer/ with the rest. On return all is on the disk.
+    most_files: without trainer/'s tensors, and of the weights no more files than these, for practice."""
     if run.rank == 0:
-        (folder / "trainer").mkdir(parents=True)
+        folder.mkdir()  # an error where something has the name: what is written is written into a folder of our own
+        (folder / "trainer").mkdir()
     dist.barrier(group=run.group)
     tensors = trainer_tensors(models, optimizers)
     ends = list(accumulate(tensor.numel() for tensor in tensors.values()))
     file_size = min(2**26, max(2**22, ends[-1] // 16))  # 16 to 256 MB: the writer builds files in memory, twice
     numbers = {name: 1 + end // file_size for name, end in zip(tensors, ends)}
     try:  # the writer keeps its one thread: with more it may swallow a full disk
-        writer = dcp.HuggingFaceStorageWriter(str(folder / "trainer"), numbers, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, process_group=run.group)
-        export(run, next(iter(models.values())), folder)
+        if most_files is None:
+            writer = dcp.HuggingFaceStorageWriter(str(folder / "trainer"), numbers, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=run.group)
+        export(run, next(iter(models.values())), folder, most_files)
         if run.rank == 0:
-            tokenizer.save_pretrained(folder)
-            write_meta(run, step, folder)
+            export_tokenizer(tokenizer, folder)
+            forget_code(folder)
+        write_meta(run, step, folder)
     except (OSError, ValueError, SafetensorError, dcp.CheckpointException) as e:  # the last one is a BaseException
         text = "Check the disk and the model's generation_config.json; the checkpoint before is whole."
         raise InputError(f"could not save to {folder.parent}: {first_line(e)}. {text}") from e
@@ -107,112 +106,17 @@ def write_meta(run, step, folder):
             tensors.update({f"{name}/{key}": tensor for key, tensor in value.items()})
         else:
             meta["state"][name] = value
-    save_file(tensors, folder / "trainer" / "state.safetensors")
+    if run.rank == 0:
+        write_tensors(tensors, folder / STATE)
+    meta["crc32"] = sum_written(run, folder)
+    if run.rank != 0:
+        return
     logs = [run.out / name for name in LOGS if (run.out / name).is_file()]
     meta["offsets"] = {log.name: log.stat().st_size for log in logs}
-    meta["crc32"] = checksums(folder)
     meta["own_crc32"] = zlib.crc32(json.dumps(meta).encode())
     (folder / META).write_text(json.dumps(meta, indent=1))
-    for written in [*logs, *folder.rglob("*"), folder]:
-        fsync(written)
-
-
-# ---- export --------------------------------------------------------------------------------------
-def export(run, policy, folder):
-    """Write the Hugging Face files, with names and layouts as transformers stores them. Rank 0 writes the weights, in
-    files of whole layers, and never holds more than one file."""
-    dtype = getattr(torch, run.args.save_dtype)
-    places = {}
-    for file, tensors in exported_files(run, policy):
-        if run.rank == 0:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            places.update(dict.fromkeys(tensors, file))
-    if run.rank == 0:
-        if len(set(places.values())) > 1:
-            index = json.dumps({"metadata": {}, "weight_map": places}, indent=1)
-            (folder / "model.safetensors.index.json").write_text(index)
-        config = copy.deepcopy(policy.lm.config)  # the live one must go on naming the attention we train with
-        config.dtype = dtype
-        config.architectures = [type(policy.lm).__name__]
-        config.save_pretrained(folder)
-        policy.lm.generation_config.save_pretrained(folder)
-
-
-def exported_files(run, policy):
-    """Yield the name of each file of an exported model and its tensors, which only rank 0 has: one file at a time."""
-    weights = own_tensors(policy.lm)
-    files = plan_files(weights, getattr(torch, run.args.save_dtype).itemsize)
-    for number, names in enumerate(files, 1):
-        tensors = {}
-        for name in names:
-            tensor = full(weights[name]).detach()  # all ranks take part
-            if not tensor.isfinite().all():
-                raise HealthError("TRAIN001: weights that are not finite are not saved. Lower --learning_rate.")
-            if run.rank == 0:
-                tensors[name] = tensor.to("cpu", getattr(torch, run.args.save_dtype))
-        tensors = revert_weight_conversion(policy.lm, tensors) if run.rank == 0 else {}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        yield f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors", tensors
-
-
-def plan_files(weights, itemsize):
-    """Return the names of the tensors of each file. A file ends with the layer that brings it to FILE_BYTES."""
-    files, size = [], FILE_BYTES
-    for _, layer in groupby(weights, key=lambda name: re.match(r"(.*?\.\d+\.)?", name)[0]):
-        if size >= FILE_BYTES:
-            files.append([])
-            size = 0
-        for name in layer:
-            files[-1].append(name)
-            size += weights[name].numel() * itemsize
-    return files
-
-
-@torch.no_grad()
-def check_export(run, policy, tokenizer, folder):
-    """CKPT001: a saved folder loads with the policy's auto class, tied weights are tied, every weight is as we hold it
-    (in save_dtype), and the model says what the policy says. Return the loaded model on rank 0, else None. A model
-    of more than RELOADED weights is not loaded: its files are compared one by one."""
-    text = f"{folder.name} does not reload as the model in training: keep the checkpoint before it"
-    metric = "keys, ties or weights differ"
-    if run.weights > RELOADED:
-        equal = files_are_equal(run, policy, folder)
-        check(run, "CKPT001", step=run.step, metric=metric, value=not equal, message=text, error=0)
-        return None
-    dtype = getattr(torch, run.args.save_dtype)
-    groups = probe_groups(len(tokenizer))
-    trained = policy(flat_batch(groups, run.device))[policy.output].cpu()
-    named = policy.lm.named_parameters()
-    expected = {name: full(p).to("cpu", dtype).float() for name, p in named}  # all ranks take part
-    if run.rank != 0:
-        return None
-    reloaded = policy.auto_class.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    found = dict(reloaded.named_parameters())
-    broken = found.keys() != expected.keys()  # a head that lost its tie has a name of its own
-    broken = broken or any(not torch.equal(found[name], expected[name]) for name in found)
-    check(run, "CKPT001", step=run.step, metric=metric, value=broken, message=text, error=0)
-    if dtype == torch.float32:  # bf16 rounds
-        gap = spread_gap(trained, policy.plain_answer(reloaded.eval(), groups))
-        metric = f"{policy.output} difference / spread"
-        # Every weight is compared above: bfloat16 against fp32 leaves what only a wrong config makes.
-        check(run, "CKPT001", step=run.step, metric=metric, value=gap, message=text, error=1e-4, rounding=0.2)
-    return reloaded
-
-
-def files_are_equal(run, policy, folder):
-    """Return whether a saved folder makes a model of our names and ties, and each of its tensors is as we hold it."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        lm = policy.auto_class.from_config(config, trust_remote_code=False)
-    equal = dict(lm.named_parameters()).keys() == dict(policy.lm.named_parameters()).keys()
-    for file, tensors in exported_files(run, policy):
-        if run.rank == 0:
-            with safe_open(folder / file, "pt") as saved:
-                equal = equal and set(saved.keys()) == tensors.keys()
-                equal = equal and all(torch.equal(saved.get_tensor(name), tensors[name]) for name in tensors)
-    return all_most(run, not equal) == 0  # rank 0 has compared; all ranks must decide alike
+    for path in [*logs, folder / META, folder / "trainer", folder]:
+        fsync(path)
 
 
 # ---- resume --------------------------------------------------------------------------------------
@@ -228,7 +132,7 @@ def check_resume(run):
         changes = "; ".join(f"{name} was {saved[name]}, is {current.get(name)}" for name in changed)
         raise InputError(f"{run.checkpoint}: {changes}. --allow_changes resumes nevertheless.")
     changed_rows = [name for name in changed if name in ROLLOUT_FLAGS]
-    with safe_open(run.checkpoint / "trainer" / "state.safetensors", "pt") as state:
+    with safe_open(run.checkpoint / STATE, "pt") as state:
         if changed_rows and any(name.startswith("rollout/") for name in state.keys()):
             raise InputError(f"{run.checkpoint} lies within a rollout, which {changed_rows} would give other prompts.")
     if "batch_size" in changed:
@@ -241,7 +145,8 @@ def check_resume(run):
 
 def resume(run, models, optimizers, tokenizer):
     """Load run.checkpoint, if there is one, and cut the run's logs back to it: no doubles, no gaps. A fresh run saves
-    once for practice instead, so that a full disk or a model that does not survive saving shows in minute one."""
+    once for practice instead, so that a full disk or a model that does not survive saving shows in minute one. Of a
+    large model it is one file: a whole checkpoint of 8B weights has 128 GB, while every GPU waits."""
     tensors = trainer_tensors(models, optimizers)
     if not run.checkpoint:
         need = 4 * sum(tensor.nbytes for tensor in tensors.values())  # an export is a third of a checkpoint, or less
@@ -249,33 +154,31 @@ def resume(run, models, optimizers, tokenizer):
         if free < need:
             raise InputError(f"{run.out}: three checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.")
         folder = run.out / ".tmp-rehearsal"
-        write_checkpoint(run, 0, folder, models, optimizers, tokenizer)
-        check_export(run, next(iter(models.values())), tokenizer, folder)
+        most_files = 1 if run.weights > RELOADED else None
+        write_checkpoint(run, 0, folder, models, optimizers, tokenizer, most_files)
+        check_export(run, next(iter(models.values())), tokenizer, folder, most_files)
         if run.rank == 0:
-            shutil.rmtree(folder)
+            remove(folder)
         return
-    trainer = run.checkpoint / "trainer"
+    meta = read_json(run.checkpoint / META)
+    files = [str(run.checkpoint / name) for name in meta["crc32"] if name.startswith("trainer/")]
     try:
-        reader = dcp.HuggingFaceStorageReader(str(trainer))
+        reader = dcp.HuggingFaceStorageReader(str(run.checkpoint / "trainer"))
+        reader.fs.ls = lambda _: files  # else it opens whatever is there
         saved = {name for name in reader.read_metadata().state_dict_metadata if "/" not in name}  # not the state's
         if saved != tensors.keys():
             raise dcp.CheckpointException(f"{len(saved ^ tensors.keys())} tensors are in one of the two only", {})
         dcp.load(tensors, storage_reader=reader, process_group=run.group)  # in place
     except dcp.CheckpointException as e:
         raise InputError(f"{run.checkpoint} does not fit --model {run.args.model}: {first_line(e)}") from e
-    meta = read_json(run.checkpoint / META)
     run.step = meta["step"]
     run.state = {"alerts": {}, **meta["state"]}
-    for path, tensor in load_file(trainer / "state.safetensors").items():
+    for path, tensor in load_file(run.checkpoint / STATE).items():
         name, key = path.split("/")
         run.state.setdefault(name, {})[key] = tensor
     if run.rank == 0:
-        for log in [run.out / name for name in LOGS if (run.out / name).is_file()]:
-            os.truncate(log, min(log.stat().st_size, meta["offsets"].get(log.name, 0)))
-        earlier = [folder for folder in checkpoints(run.out) if int(step_of(folder)) <= run.step]
-        for folder in checkpoints(run.out):
-            if folder not in [run.checkpoint, *earlier[-run.args.keep_last :]]:
-                discard(folder)  # damaged, too new, or a kill came before the rotation
+        cut_logs(run.out, meta["offsets"])
+        keep_earlier(run.out, run.checkpoint, run.step, run.args.keep_last)
     say(run, f"resumed   {run.checkpoint}")
 
 
@@ -285,9 +188,9 @@ def finish(run, policy, tokenizer, heldout):
     final = run.out / "final"
     if run.rank == 0:
         copied = run.out / ".tmp-final"
-        shutil.copytree(checkpoints(run.out)[-1], copied, ignore=shutil.ignore_patterns("trainer"))
+        copy_model(checkpoints(run.out)[-1], copied)
         (copied / "README.md").write_text(f"Made by `{run.command}`.\n")
-        for path in [*copied.iterdir(), copied]:
+        for path in [*copied.rglob("*"), copied]:
             fsync(path)
         publish(copied, final)
     dist.barrier(group=run.group)
@@ -298,12 +201,16 @@ def finish(run, policy, tokenizer, heldout):
         prompt = list(group["prompt"] or group["completions"][0]["ids"][:16])  # of a row without prompt, its beginning
         positions = getattr(reloaded.config.get_text_config(), "max_position_embeddings", None) or math.inf
         length = max(1, min(64, positions - len(prompt)))
-        ids = reloaded.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, pad_token_id=0)[0]
+        rules = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=0)
+        rules.eos_token_id = policy.lm.generation_config.eos_token_id
+        reloaded.generation_config = rules  # a stranger's would fill in what ours leaves open
+        ids = reloaded.generate(torch.tensor([prompt]), generation_config=rules)[0]
         completion = {"ids": ids[len(prompt) :].tolist(), "scored": None}
         show_groups(run, "sample", [{"prompt": prompt, "completions": [completion]}], tokenizer)
     for key, value in run.state.get("last", {}).items():
         say(run, f"{key:<24} {run.state['before'][key]:.4f} -> {value:.4f}")
-    say(run, f'\n  lm = {policy.auto_class.__name__}.from_pretrained("{final}")')
+    say(run, "")
+    say(run, f'  lm = {policy.auto_class.__name__}.from_pretrained("{final}")')
     say(run, f'  tokenizer = AutoTokenizer.from_pretrained("{final}")')
     if run.rank == 0:
         summary = {key: run.state.get(key) for key in ("before", "last", "best", "alerts")}
@@ -332,8 +239,9 @@ def uncached(run, policy, groups, name, values, *settings):
         rows.copy_((rows / run.args.tp_size).float())  # tp ranks compute the same rows; the file holds fp32
         done += len(part)
         if run.rank == 0:
-            written = run.out / f".tmp-{name}"
-            save_file({key: values[:done].float().cpu()}, written)
+            written = run.out / ".tmp-logprobs"
+            with open_own(written, "xb") as file:
+                file.write(save({key: values[:done].float().cpu()}))
             fsync(written)  # or a power cut could leave an empty file, which no resume could read
             os.replace(written, path)
 

@@ -10,10 +10,12 @@ from multiprocessing import connection
 
 import torch
 
+from common.data import problem
 from common.runtime.flags import InputError, printable
 from common.runtime.parallel import agree, gather_tensors
 from common.runtime.run import progress, say
 from common.templates import Refusal
+from common.tokenization import Panic
 
 CHUNK_ROWS = 256  # of a part that is encoded between two signs of life
 MANY_ROWS = 2000  # fewer are encoded sooner than processes start
@@ -25,6 +27,8 @@ def encode_rows(run, rows, encode, tokenizer, stops, **options):
     Every rank encodes its part of the rows, in several processes if it is alone, and receives those of the others. A
     row that the chat template refuses becomes no group; if it refuses every row, its first complaint ends the run."""
     options["template_kwargs"] = json.loads(run.args.chat_template_kwargs)
+    if run.args.overlong != "truncate_prompt" and not getattr(run.args, "split_overlong", False):
+        tokenizer.most_tokens = run.args.max_length  # else a part of a long row is used
     chunks = [rows[first : first + CHUNK_ROWS] for first in range(0, len(rows), CHUNK_ROWS)]
     own_chunks = chunks[run.rank :: run.world]
     settings = encode, tokenizer, stops, options
@@ -91,6 +95,8 @@ def encode_chunk(rows, encode, tokenizer, stops, options):
             made = encode(row, tokenizer, stops, **options)
         except Refusal as refusal:
             refusals.append(str(refusal))
+        except Panic as error:
+            return groups, refusals, [str(problem(row, "cannot be encoded", error, "Mend the row"))]
         except InputError as error:
             return groups, refusals, [str(error)]
         else:

@@ -17,8 +17,10 @@ from tyro.conf import arg
 
 VERSION = "0.4"  # of common/; every script names the one that it was written for
 COMMON = Path(__file__).resolve().parents[1]  # common/, with the data of the tiny lab
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last one is what schedulers send ahead of time
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
-MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps")  # counts that 0 turns off
+# Counts that 0 turns off.
+MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps", "top_k", "loss_top_k")
 SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
 
 
@@ -42,7 +44,7 @@ class PlanOnly(Exception):
 
 @dataclass
 class RunFlags:
-    model: Annotated[str, arg(aliases=["--model-name-or-path"])] = "tiny"  # folder or hub id; tiny: common/tiny
+    model: Annotated[str, arg(aliases=["--model-name-or-path"])] = "tiny"  # folder, hub id, ID@REVISION; tiny: the lab
     output_dir: str = ""  # default: runs/<script>, or the next free runs/<script>-2, -3
     resume: Annotated[str, arg(aliases=["--resume-from-checkpoint"])] = "never"  # never, auto (newest) or a folder
     allow_changes: bool = False  # resume although flags, data or model differ
@@ -67,7 +69,7 @@ class RunFlags:
         """Raise InputError for values that no run can mean. A script's Args add the rules of the method."""
         default = type(self)()
         for name, value in vars(self).items():
-            if type(value) not in (int, float) or name == "seed" or value == getattr(default, name):
+            if type(value) not in (int, float) or name in ("seed", "reward_bar") or value == getattr(default, name):
                 continue
             least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
             most = 2**20 if name in SIZES else 2**53
@@ -92,8 +94,8 @@ def parse_flags(kind, doc, argv=None, preset="", version=VERSION):
     in what was not given. Without argv it is that of the process, and from here on a signal to stop gets an
     answer and exit code 4."""
     if argv is None:
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
+        for number in STOP_SIGNALS:
+            signal.signal(number, on_signal)
         argv = sys.argv[1:]
         for stream in sys.stdout, sys.stderr:
             stream.reconfigure(errors="backslashreplace")  # text that a terminal has no letters for must not end a run
@@ -157,10 +159,16 @@ def refuse(message):
 
 
 def printable(message):
-    """Return the message for a terminal: without its middle if it is long, control characters of data spelled out."""
+    """Return the message for a terminal: without its middle if it is long, control characters spelled out."""
     if len(message) >= 900:
         message = f"{message[:400]} ... {message[-450:]}"
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+    return spelled_out(message)
+
+
+def spelled_out(text):
+    """Return the text with its control characters as Python spells them: what data, models or folders are called must
+    not move a cursor, clear a terminal or name its window."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def on_signal(number, _frame):

@@ -10,7 +10,7 @@ import torch
 from common.batches import flat_batch, pack, scored_flags
 from common.runtime.flags import HealthError, InputError
 from common.runtime.parallel import all_sum, gradient_norm, local
-from common.runtime.run import say, show_groups, write
+from common.runtime.run import open_own, say, show_groups, write
 
 
 def check(run, code, step, metric, value, message, *, warn=math.inf, error=math.inf, patience=1, fix=None,
@@ -108,7 +108,7 @@ def starts_wrong(group, tokenizer):
     bos = tokenizer.bos_token_id
     if start[:2] == [bos, bos]:
         return True
-    sets_bos = tokenizer("a")["input_ids"][:1] == [bos]  # never where there is none
+    sets_bos = tokenizer.encode("a")[:1] == [bos]  # never where there is none
     return sets_bos and start[:1] != [bos]
 
 
@@ -137,7 +137,8 @@ def check_update(run, step, policy, groups, metrics):
             rows.append([group["row"], group["prompt"], completions])
         path = run.out / "debug" / f"step-{step}-rank-{run.rank}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(rows, default=list))  # arrays as lists
+        with open_own(path, "w") as file:
+            json.dump(rows, file, default=list)  # arrays as lists
     elif step & (step - 1) == 0:  # 1, 2, 4, 8, ...
         check_counts(run, step, policy, groups, metrics["num_tokens"])
     text = "loss or gradient is not finite: step skipped, its rows (row, prompt, completions) are in debug/"
@@ -147,8 +148,8 @@ def check_update(run, step, policy, groups, metrics):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     # What cancels leaves rounding, 2e-8 to 2e-6 in pairs of one text, and Adam makes steps of it. Norms are 0.01 to 20.
     still = float(norm < 1e-5 and metrics.get("silent_frac", 0) < 1)  # 1: all rewards are equal
-    if step == 4:  # a copy of the parameter in the middle: in an embedding, a token that did not occur stays
-        trained = [p for p in policy.parameters() if p.grad is not None]
+    trained = [p for p in policy.parameters() if p.grad is not None]
+    if step == 4 and trained:  # a copy of the parameter in the middle: in an embedding, an absent token's row stays
         weights = trained[len(trained) // 2]
         run.watched = (weights, local(weights).detach().clone())
     if step == 5 and run.watched and finite and norm > 0 and metrics["lr"] > 0:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import logging
+import math
 import os
 import platform
 import re
@@ -23,11 +24,13 @@ import torch.distributed as dist
 import transformers
 
 from common.attention import use_newest_kernel
-from common.runtime.flags import COMMON, STOP, HealthError, InputError, PlanOnly, Preempted, printable
-from common.runtime.folders import prepare_folder
-from common.runtime.parallel import layer_dtype
+from common.runtime.flags import COMMON, STOP, STOP_SIGNALS, HealthError, InputError, PlanOnly, Preempted, printable
+from common.runtime.flags import spelled_out
+from common.runtime.folders import check_inputs, prepare_folder
+from common.runtime.parallel import exchange, layer_dtype
 from common.runtime.run import Run, first_line, peak_bytes, read_json, record
 
+SILENCE = 20.0  # seconds from a signal to stop, or the last progress after it, to a roll call; torchrun kills after 30
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -45,6 +48,10 @@ def setup(args, script):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
+    # Groups that init_device_mesh makes take torch's defaults, which are 10 minutes on a GPU.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     lasting = dist.HashStore()  # outlives an attempt, where torchrun keeps it
     if not dist.is_initialized():
         store, rank, world = lasting, 0, 1
@@ -53,17 +60,18 @@ def setup(args, script):
             lasting = store
             if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":  # else each attempt has a store of its own
                 store = dist.PrefixStore(attempt, store)  # keys of an earlier attempt would break a restart
-        timeout = timedelta(seconds=2 * args.ddp_timeout)  # `watch` speaks first, and knows more
         dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
+    check_inputs(args)
     if rank == 0 and attempt != "0" and lasting.check(["folder"]):
         args.output_dir = lasting.get("folder").decode()  # that of the attempt before, not the first of its name
-    found = prepare_folder(args, script, attempt) if rank == 0 else [None, None, None]
-    dist.broadcast_object_list(found, src=0, group=dist.group.WORLD)
-    out, checkpoint, error = found
+    found = prepare_folder(args, script, attempt) if rank == 0 else []
+    texts = [path and str(path) for path in found]
+    args.output_dir, checkpoint, error = exchange(texts, device, dist.group.WORLD)[0]
     if error:
         raise InputError(error)
-    args.output_dir = str(out)
+    out = Path(args.output_dir)
+    checkpoint = checkpoint and Path(checkpoint)
     if rank == 0:
         lasting.set("folder", args.output_dir)
     if world % (args.tp_size * args.replicate_size):
@@ -82,14 +90,16 @@ def setup(args, script):
         mesh_shape=mesh_shape, versions=versions, command=command_line(args, script),
     )
     if rank == 0:
+        about = {"status": "running", "exit_code": None, "pid": os.getpid()}
+        about.update(command=run.command, versions=versions)
         if args.report_to != "none" and args.max_steps != 0:
-            start_tracker(run)
-        record(run.out, status="running", exit_code=None, pid=os.getpid(), command=run.command, versions=versions)
+            about["tracker_id"] = start_tracker(run)
+        record(run.out, **about)
         source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
         failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
         digest = hashlib.sha256(source).hexdigest()
         record(run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
-    threading.Thread(target=watch, args=[run], daemon=True).start()
+    threading.Thread(target=watch, args=[run, signals_heard()], daemon=True).start()
     return run
 
 
@@ -110,7 +120,7 @@ def find_device():
 
 
 def start_tracker(run):
-    """Set run.tracker. A resumed run goes on in the tracker's run of the same id, which run.json keeps."""
+    """Set run.tracker, and return its run's id. A resumed run goes on in that of the same id, which run.json keeps."""
     name = run.args.report_to
     try:
         run.tracker = importlib.import_module(name)
@@ -123,7 +133,7 @@ def start_tracker(run):
         run.tracker.init(name=tracker_id, **options)  # it knows a run by its name
     else:
         run.tracker.init(id=tracker_id, name=run.out.name, **options)
-    record(run.out, tracker_id=tracker_id)
+    return tracker_id
 
 
 def command_line(args, script):
@@ -142,37 +152,61 @@ def command_line(args, script):
 
 
 # ---- watchdog ------------------------------------------------------------------------------------
-def watch(run):
+def signals_heard():
+    """Return a pipe into which the numbers of signals come at once, even while the main thread waits in a collective or
+    for the GPU, where Python's handlers cannot run. Children of ours hear for themselves."""
+    heard, written = os.pipe()
+    os.set_blocking(heard, False)
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))
+    return heard
+
+
+def watch(run, heard):
     """In a thread of every rank: end the run after ddp_timeout seconds without progress: no chunk of rows encoded, no
-    micro-batch computed, no step done."""
+    micro-batch computed, no step done. When a signal to stop brings no progress either, another rank may have died, of
+    which NCCL does not tell: say where each rank stands before torchrun kills all."""
+    asked = math.inf  # time of a signal to stop
     while time.monotonic() - run.beat < run.args.ddp_timeout:
         time.sleep(min(1.0, run.args.ddp_timeout / 10))
+        with suppress(BlockingIOError):
+            if not set(STOP_SIGNALS).isdisjoint(os.read(heard, 64)):
+                asked = time.monotonic()
+        if time.monotonic() - max(asked, run.beat) > SILENCE:
+            roll_call(run, f"no progress for {SILENCE:g} s since a signal to stop", ends=False)
+            asked = math.inf
     roll_call(run, f"no progress for {run.args.ddp_timeout:g} s (longer steps need a longer --ddp_timeout)")
 
 
-def roll_call(run, why):
-    """Each rank says which function of this project it is in, the first to do so prints what all said, and all end. Who
-    is dead, stopped or keeps the interpreter is named by silence."""
+def roll_call(run, why, ends=True):
+    """Each rank says which function of this project it is in, the first to do so prints what all said, and all end
+    (ends=False: they go on). Who is dead, stopped or keeps the interpreter is named by silence."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
     functions = [frame.name for frame in stack if frame.filename.startswith((str(run.script), str(COMMON)))]
     store = dist.distributed_c10d._get_default_store()
     answers = []
     try:
-        store.set(f"rank {run.rank}", f"is in {functions[-1]}")
-        is_first = store.add("roll call", 1) == 1
+        store.set(f"rank {run.rank} {ends}", f"is in {functions[-1]}")
+        is_first = store.add(f"roll call {ends}", 1) == 1
         time.sleep(3)
-        for name in [f"rank {rank}" for rank in range(run.world)]:
-            answer = store.get(name).decode() if store.check([name]) else "does not answer"
-            answers.append(f"{name} {answer}")
+        for rank in range(run.world):
+            key = f"rank {rank} {ends}"
+            answer = store.get(key).decode() if store.check([key]) else "does not answer"
+            answers.append(f"rank {rank} {answer}")
     except RuntimeError:  # the store died with its rank
         answers = ["rank 0 does not answer"]
         is_first = run.rank == 1
     if is_first:
         message = f"step {run.step + 1}: {why}: {'; '.join(answers)}. To go on: {run.command} --resume auto"
-        print("\nerror:", message, file=sys.stderr, flush=True)  # below a bar
-        record(run.out, status="failed", exit_code=1)
-    else:
+        print("\nerror:", spelled_out(message), file=sys.stderr, flush=True)  # below a bar
+    if not ends:
+        return
+    if not is_first:
         time.sleep(3)  # leaving breaks the collectives of the rank that prints
+    elif read_json(run.out / "run.json").get("exit_code") is None:  # else a rank has left for a known reason
+        with suppress(OSError):  # of a full disk: this thread has to end the process in any case
+            record(run.out, status="failed", exit_code=1)
     os._exit(1)
 
 
@@ -185,7 +219,7 @@ def launch(main, args, script):
     code = 1
     try:
         run = setup(args, script)
-        for number in signal.SIGTERM, signal.SIGINT:
+        for number in STOP_SIGNALS:
             signal.signal(number, partial(on_stop, run, os.getpid()))
         main(args, run)
         code = 0
@@ -209,7 +243,8 @@ def launch(main, args, script):
             print("" if code == 4 else "error: ", printable(message), sep="", file=sys.stderr, flush=True)
     finally:
         with suppress(OSError):  # the disk that is full or locked may be why we leave, which has been said
-            if code and run and rank == 0:  # without a run the folder may be another one's
+            # Without a run the folder may be another one's. What a restart would only meet again, any rank may say.
+            if code and run and (rank == 0 or code in (2, 3)):
                 record(run.out, status="stopped" if code == 4 else "failed", exit_code=code)
     if code:
         os._exit(code)  # a failed rank does not wait for the others

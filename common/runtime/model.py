@@ -3,6 +3,8 @@
 import math
 import os
 import re
+import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import DryRunError
 from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,8 +23,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import refuse_rotary
-from common.batches import flat_batch, group_tokens
-from common.logprobs import probe_groups
+from common.batches import flat_batch, group_tokens, probe_groups
 from common.runtime.flags import COMMON, InputError
 from common.runtime.health import check, spread_gap
 from common.runtime.parallel import agree, all_most, local
@@ -32,18 +35,22 @@ POSITION_TABLES = r"(wpe|embed_positions|positions_embed|position_embeddings)$" 
 
 
 # ---- structure -----------------------------------------------------------------------------------
-def load_model(model_class, args, **head):
-    """Return the tokenizer and the model of --model, on the meta device: no weight has memory yet. `head` is what the
-    head of an auto class needs in the config (num_labels=1). Dropout is 0 and the module stays in eval mode: shared
-    prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
+def load_model(model_class, args, flag="model", **head):
+    """Return the tokenizer and the model that a flag names, on the meta device: no weight has memory yet. `head` is
+    what the head of an auto class needs in the config (num_labels=1). Dropout is 0 and the module stays in eval mode:
+    shared prompts, recomputation and ratios to old log-probs need a forward that repeats itself."""
+    name = vars(args)[flag]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its tables quote the folder; what matters is said below
     try:
-        folder = model_folder(args.model)
+        folder = model_folder(name, flag)
+        stored = stored_tensors(folder)
+        check_config(folder, stored)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
         with torch.device("meta"):
             lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
-            if unties(lm, folder):
+            check_sizes(lm, stored)
+            if unties(lm, stored):
                 config.tie_word_embeddings = False  # saved with the model: it is true of what we train
                 lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
         lm.name_or_path = folder
@@ -52,12 +59,12 @@ def load_model(model_class, args, **head):
             lm.generation_config = GenerationConfig.from_pretrained(folder)
         transformers.DynamicCache(config=lm.config)  # sampling needs it, be it at the end of the run
     except Exception as e:  # the loader may raise anything, and what it reads is input
-        raise InputError(f"--model {args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
+        raise InputError(f"--{flag} {name}: {first_line(e)}. Pass a Hugging Face model folder or hub id.") from e
     tokenizer = load_tokenizer(folder, args.chat_template)
     ids = max(tokenizer.get_vocab().values(), default=0) + 1
     embeddings = lm.get_input_embeddings().num_embeddings
     if ids > embeddings:
-        raise InputError(f"--model {args.model}: {embeddings} embeddings, but {ids} token ids. Pass another.")
+        raise InputError(f"--{flag} {name}: {embeddings} embeddings, but {ids} token ids. Pass another.")
     refuse_rotary(lm.config, args.max_length)
     for module in lm.modules():
         for name, value in vars(module).items():  # the rate of a Dropout module, or a number like attention_dropout
@@ -66,15 +73,35 @@ def load_model(model_class, args, **head):
     return tokenizer, lm.eval()
 
 
-def model_folder(name):
-    """Return the folder of --model. Of a hub id it holds the weights that are read, and no others."""
+def model_folder(name, flag="model"):
+    """Return the folder of a flag's model. Of a hub id, or ID@REVISION, it holds the weights that are read, and no
+    others; its own name is the commit."""
     if name == "tiny":
-        return str(COMMON / "tiny" / "model")
+        return str(COMMON / "tiny" / flag)
     if Path(name).is_dir():
         return name
-    folder = snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS])
+    hub_id, _, revision = name.partition("@")
+    folder = download(hub_id, revision or None, ["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS])
     files = [Path(file).name for file in weight_files(folder)]
-    return snapshot_download(name, revision=Path(folder).name, allow_patterns=files)
+    return download(hub_id, Path(folder).name, files)
+
+
+def download(hub_id, revision, patterns):
+    """Return the folder of a snapshot with the files of these names. The first rank of a machine refuses what does not
+    fit on its disk; the hub cannot say how much that is where the cache is all there is (HF_HUB_OFFLINE)."""
+    what = {"revision": revision, "allow_patterns": patterns}
+    missing = []
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(DryRunError):
+            missing = snapshot_download(hub_id, dry_run=True, **what)
+    need = sum(file.file_size for file in missing if file.will_download)
+    if need:
+        cache = Path(HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+        if free < need:
+            raise ValueError(f"{need / 1e9:.1f} GB to download, and {free / 1e9:.1f} GB are free in {cache}")
+    return snapshot_download(hub_id, **what)
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -97,16 +124,50 @@ def weight_files(folder):
     return [str(folder / file) for file in names]
 
 
-def unties(lm, folder):
+def stored_tensors(folder):
+    """Return {name: (file, shape)} of the tensors in the files with the weights, of which only the headers are read."""
+    stored = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                stored[name] = file, tensors.get_slice(name).get_shape()
+    return stored
+
+
+def check_config(folder, stored):
+    """Refuse a config with more layers than there are tensors, or more experts or labels than tensors or rows of one,
+    before anything is built of it: a billion layers would be built until the memory ends."""
+    sizes = [len(stored)]
+    for _, shape in stored.values():
+        sizes += shape
+    parts = [read_json(Path(folder) / "config.json")]
+    while parts:
+        for name, value in parts.pop().items():
+            most = math.inf
+            if isinstance(value, dict):  # text_config
+                parts.append(value)
+            elif re.search("layers?$", name):
+                most = len(stored)
+            elif re.search("experts$|^num_labels$", name):
+                most = max(sizes)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"config.json says {name} {value}, and its files hold {len(stored)} tensors")
+
+
+def check_sizes(lm, stored):
+    """Refuse a model, still without memory, of more than twice the weights that its files hold. A new head is small."""
+    built = sum(p.numel() for p in lm.parameters())
+    held = sum(math.prod(shape) for _, shape in stored.values())
+    if built > 2 * held:
+        raise ValueError(f"config.json describes {built} weights, and its files hold {held}")
+
+
+def unties(lm, stored):
     """Return whether a model whose config ties its head to the embedding comes with two that differ. As transformers
     does, they are then two weights; the config is wrong."""
-    places = {}
-    for file in weight_files(folder) if lm.all_tied_weights_keys else []:
-        with safe_open(file, "pt") as tensors:
-            places.update(dict.fromkeys(tensors.keys(), file))
     for pair in lm.all_tied_weights_keys.items():
-        if places.keys() >= set(pair):
-            first, second = (safe_open(places[name], "pt").get_tensor(name) for name in pair)
+        if stored.keys() >= set(pair):
+            first, second = (safe_open(stored[name][0], "pt").get_tensor(name) for name in pair)
             if not torch.equal(first, second):
                 return True
     return False
@@ -132,10 +193,10 @@ def own_tensors(module):
 
 
 @torch.no_grad()
-def load_weights(run, policy):
-    """Fill the policy with the weights of its folder, and return it. Every rank reads its own slices of the files. If
-    they have other names (experts that transformers fuses) or lack a new head, rank 0 reads the whole model, which
-    makes the head, and broadcasts it tensor by tensor."""
+def load_weights(run, policy, flag="model"):
+    """Fill the policy with the weights of its folder, which `flag` names, and return it. Every rank reads its own
+    slices of the files. If they have other names (experts that transformers fuses) or lack a new head, rank 0 reads the
+    whole model, which makes the head, and broadcasts it tensor by tensor."""
     device = "cpu" if run.args.cpu_offload else run.device
     lm = materialize(policy.lm, device, rope_device=run.device)
     run.weights = run.weights or sum(p.numel() for p in policy.parameters())
@@ -151,7 +212,7 @@ def load_weights(run, policy):
         if run.rank == 0:
             weights = read_whole_model(run, policy)
     except (Exception, dcp.CheckpointException) as e:  # readers may raise anything; the last is a BaseException
-        error = f"--model {run.args.model}: {first_line(e)}. Pass a Hugging Face model folder or hub id."
+        error = f"--{flag} {vars(run.args)[flag]}: {first_line(e)}. Pass a Hugging Face model folder or hub id."
     agree(run, error)
     for name, tensor in tensors.items():
         values = torch.empty(tensor.shape, dtype=tensor.dtype, device=run.device)
@@ -215,8 +276,10 @@ def longest(groups, completion=0):
 
 def fit_memory(run, policy, tokenizer, tokens):
     """Apply --compile and --activation_checkpointing, under which layers are computed again in backward. auto does that
-    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam's moments. `tokens`
-    are those of the largest group. All ranks decide alike: layers may be collective. Return a sentence for the plan."""
+    where what autograd would keep of the largest micro-batch does not fit beside gradients and Adam's moments; where
+    there is room for whole weights and gradients, too, the policy keeps them from a step's first micro-batch to its
+    last. `tokens` are those of the largest group. All ranks decide alike: layers may be collective. Return a sentence
+    for the plan."""
     args = run.args
     recompute = args.activation_checkpointing == "on"
     sentence = "not looked at"
@@ -227,6 +290,11 @@ def fit_memory(run, policy, tokenizer, tokens):
         room = 0.8 * free_bytes() - gradients_and_moments  # the rest: logits, a layer's gradients
         recompute = all_most(run, activations > room) == 1
         sentence = f"up to {activations / 1e9:.2f} GB of activations, of {most} tokens"
+        whole = (run.dtype.itemsize + 4) * run.weights / args.tp_size  # gradients are fp32
+        room -= whole + (0 if recompute else activations)
+        policy.stays_whole = run.world > args.tp_size and not args.cpu_offload and all_most(run, room < 0) == 0
+        if policy.stays_whole:
+            sentence += f"; {whole / 1e9:.2f} GB keep weights and gradients whole until a step's last micro-batch"
     for layer in policy.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             if args.compile:
@@ -257,11 +325,22 @@ def activation_bytes(run, policy, tokenizer):
     return kept / len(batch["input_ids"])
 
 
+def check_fits(text, need):
+    """Raise InputError if `need` bytes are more than this rank may allocate. text: what takes them."""
+    free = free_bytes()
+    if need > free:
+        gigabytes = f"{need / 1e9:.1f} GB on every rank, and {free / 1e9:.1f} GB are free"
+        raise InputError(f"{text} {gigabytes}. Choose a smaller model.")
+
+
 def free_bytes():
     """Return the bytes that this rank may still allocate: of its GPU, or its part of the machine's memory."""
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0]
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # what the allocator holds unused
+        for segment in torch.cuda.memory_snapshot():  # and what the allocator holds unused; only graphs use their pools
+            if segment["segment_pool_id"] == (0, 0):
+                free += segment["total_size"] - segment["allocated_size"]
+        return free
     info = Path("/proc/meminfo")
     if not info.is_file():
         return float("inf")

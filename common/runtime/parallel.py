@@ -1,5 +1,6 @@
 """What ranks say to each other: sums, agreement on errors, gathered tensors, gradient norms, and tensor parallelism."""
 
+import json
 import math
 import re
 
@@ -45,12 +46,16 @@ def all_most(run, value):
     return most.item()
 
 
+def exchange(value, device, group):
+    """Return the values of all ranks of `group`, in rank order. A value is what JSON can hold, and travels as bytes of
+    JSON in a tensor: objects would be pickles, which run what they hold on the rank that reads them."""
+    letters = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    return [json.loads(bytes(part["letters"].tolist())) for part in gather_tensors({"letters": letters}, group)]
+
+
 def agree(run, error):
     """End the run on all ranks with the text of the first rank that has one; `error` is None where all is well."""
-    errors = [error]
-    if run.world > 1:
-        errors = [None] * run.world
-        dist.all_gather_object(errors, error, group=run.group)
+    errors = [error] if run.world == 1 else exchange(error, run.device, run.group)
     for text in errors:
         if text:
             raise InputError(text)
@@ -127,8 +132,9 @@ def param_groups(policy, weight_decay):
 # ---- tensor parallelism --------------------------------------------------------------------------
 def partial_parameters(policy):
     """Return the parameters that tensor parallelism left whole in a cut layer, such as norms of heads. Each tp rank has
-    the part of their gradient that comes from its own heads: the script sums these parts."""
-    return [p for module in policy.partial for p in module.parameters()]
+    the part of their gradient that comes from its own heads: the script sums these parts. In a step that was skipped
+    there are no gradients."""
+    return [p for module in policy.partial for p in module.parameters() if p.grad is not None]
 
 
 def tensor_parallel(run, lm):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.attention import kernel_name
 from common.batches import group_tokens
-from common.runtime.flags import InputError, PlanOnly, printable
+from common.runtime.flags import InputError, PlanOnly, printable, spelled_out
 from common.tokenization import token_picture
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "alerts.jsonl")  # what a resume cuts back; other files are not ours
@@ -51,6 +51,7 @@ class Run:
     started: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)  # time of the newest checkpoint
     saving: float = 0.0  # seconds spent on saving
+    lost_calls: bool = False  # on any rank, a call of a reward function has failed since the last check_rewards
     beat: float = field(default_factory=time.monotonic)  # time of the last progress, for `watch`
     watched: tuple = ()  # weights, and a copy of them after step 4, for `check_update`
 
@@ -59,14 +60,24 @@ class Run:
 def record(out, **fields):
     """Update run.json, from the first moment to the exit code; the file is replaced whole. For rank 0 only."""
     path = out / ".run.json"
-    path.write_text(json.dumps(strict(read_json(out / "run.json") | fields), indent=1))
+    path.unlink(missing_ok=True)  # of a run that was killed, or a link
+    with open_own(path, "x") as file:
+        file.write(json.dumps(strict(read_json(out / "run.json") | fields), indent=1))
     fsync(path)
     os.replace(path, out / "run.json")
 
 
+def open_own(path, mode):
+    """Open a file in the output folder for writing: the file itself, never what a link leads to, and without waiting
+    for the reader of a pipe."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+
+
 def read_json(path):
-    """Return the object in a file, or {} where there is none that can be read."""
+    """Return the object in a file, or {} where there is none that can be read. Of a pipe or device there is no end."""
     try:
+        if not path.is_file():
+            return {}
         return {**json.loads(path.read_text())}  # a TypeError for all but an object
     except (OSError, TypeError, ValueError, RecursionError):
         return {}
@@ -82,7 +93,7 @@ def fsync(path):
 def write(run, name, fields):
     """Append one line of JSON to a file of the run (rank 0)."""
     if run.rank == 0:
-        with open(run.out / name, "a") as file:
+        with open_own(run.out / name, "a") as file:
             print(json.dumps(strict(fields)), file=file)
 
 
@@ -131,11 +142,16 @@ def log_eval(run, step, metrics, steps):
 
 
 def say(run, line, file=None):
-    """Print a line on rank 0, to stdout or another file; where there is a bar, above it."""
+    """Print a line on rank 0, to stdout or another file; control characters in it are spelled out."""
+    show(run, spelled_out(line), file)
+
+
+def show(run, text, file=None):
+    """Print a text as it is; where there is a bar, above it."""
     if run.bar is not None:
-        run.bar.write(line, file=file)
+        run.bar.write(text, file=file)
     elif run.rank == 0:
-        print(line, file=file, flush=True)
+        print(text, file=file, flush=True)
 
 
 def progress(run, title, items, total):
@@ -151,7 +167,7 @@ def progress(run, title, items, total):
 
 def show_groups(run, title, groups, tokenizer):
     for group in groups:
-        say(run, f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}")
+        show(run, f"{title:<10}{token_picture(group, tokenizer, sys.stdout.isatty())}")
 
 
 def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory):
@@ -160,8 +176,10 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
         raise InputError("no optimizer step is planned: raise --max_steps or --num_train_epochs.")
     if run.args.eval_dataset and not heldout:
         raise InputError(f"--eval_dataset {run.args.eval_dataset}: no row is left. Raise --max_length or fix rows.")
+    folder = Path(policy.lm.name_or_path)
+    commit = folder.name if folder.parent.name == "snapshots" else None  # of a hub id
     if run.rank == 0:
-        record(run.out, data=run.data, steps=steps)
+        record(run.out, data=run.data, steps=steps, model_commit=commit)
     tokens = sum(map(group_tokens, train))
     show_groups(run, "first row", train[: 3 if only_plan else 1], tokenizer)
     say(run, f"data      {counts['kept']} of {counts['rows']} rows kept, {tokens} tokens; {len(heldout)} rows held out")
@@ -175,6 +193,8 @@ def print_plan(run, policy, tokenizer, *, train, heldout, counts, steps, memory)
         kernel = kernel_name(policy.lm, run.device.type, run.dtype)
     static = 16e-9 * run.weights * run.args.replicate_size / run.world  # fp32 weights, gradients, Adam's two moments
     say(run, f"model     {model}; weights, gradients and Adam take {static:.2f} GB a rank")
+    if commit:
+        say(run, f"commit    {commit} of --model {run.args.model}")
     say(run, f"attention {kernel}")
     machines = run.world // int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
     if machines > 1 and run.args.replicate_size == 1:

@@ -172,7 +172,7 @@ def forward(policy, batch, args, want=()):
     """Return the policy's outputs for a micro-batch of pairs, and cpo_loss of them."""
     out = policy(batch, want)
     seq_logprobs = seq_sums(out["logprobs"], batch)
-    lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"])
+    lengths = seq_sums(torch.ones_like(out["logprobs"]), batch)
     return out, *cpo_loss(seq_logprobs, lengths, args)
 
 

@@ -42,7 +42,7 @@ if not root:
     print(f"error: no common/ of CleanPost above {__file__} or in CLEANPOST. Copy common/ beside it.", file=sys.stderr)
     sys.exit(2)
 sys.path.insert(0, str(root))
-from common.runtime.flags import HealthError, InputError, RunFlags, parse_flags
+from common.runtime.flags import InputError, RunFlags, parse_flags
 
 
 # ---- args ----------------------------------------------------------------------------------------
@@ -138,10 +138,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_sum, share
+from common.batches import attach_logprobs, count_scored, fit, micro_batches, order, sequence_size, sequence_sum, share
 from common.data import fingerprint, load_rows
 from common.logprobs import Policy
-from common.rewards import heldout_metrics, load_rewards, reward_table, rollout_metrics, sample_and_judge, write_samples
+from common.rewards import check_rewards, heldout_metrics, load_rewards, reward_table, rollout_metrics, sample_and_judge
+from common.rewards import write_samples
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
 from common.runtime.encoding import encode_rows
 from common.runtime.health import check, check_data, check_update
@@ -194,7 +195,7 @@ def importance_ratio(logprobs, old_logprobs, seq, args):
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20)
     if args.importance_sampling_level == "token":
         return log_ratio
-    return sequence_sum(log_ratio, seq) / torch.bincount(seq)[seq]
+    return sequence_sum(log_ratio, seq) / sequence_size(seq)
 
 
 def sampler_weight(old_logprobs, sampler_logprobs, seq, args):
@@ -224,7 +225,7 @@ def token_weight(seq, num_tokens, num_seqs, args):
     """seq (M,) per token; num_tokens, num_seqs: of the whole optimizer step, all ranks. Returns what a token's loss is
     multiplied by before the sum: the denominators of Norm."""
     if args.loss_type == "grpo":
-        return 1 / (torch.bincount(seq)[seq] * num_seqs)
+        return 1 / (sequence_size(seq) * num_seqs)
     if args.loss_type == "dr_grpo":
         return 1 / (args.max_completion_length * num_seqs)
     return 1 / num_tokens  # dapo, cispo
@@ -267,10 +268,7 @@ def evaluate(policy, sampler, heldout, reward_functions, step, args, run):
         sampled = heldout_metrics(run, groups)
         metrics[f"eval/pass@{args.eval_samples}"] = sampled["eval/accuracy"]
         missing = max(missing, sampled["eval/no_reward_frac"])
-    check(
-        run, "GRPO003", step=step, metric="eval/no_reward_frac", value=missing, warn=0, error=0.1,
-        message="held-out prompts got no reward: it raised, hung or was None",
-    )
+    check_rewards(run, "GRPO003", step=step, metric="eval/no_reward_frac", share=missing)
     return metrics
 
 
@@ -340,7 +338,8 @@ def with_signal(groups, args):
 
 
 def check_rollout(run, step, metrics, unequal):
-    """GRPO001-005: a rollout that nothing can be learned from, or that the trainer sees with other eyes."""
+    """GRPO001-005: a rollout that nothing can be learned from, or that the trainer sees with other eyes. metrics: of
+    the rollout, the trainer's own of its first step."""
     if step > 0:
         step += 1  # the first rollout is judged before step 1
     check(
@@ -354,10 +353,7 @@ def check_rollout(run, step, metrics, unequal):
         patience=1 if metrics["truncated_frac"] == 1 else 3, message="no stop token",
         fix=("--max_completion_length", length, 2 * length),
     )
-    check(
-        run, "GRPO003", step=step, metric="no_reward_frac", value=metrics["no_reward_frac"], warn=0, error=0.1,
-        message="completions got no reward: it raised, hung or was None",
-    )
+    check_rewards(run, "GRPO003", step=step, metric="no_reward_frac", share=metrics["no_reward_frac"])
     check(
         run, "GRPO004", step=step, metric="sampler_gap / entropy", value=metrics["sampler_gap"] / entropy,
         warn=0.025, error=0.2, message="sampler and trainer disagree on the same tokens",
@@ -366,8 +362,6 @@ def check_rollout(run, step, metrics, unequal):
         run, "GRPO005", step=step, metric="difference / entropy", value=unequal / entropy, error=1e-4, rounding=0.05,
         message="the same weights gave other log-probs than a moment ago: dropout, or train mode?",
     )
-    if metrics["no_reward_frac"] == 1:
-        raise HealthError("GRPO003: no completion of this rollout got a reward. Check --reward.")
 
 
 # ---- fsdp ----------------------------------------------------------------------------------------
@@ -410,7 +404,7 @@ def main(args, run):
         steps = math.ceil(args.num_train_epochs * args.num_iterations * len(train) / args.batch_size)
     # ---- model -----------------------------------------------------------------------------------
     lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
-    reward_functions = load_rewards(args, train)
+    reward_functions = load_rewards(args, train, tokenizer)
     sampler = Sampler(run, lm, tokenizer, stops)  # an unsharded copy
     reference = load_weights(run, shard(Policy(copy.deepcopy(lm), args.temperature), run)) if args.beta else None
     policy = load_weights(run, shard(Policy(lm, args.temperature), run))  # every rank reads its own slices of the files
@@ -474,7 +468,9 @@ def main(args, run):
         metrics["perf/rollout_seconds"] = rollout_seconds
         unequal = metrics.pop("unequal")
         if inner == 0:
-            check_rollout(run, step, metrics, unequal)
+            check_rollout(run, step, metrics | rollout_metrics(sampled), unequal)
+        if metrics["no_reward_frac"] == 1:  # no reward says what is better: AdamW passes over what has no gradient
+            optimizer.zero_grad(set_to_none=True)
         if inner + 1 == steps_per_rollout:
             del run.state["rollout"]
         # ---- update ------------------------------------------------------------------------------

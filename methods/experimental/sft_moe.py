@@ -151,8 +151,7 @@ def routed_forward(policy, batch, want=()):
 
 def count_experts(logits, top_k):
     """Return how often each expert (E,) is among the top_k of the logits (layers, N, E)."""
-    chosen = logits.topk(top_k).indices
-    return torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
+    return torch.zeros_like(logits).scatter_(-1, logits.topk(top_k).indices, 1.0).sum((0, 1))
 
 
 def aux_loss(logits, expert_counts, top_k):

@@ -163,8 +163,9 @@ def forward(policy, batch, args, want=()):
     """Return the policy's outputs for a micro-batch of pairs and references, and tpo_loss of them."""
     out = policy(batch, want)
     seq_logprobs = seq_sums(out["logprobs"], batch)
-    lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"])
-    return out, *tpo_loss(seq_logprobs, lengths, batch["role"], args)
+    lengths = seq_sums(torch.ones_like(out["logprobs"]), batch)
+    roles = torch.tensor([completion["role"] for completion in batch["completions"]])  # on the CPU: no wait for a GPU
+    return out, *tpo_loss(seq_logprobs, lengths, roles, args)
 
 
 @torch.no_grad()

@@ -1,0 +1,112 @@
+"""TRL's own divergence between two models on numbers that are written down, for tests/test_distillation.py.
+
+    PYTHON benchmarks/trl_distillation_fixtures.py     (PYTHON: of an environment with TRL 1.16.0)
+
+Writes tests/fixtures/trl_distillation.json: the versions; hidden states and heads of a student and a teacher; for each
+beta and temperature what ChunkedDivergenceFunction, the loss of DistillationTrainer, says of every token, the student's
+entropy, and the gradients of the sum by the student's hidden states, weight and bias; in float64 the sum and its
+gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's; and in
+float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+import trl
+from trl.experimental.gkd import GKDTrainer
+from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+VERSION, TARGET = "1.16.0", Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trl_distillation.json"
+TOKENS, VOCABULARY, WIDTHS = 6, 9, (3, 4)
+BETAS, TEMPERATURES, TOP_K = (0.0, 0.3, 0.5, 1.0), (1.0, 0.7), (1, 3)
+NAMES = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+def make_inputs():
+    """-> {name: nested list} of multiples of 1/64, which every precision holds."""
+    torch.manual_seed(0)
+    tensors = []
+    for width in WIDTHS:
+        tensors += [torch.randn(TOKENS, width), torch.randn(VOCABULARY, width), torch.randn(VOCABULARY)]
+    return {name: (tensor * 64).round().div(64).tolist() for name, tensor in zip(NAMES, tensors)}
+
+
+def distillation(inputs, beta, temperature):
+    tensors = [torch.tensor(inputs[name]) for name in NAMES]
+    for tensor in tensors[:3]:
+        tensor.requires_grad_()
+    divergence, entropy = ChunkedDivergenceFunction.apply(*tensors, beta, temperature)
+    gradients = torch.autograd.grad(divergence.sum(), tensors[:3])
+    case = {"beta": beta, "temperature": temperature, "divergence": divergence.tolist(), "entropy": entropy.tolist()}
+    return case | {f"d_{name}": gradient.tolist() for name, gradient in zip(NAMES, gradients)}
+
+
+def logits_of(inputs):
+    hidden, weight, bias, *teacher = [torch.tensor(inputs[name], dtype=torch.float64) for name in NAMES]
+    teacher_hidden, teacher_weight, teacher_bias = teacher
+    return (hidden @ weight.T + bias)[None].requires_grad_(), (teacher_hidden @ teacher_weight.T + teacher_bias)[None]
+
+
+def by_logits(function, inputs, **settings):
+    """-> the sum over tokens by a function of logits, and its gradient by the student's, which the models' share."""
+    student, teacher = logits_of(inputs)
+    loss = function(student, teacher, reduction="sum", **settings)
+    (gradient,) = torch.autograd.grad(loss, student)
+    return settings | {"loss": loss.item(), "d_logits": gradient[0].tolist()}
+
+
+def iw_opd(inputs, gamma):
+    """Two completions, of four and two tokens, padded to four: TRL takes (B, T) with -100 where nothing is scored."""
+    student, teacher = logits_of(inputs)
+    tokens = [[1, 5, 2, 7], [3, 0, 0, 0]]
+    labels = torch.tensor([[1, 5, 2, 7], [3, 0, -100, -100]])
+    padded = [torch.zeros(2, 4, VOCABULARY, dtype=torch.float64) for _ in range(2)]
+    for target, source in zip(padded, (student, teacher)):
+        target[0] = source[0, :4]
+        target[1, :2] = source[0, 4:]
+    student_logits, teacher_logits = padded
+    index = torch.tensor(tokens)[..., None]
+    sampler = student_logits.detach().log_softmax(-1).gather(-1, index)[..., 0] - 0.125
+    metrics = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        temperature=1.0, iw_opd_gamma=gamma, iw_opd_epsilon=1e-8, model=SimpleNamespace(training=True), _metrics=metrics
+    )
+    loss = IWOPDTrainer._compute_iw_opd_loss(
+        trainer, student_logits, torch.tensor(tokens), labels,
+        teacher_logits.log_softmax(-1).gather(-1, index)[..., 0], sampler, num_items_in_batch=1,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, student)
+    case = {"gamma": gamma, "labels": [1, 5, 2, 7, 3, 0], "seq": [0, 0, 0, 0, 1, 1], "loss": loss.item()}
+    case["sampler_logprobs"] = [*sampler[0].tolist(), *sampler[1, :2].tolist()]
+    return case | {"d_logits": gradient[0].tolist()}
+
+
+def main():
+    if trl.__version__ != VERSION:
+        sys.exit(f"TRL {trl.__version__} is installed, {VERSION} is wanted.")
+    inputs = make_inputs()
+    found = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    found["inputs"] = inputs
+    found["cases"] = [distillation(inputs, beta, temperature) for beta in BETAS for temperature in TEMPERATURES]
+    top_k, gkd = IWOPDTrainer.generalized_jsd_loss, GKDTrainer.generalized_jsd_loss
+    found["top_k"] = [by_logits(top_k, inputs, beta=beta, top_k=k) for beta in BETAS for k in TOP_K]
+    found["gkd"] = []
+    for beta in BETAS:
+        student, teacher = logits_of(inputs)
+        labels = torch.zeros(1, TOKENS, dtype=torch.long)
+        loss = gkd(student, teacher, labels, beta=beta, num_items_in_batch=1)
+        (gradient,) = torch.autograd.grad(loss, student)
+        found["gkd"].append({"beta": beta, "loss": loss.item(), "d_logits": gradient[0].tolist()})
+    found["iw_opd"] = [iw_opd(inputs, gamma) for gamma in (0.0, 0.5)]
+    TARGET.write_text(json.dumps(found) + "\n")
+    print(f"{TARGET.name}: {len(found['cases'])} cases, {len(found['top_k'])} with top_k, {len(found['gkd'])} of GKD")
+
+
+if __name__ == "__main__":
+    main()
