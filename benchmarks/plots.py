@@ -20,7 +20,7 @@ import json
 import re
 import sys
 import textwrap
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median, mode
 
@@ -44,6 +44,7 @@ COLORS = {"sft": "#2f6f9f", "dpo": "#b5532a", "reward": "#7b4f9d", "kto": "#8a6d
           "rloo": "#2b8c8c"}
 
 
+@cache
 def module(path):
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -368,9 +369,10 @@ def part_tiny_runs():
 
 
 LADDER = {  # families of ladder.py: title, and the script whose tokens are the family's budget
-    "demonstrations": ("From demonstrations", "methods/sft.py"),
-    "preference": ("From preferences and labels", "methods/dpo.py"),
-    "online": ("Online: from samples of its own", "methods/grpo.py"),
+    "demonstrations": ("From demonstrations", "sft"),
+    "preference": ("From preferences and labels", "dpo"),
+    "online": ("Online: from samples of its own", "grpo"),
+    "distillation": ("From a teacher", "distillation"),
 }
 JUDGED = {"reward": "of pairs", "prm": "of steps"}  # scripts whose held-out accuracy is not of written answers
 TRAINED, SAMPLED, CPU, ACCURACY = 1, 2, 3, 4  # places in a point of ladder.py's curves
@@ -383,6 +385,12 @@ def ladder(rung):
         if at == rung:
             found.setdefault(script, []).append(row)
     return found
+
+
+def ladder_first(name, rung):
+    """The lines of the first script of a family, whatever folder it is in."""
+    rows = [rows for script, rows in ladder(rung).items() if Path(script).stem == LADDER[name][1]]
+    return rows[0] if rows else []
 
 
 def ladder_area(rows, first, cost):
@@ -409,10 +417,10 @@ def ladder_rows(name):
     """A row of the table for each script of a family and each rung."""
     tools, rows = module(ROOT / "benchmarks" / "ladder.py"), []
     scripts = [script for script in tools.scripts() if tools.family(script) == name]
-    costs = [TRAINED, SAMPLED] if name == "online" else [TRAINED]
+    costs = [TRAINED, SAMPLED] if name in ("online", "distillation") else [TRAINED]
     for rung in tools.RUNGS:
         found = ladder(rung)
-        first = found.get(LADDER[name][1], [])
+        first = ladder_first(name, rung)
         for script in scripts:
             stem, above = Path(script).stem, tools.parent(script)
             cells = [f"[`{stem}.py`]({script.removeprefix('methods/')})", Path(above).stem if above else "", rung]
@@ -437,15 +445,15 @@ def part_ladder():
     text = ""
     for name, (title, first) in LADDER.items():
         head = ["script", "parent", "rung", "seeds:", "held-out accuracy", "area:", "parent's:"]
-        if name == "online":
+        if name in ("online", "distillation"):
             head += ["area, sampled:", "parent's:", "trained to 0.9:", "sampled to 0.9:"]
         else:
             head += ["tokens to 0.9:"]
         rows = ladder_rows(name)
-        budgets = [f"{ladder(rung)[first][0]['curve'][-1][TRAINED] / 1000:.0f}k on {rung}"
-                   for rung in ("tiny", "hard") if first in ladder(rung)]
+        budgets = [f"{ladder_first(name, rung)[0]['curve'][-1][TRAINED] / 1000:.0f}k on {rung}"
+                   for rung in ("tiny", "hard") if ladder_first(name, rung)]
         text += f"### {title}\n\n![{title}: held-out accuracy](../benchmarks/results/ladder_{name}.png)\n\n"
-        text += f"Area over the trained tokens of `{first}`: {', '.join(budgets)}.\n\n" if budgets else ""
+        text += f"Area over the trained tokens of `{first}.py`: {', '.join(budgets)}.\n\n" if budgets else ""
         head += ["CPU s to 0.9:", "alerts"]
         text += table(head, [row + [""] * (len(head) - len(row)) for row in rows]) + "\n"
     made = {versions(row) for rung in ("tiny", "hard") for rows in ladder(rung).values() for row in rows}
