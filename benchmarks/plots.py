@@ -406,6 +406,7 @@ def ladder_area(rows, first, cost):
 def ladder_cost(rows, cost):
     """What it took to reach 0.9, a mean over the seeds, or how many of them did."""
     reached = module(ROOT / "benchmarks" / "ladder.py").reached
+    rows = [row for row in rows if row["curve"][0][cost] is not None]
     costs = [reached([(point[cost], point[ACCURACY]) for point in row["curve"]]) for row in rows]
     found = [value for value in costs if value is not None]
     if len(found) < len(rows):
