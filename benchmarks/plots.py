@@ -1071,7 +1071,8 @@ def ladder_curves(name):
 def draw_ladder(shown):
     """A panel for each rung, a line for each script; the scripts of methods/ are thick."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.2), sharey=True, squeeze=False)
+    size = (4.2 * len(shown) + 1.6, 3.9)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
     named = sorted({script for lines in shown.values() for script in lines}, key=lambda path: (path.count("/"), path))
     looks = {script: (plt.get_cmap("tab20")(i % 20), "-" if i < 10 else "--") for i, script in enumerate(named)}
     for axis, (rung, lines) in zip(axes.flat, shown.items()):
@@ -1080,14 +1081,16 @@ def draw_ladder(shown):
             stem, is_stable = Path(script).stem, "experimental" not in script
             label = f"{stem} ({JUDGED[stem]})" if stem in JUDGED else stem
             axis.plot([tokens / 1000 for tokens, _ in points], [accuracy for _, accuracy in points], label=label,
-                      color=color, linestyle=dashes, linewidth=2.8 if is_stable else 1.3)
+                      color=color, linestyle=dashes, linewidth=3.5 if is_stable else 1.3, zorder=2 if is_stable else 3)
         axis.set_title(f"rung {rung}", loc="left", fontsize=11)
         axis.set_xlabel("thousand trained tokens")
         axis.set_ylim(0, 1.04)
     axes.flat[0].set_ylabel("held-out accuracy")
-    handles = dict(zip(*reversed(axes.flat[0].get_legend_handles_labels())))
-    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.tight_layout()
+    named = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles))
+    figure.legend(named.values(), named, loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 
