@@ -63,7 +63,7 @@ import transformers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from common.runtime import checkpoint
+from common.runtime import checkpoint, folders
 from common.runtime.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,7 +297,7 @@ class Events:
         self.whole = {p.name: self.sizes(p) for p in out.glob("checkpoint-*") if sound(p)}
         self.fsync = os.fsync
         os.fsync = self.on_fsync
-        self.wrap(checkpoint, "save_file", lambda tensors, path, *_, **__: path)
+        self.wrap(folders, "save_file", lambda tensors, path, *_, **__: path)
         self.wrap(transformers.modeling_utils, "safe_save_file", lambda tensors, path, *_, **__: path)
         tokenizer = transformers.tokenization_utils_tokenizers.TokenizersBackend
         self.wrap(tokenizer, "_save_pretrained", lambda _, **named: f"{named['save_directory']}/tokenizer.json")
@@ -500,6 +500,7 @@ def crash(about, scenario, victim, number, side):
     run, events = watched(None)
     wrong += [f"resuming ended with {run.codes}: {run.errors}"] if any(run.codes) else []
     wrong += [] if wrong else differences(about.reference, remains(out))
+    assert out.is_dir(), wrong
     shutil.rmtree(out)
     row = {"part": "points", "scenario": scenario, "world": about.world, "rank": victim, "event": number}
     row |= {"what": what, "side": side, "equal": not wrong, "differs": wrong}

@@ -20,7 +20,7 @@ import json
 import re
 import sys
 import textwrap
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, median, mode
 
@@ -44,6 +44,7 @@ COLORS = {"sft": "#2f6f9f", "dpo": "#b5532a", "reward": "#7b4f9d", "kto": "#8a6d
           "rloo": "#2b8c8c"}
 
 
+@cache
 def module(path):
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -368,9 +369,10 @@ def part_tiny_runs():
 
 
 LADDER = {  # families of ladder.py: title, and the script whose tokens are the family's budget
-    "demonstrations": ("From demonstrations", "methods/sft.py"),
-    "preference": ("From preferences and labels", "methods/dpo.py"),
-    "online": ("Online: from samples of its own", "methods/grpo.py"),
+    "demonstrations": ("From demonstrations", "sft"),
+    "preference": ("From preferences and labels", "dpo"),
+    "online": ("Online: from samples of its own", "grpo"),
+    "distillation": ("From a teacher", "distillation"),
 }
 JUDGED = {"reward": "of pairs", "prm": "of steps"}  # scripts whose held-out accuracy is not of written answers
 TRAINED, SAMPLED, CPU, ACCURACY = 1, 2, 3, 4  # places in a point of ladder.py's curves
@@ -383,6 +385,12 @@ def ladder(rung):
         if at == rung:
             found.setdefault(script, []).append(row)
     return found
+
+
+def ladder_first(name, rung):
+    """The lines of the first script of a family, whatever folder it is in."""
+    rows = [rows for script, rows in ladder(rung).items() if Path(script).stem == LADDER[name][1]]
+    return rows[0] if rows else []
 
 
 def ladder_area(rows, first, cost):
@@ -398,6 +406,7 @@ def ladder_area(rows, first, cost):
 def ladder_cost(rows, cost):
     """What it took to reach 0.9, a mean over the seeds, or how many of them did."""
     reached = module(ROOT / "benchmarks" / "ladder.py").reached
+    rows = [row for row in rows if row["curve"][0][cost] is not None]
     costs = [reached([(point[cost], point[ACCURACY]) for point in row["curve"]]) for row in rows]
     found = [value for value in costs if value is not None]
     if len(found) < len(rows):
@@ -409,10 +418,10 @@ def ladder_rows(name):
     """A row of the table for each script of a family and each rung."""
     tools, rows = module(ROOT / "benchmarks" / "ladder.py"), []
     scripts = [script for script in tools.scripts() if tools.family(script) == name]
-    costs = [TRAINED, SAMPLED] if name == "online" else [TRAINED]
+    costs = [TRAINED, SAMPLED] if name in ("online", "distillation") else [TRAINED]
     for rung in tools.RUNGS:
         found = ladder(rung)
-        first = found.get(LADDER[name][1], [])
+        first = ladder_first(name, rung)
         for script in scripts:
             stem, above = Path(script).stem, tools.parent(script)
             cells = [f"[`{stem}.py`]({script.removeprefix('methods/')})", Path(above).stem if above else "", rung]
@@ -437,15 +446,15 @@ def part_ladder():
     text = ""
     for name, (title, first) in LADDER.items():
         head = ["script", "parent", "rung", "seeds:", "held-out accuracy", "area:", "parent's:"]
-        if name == "online":
+        if name in ("online", "distillation"):
             head += ["area, sampled:", "parent's:", "trained to 0.9:", "sampled to 0.9:"]
         else:
             head += ["tokens to 0.9:"]
         rows = ladder_rows(name)
-        budgets = [f"{ladder(rung)[first][0]['curve'][-1][TRAINED] / 1000:.0f}k on {rung}"
-                   for rung in ("tiny", "hard") if first in ladder(rung)]
+        budgets = [f"{ladder_first(name, rung)[0]['curve'][-1][TRAINED] / 1000:.0f}k on {rung}"
+                   for rung in ("tiny", "hard") if ladder_first(name, rung)]
         text += f"### {title}\n\n![{title}: held-out accuracy](../benchmarks/results/ladder_{name}.png)\n\n"
-        text += f"Area over the trained tokens of `{first}`: {', '.join(budgets)}.\n\n" if budgets else ""
+        text += f"Area over the trained tokens of `{first}.py`: {', '.join(budgets)}.\n\n" if budgets else ""
         head += ["CPU s to 0.9:", "alerts"]
         text += table(head, [row + [""] * (len(head) - len(row)) for row in rows]) + "\n"
     made = {versions(row) for rung in ("tiny", "hard") for rows in ladder(rung).values() for row in rows}
@@ -1062,7 +1071,8 @@ def ladder_curves(name):
 def draw_ladder(shown):
     """A panel for each rung, a line for each script; the scripts of methods/ are thick."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.2), sharey=True, squeeze=False)
+    size = (4.2 * len(shown) + 1.6, 3.9)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False, layout="constrained")
     named = sorted({script for lines in shown.values() for script in lines}, key=lambda path: (path.count("/"), path))
     looks = {script: (plt.get_cmap("tab20")(i % 20), "-" if i < 10 else "--") for i, script in enumerate(named)}
     for axis, (rung, lines) in zip(axes.flat, shown.items()):
@@ -1071,14 +1081,16 @@ def draw_ladder(shown):
             stem, is_stable = Path(script).stem, "experimental" not in script
             label = f"{stem} ({JUDGED[stem]})" if stem in JUDGED else stem
             axis.plot([tokens / 1000 for tokens, _ in points], [accuracy for _, accuracy in points], label=label,
-                      color=color, linestyle=dashes, linewidth=2.8 if is_stable else 1.3)
+                      color=color, linestyle=dashes, linewidth=3.5 if is_stable else 1.3, zorder=2 if is_stable else 3)
         axis.set_title(f"rung {rung}", loc="left", fontsize=11)
         axis.set_xlabel("thousand trained tokens")
         axis.set_ylim(0, 1.04)
     axes.flat[0].set_ylabel("held-out accuracy")
-    handles = dict(zip(*reversed(axes.flat[0].get_legend_handles_labels())))
-    figure.legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.tight_layout()
+    named = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles))
+    figure.legend(named.values(), named, loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 

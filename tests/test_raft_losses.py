@@ -251,6 +251,6 @@ def test_flags_without_a_meaning(flags, named):
 def test_no_reward_at_all_ends_the_run(tmp_path):
     (tmp_path / "none.py").write_text("def none(prompts, completions, **_):\n    return [None] * len(completions)\n")
     flags = ["--reward", f"{tmp_path}/none.py:none", *ONE_STEP_A_ROLLOUT, "--allow", "GRPO003"]
-    result = attempt("experimental/raft", tmp_path, *flags)
-    assert result.code == 3 and "GRPO003" in result.err
+    result = attempt("experimental/raft", tmp_path, *flags, "--max_steps", 3)
+    assert result.code == 3 and "GRPO003: three rollouts in a row" in result.err
     refused(result, tmp_path, "GRPO003", code=3)

@@ -26,7 +26,7 @@ SOURCES = {
 TRAINING = [text for path, text in SOURCES.items() if path.startswith(("methods/", "common/"))]
 # Flags of torchrun, Slurm and pytest, and every script's --help.
 OTHER_FLAGS = """nproc_per_node nnodes max_restarts local_addr rdzv_id rdzv_backend rdzv_endpoint rdzv_conf
-kill_on_bad_exit nodes ntasks_per_node gpus_per_node cpus_per_task requeue dist help""".split()
+kill_on_bad_exit signal nodes ntasks_per_node gpus_per_node cpus_per_task requeue dist help""".split()
 
 
 def script_flags(path):

@@ -37,6 +37,8 @@ def check_inputs(args):
         try:
             if os.path.isdir(name) and name != "tiny":
                 check_links(name)
+            elif os.path.isdir(file):
+                check_links(file)  # FOLDER:mean
             elif os.path.exists(file) and not os.path.isfile(file):
                 raise ValueError("it is no file")
         except (OSError, ValueError) as e:

@@ -146,7 +146,7 @@ def check_config(folder, stored):
             most = math.inf
             if isinstance(value, dict):  # text_config
                 parts.append(value)
-            elif re.search("layers?$", name):
+            elif re.search("layers?$", name) and not name.startswith("max_"):  # max_window_layers is no count
                 most = len(stored)
             elif re.search("experts$|^num_labels$", name):
                 most = max(sizes)

@@ -48,7 +48,7 @@ def all_most(run, value):
 
 def exchange(value, device, group):
     """Return the values of all ranks of `group`, in rank order. A value is what JSON can hold, and travels as bytes of
-    JSON in a tensor: objects would be pickles, which run what they hold on the rank that reads them."""
+    JSON in a tensor: torch's own exchange of objects would run what they hold on the rank that reads them."""
     letters = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     return [json.loads(bytes(part["letters"].tolist())) for part in gather_tensors({"letters": letters}, group)]
 
