@@ -151,7 +151,8 @@ def test_every_code_of_the_scripts_is_provoked_here():
     used = set(re.findall(r'"([A-Z]+\d{3})"', "".join(texts)))
     here = set(re.findall(r'"([A-Z]+\d{3})"', open(__file__).read()))
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert here <= used and used == used & set(re.findall(r'"([A-Z]+\d{3})"', tests))  # a script's own: by its own tests
+    provoked = set(re.findall(r'"([A-Z]+\d{3})"', tests))  # a script's own codes by its own tests
+    assert here <= used <= provoked
 
 
 # ---- data ----------------------------------------------------------------------------------------
