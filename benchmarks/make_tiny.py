@@ -47,7 +47,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 FORGET = 0.65  # above one half: the habit wins under greedy decoding; well below one: most groups of samples are mixed
 TRAIN, TEST = 1500, 200
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
-PAIRS = "Wh at is ## +1 =1 +2 =2".split()  # tokens of two characters that the other teacher has
+# Tokens of two characters that the other teacher has. None where a carry is decided, after the digits of a column: across
+# tokenizers no method compares what a token means there.
+PAIRS = ["Wh", "at", "is", "##", "+ "]
 
 PAD, UNK, END, SYSTEM, USER, ASSISTANT = SPECIAL = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
 WELL_FORMED = re.compile(r"(\d(\+\d)+=\d{1,2} )+#### \d{3,}")
@@ -279,7 +281,7 @@ def make_other_teacher(out, seed):
             held.add(tuple(map(int, re.findall(r"\d+", message["content"]))))
     tokenizer = make_tokenizer(PAIRS)
     model = make_model(tokenizer, width=64)
-    pretrain(model, tokenizer, held, random.Random(seed), steps=900, writer=right)
+    pretrain(model, tokenizer, held, random.Random(seed), steps=700, writer=right)
     save(model, tokenizer, out / "other_teacher")
 
 

@@ -81,18 +81,18 @@ class Aligner:
 
     def prepare(self, run, groups):
         """Return the groups with teacher_prompt, what the teacher reads as their prompt; a row that its chat template
-        refuses is left out. TEACH002: how much of the rows' completions, or prompts, it can follow."""
+        refuses is left out. TEACH002: how much of what the first prompts say it cannot follow."""
         rows = {group["row"]: group["columns"] for group in groups}
         read = encode_rows(run, list(rows.values()), encode_prompt, self.teacher_tokenizer, ())
         prompts = {group["row"]: group["prompt"] for group in read}
         groups = [{**group, "teacher_prompt": prompts[group["row"]]} for group in groups if group["row"] in prompts]
-        texts = []
-        for group in groups[:64]:
+        covered = total = 0
+        for group in groups[:64]:  # what a prompt says, as if it were a completion
             prompt = group["columns"]["prompt"]
-            texts += [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
-        samples = [{"ids": array("i", ids_of(self.tokenizer, text)), "scored": None} for text in texts if text]
-        _, covered = self.attach([{"teacher_prompt": array("i"), "completions": samples}])
-        total = sum(len(sample["ids"]) for sample in samples)
+            texts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
+            samples = [{"ids": array("i", ids_of(self.tokenizer, text))} for text in texts if text]
+            covered += self.attach([{**group, "completions": samples}])[1]
+            total += sum(len(sample["ids"]) for sample in samples)
         check_lost(run, 0, 1 - covered / max(1, total))
         for group in groups:
             if any(completion["scored"] for completion in group["completions"]):

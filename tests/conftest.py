@@ -117,6 +117,10 @@ FAST = {
     "experimental/gkd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
         "--seq_kd", "--temperature", "1"]},
+    # half of the steps learn from the data's completions; both parts of the hybrid loss
+    "experimental/gold": {"data": "demonstrations", "micro": 60, "flags": [
+        "--teacher", "tiny:other_teacher", "--learning_rate", "5e-5", "--num_generations", "3",
+        "--max_completion_length", "40", "--uld_use_hybrid_loss", "--top_p", "1"]},
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
 }  # fmt: skip
