@@ -47,8 +47,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 FORGET = 0.65  # above one half: the habit wins under greedy decoding; well below one: most groups of samples are mixed
 TRAIN, TEST = 1500, 200
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
-# Tokens of two characters that the other teacher has. None where a carry is decided, after the digits of a column: across
-# tokenizers no method compares what a token means there.
+# Tokens of two characters that the other teacher has. None where a carry is decided, after the digits of a column: what
+# a token means that only one of two models has, distillation across tokenizers cannot compare.
 PAIRS = ["Wh", "at", "is", "##", "+ "]
 
 PAD, UNK, END, SYSTEM, USER, ASSISTANT = SPECIAL = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()

@@ -7,7 +7,7 @@ beta and temperature what ChunkedDivergenceFunction, the loss of DistillationTra
 entropy, and the gradients of the sum by the student's hidden states, weight and bias; in float64 the sum and its
 gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's; and in
 float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths, and of GOLD's ULDLoss, for
-a teacher with seven of the nine tokens, of which four have a name that the student has, and another tokenisation.
+a teacher with seven of the nine tokens, of which three have names that the student has, and another tokenisation.
 """
 
 import json

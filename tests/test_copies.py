@@ -41,8 +41,8 @@ FINDER = "find common"
 EVERYWHERE = [FINDER, "Args.data", "Args.optimisation", "shard", "main.optimizer", "main.update", "main.save"]
 FIRST = "methods/sft.py"
 EXPERIMENTAL = "methods/experimental"
-# Scripts' names that are also everyday words of the others: what online scripts maximise; the right answer of a row, and
-# the script that a distillation script names where a teacher has another tokenizer.
+# Scripts' names that are also everyday words of the others: what online scripts maximise; the right answer of a row,
+# and the script that a distillation script names where a teacher has another tokenizer.
 WORDS = {"reward", "gold"}
 
 # Changed lines of a child against its parent, both sides, without the docstring.

@@ -1,4 +1,4 @@
-"""The loss of gold.py: over spans in plain float64 sums, TRL 1.16.0's with its gradient, and with one tokenizer GKD's."""
+"""The loss of gold.py: over spans in plain float64 sums, TRL 1.16.0's with its gradient; with one tokenizer GKD's."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def test_trl(case):
     if case["hybrid"]:
         pairs = [(names[0].index(name), k) for k, name in enumerate(names[1]) if name in names[0]]
         matched = torch.tensor(pairs).T
-    share = 4 / 7
+    share = 3 / 7
     tokens = given["student"][1:], given["teacher"][1:]
     out = outputs(own, teacher, tokens, spans, beta=case["beta"], matched=matched, weights=(share, 1 - share)
                   if case["hybrid"] else (0.0, 1.0))  # fmt: skip
@@ -196,7 +196,8 @@ def test_flags_that_are_refused(flags, needles, tmp_path):
 
 def test_several_turns(tmp_path):
     turns = [{"role": "assistant", "content": "7"}, {"role": "user", "content": "3+5?"}]
-    row = {"prompt": [{"role": "user", "content": "3+4?"}], "completion": [*turns, {"role": "assistant", "content": "8"}]}
+    answer = [*turns, {"role": "assistant", "content": "8"}]
+    row = {"prompt": [{"role": "user", "content": "3+4?"}], "completion": answer}
     data = write_rows(tmp_path, row, row)
     result = attempt(NAME, tmp_path, "--dataset", data, "--lmbda", 0)
     refused(result, tmp_path, "a completion has several turns", "mine.jsonl:1")
