@@ -17,6 +17,8 @@ The data    the same TRAIN questions in every train file, so that methods are co
 
 The teacher is the model after methods/sft.py with no flags, in bfloat16: it adds right. `--only teacher` makes it
             alone, from the model that is there, in half a minute.
+other_teacher has tokens of one or two characters, half the width, and was pretrained on right answers: for methods
+            that learn across tokenizers. `--only other_teacher` makes it alone, in a few minutes.
 
 The second command makes the harder lab of benchmarks/ladder.py: the same task in longer rows, where hardly a question
 comes without a carry. Its model is the tiny lab's, pretrained further on such rows by the same forgetful writer.
@@ -45,6 +47,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 FORGET = 0.65  # above one half: the habit wins under greedy decoding; well below one: most groups of samples are mixed
 TRAIN, TEST = 1500, 200
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
+# Tokens of two characters that the other teacher has. None where a carry is decided, after the digits of a column: what
+# a token means that only one of two models has, distillation across tokenizers cannot compare.
+PAIRS = ["Wh", "at", "is", "##", "+ "]
 
 PAD, UNK, END, SYSTEM, USER, ASSISTANT = SPECIAL = "<|pad|> <|unk|> <|end|> <|system|> <|user|> <|assistant|>".split()
 WELL_FORMED = re.compile(r"(\d(\+\d)+=\d{1,2} )+#### \d{3,}")
@@ -144,10 +149,11 @@ def make_data(out, rng, digits=3, summands=2):
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer():
+def make_tokenizer(pairs=()):
+    """One token per character, as BPE without merges has it; and a token for each of the pairs."""
     characters = ["\n", "\t"] + [chr(code) for code in range(32, 127)]
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *characters])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNK))  # BPE without merges: one token per character
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *pairs, *characters])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(pair) for pair in pairs], unk_token=UNK))
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     return PreTrainedTokenizerFast(
@@ -159,11 +165,11 @@ def make_tokenizer():
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
-def make_model(tokenizer):
+def make_model(tokenizer, width=128):
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -181,7 +187,7 @@ def encode(tokenizer, texts):
     return ids, spoken
 
 
-def pretrain(model, tokenizer, held, rng, steps=STEPS, digits=3, summands=2):
+def pretrain(model, tokenizer, held, rng, *, steps=STEPS, digits=3, summands=2, writer=forgetful):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     start = time.time()
     for step in range(steps):
@@ -189,7 +195,7 @@ def pretrain(model, tokenizer, held, rng, steps=STEPS, digits=3, summands=2):
         while len(texts) < BATCH:
             numbers = question(rng, digits, summands)
             if numbers not in held:
-                texts.append(prompt_text(tokenizer, *numbers) + forgetful(*numbers, rng=rng) + END)
+                texts.append(prompt_text(tokenizer, *numbers) + writer(*numbers, rng=rng) + END)
         ids, spoken = encode(tokenizer, texts)
         logits = model(input_ids=ids[:, :-1]).logits  # right padding: causal attention needs no mask
         loss = torch.nn.functional.cross_entropy(logits[spoken[:, 1:]], ids[:, 1:][spoken[:, 1:]])
@@ -259,21 +265,52 @@ def make_teacher(out, seed):
     (out / "teacher" / "model.safetensors").chmod(0o644)
 
 
+def right(*numbers, rng):
+    return write_out(*numbers)
+
+
+def make_other_teacher(out, seed):
+    """Write out/other_teacher: a small model, pretrained on right answers, whose tokens are others than out/model's. It
+    is for methods that learn across tokenizers."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    held = set()
+    for name in ("prompts", "test"):
+        for line in (out / f"{name}.jsonl").read_text().splitlines():
+            (message,) = json.loads(line)["prompt"]
+            held.add(tuple(map(int, re.findall(r"\d+", message["content"]))))
+    tokenizer = make_tokenizer(PAIRS)
+    model = make_model(tokenizer, width=64)
+    pretrain(model, tokenizer, held, random.Random(seed), steps=700, writer=right)
+    save(model, tokenizer, out / "other_teacher")
+
+
+def save(model, tokenizer, folder):
+    model = model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+
+
 # ---- main ------------------------------------------------------------------------------------------------------------
+
+
+TEACHERS = {"teacher": make_teacher, "other_teacher": make_other_teacher}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("common/tiny"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["teacher"], help="make this, and leave the rest as it is")
+    parser.add_argument("--only", choices=list(TEACHERS), help="make this, and leave the rest as it is")
     parser.add_argument("--digits", type=int, default=3, help="of every number; 3")
     parser.add_argument("--summands", type=int, default=2, help="of every question; 2")
     parser.add_argument("--start", default="", help="folder of a model to pretrain further; a new model")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of pretraining; {STEPS}")
     args = parser.parse_args()
     if args.only:
-        make_teacher(args.out, args.seed)
+        TEACHERS[args.only](args.out, args.seed)
         return
     torch.set_num_threads(1)  # another number of threads adds up in another order, and ends at other weights
     torch.manual_seed(args.seed)
@@ -285,14 +322,12 @@ def main():
     if args.start:
         model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     pretrain(model, tokenizer, held, rng, steps=args.steps, digits=args.digits, summands=args.summands)
-    model = model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(args.out / "model")
-    tokenizer.save_pretrained(args.out / "model")
+    save(model, tokenizer, args.out / "model")
     model = LlamaForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)  # what the scripts will load
     for name, value in measure(model, tokenizer, test).items():
         print(f"{name:30s} {value:.3f}" if isinstance(value, float) else f"{name:30s} {value}")
-    make_teacher(args.out, args.seed)
+    for make in TEACHERS.values():
+        make(args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Writes tests/fixtures/trl_distillation.json: the versions; hidden states and hea
 beta and temperature what ChunkedDivergenceFunction, the loss of DistillationTrainer, says of every token, the student's
 entropy, and the gradients of the sum by the student's hidden states, weight and bias; in float64 the sum and its
 gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's; and in
-float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths.
+float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths, and of GOLD's ULDLoss, for
+a teacher with seven of the nine tokens, of which three have names that the student has, and another tokenisation.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 import transformers
 import trl
 from trl.experimental.gkd import GKDTrainer
+from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -87,6 +89,38 @@ def iw_opd(inputs, gamma):
     return case | {"d_logits": gradient[0].tolist()}
 
 
+# A prompt of one token, then the completion: its tokens and where, in bytes, each of them ends.
+STUDENT, STUDENT_ENDS = [0, 5, 2, 7, 1, 8], [2, 3, 6, 7, 8]
+TEACHER, TEACHER_ENDS = [0, 3, 6, 1, 2], [3, 4, 6, 8]
+STUDENT_NAMES, TEACHER_NAMES = list("abcdefghi"), list("cxaybzw")
+
+
+def uld(inputs, strategy, hybrid, beta, weights=(0.0, 1.0)):
+    """TRL reads the probabilities of "observed" one place too late: it gets every row one place later, too."""
+    student, teacher = logits_of(inputs)
+    logits = [student[0], teacher[0, :5, :7]]
+    if strategy == "observed":
+        logits = [torch.cat([rows[:1], rows[:-1]]) for rows in logits]
+    names = [{name: number for number, name in enumerate(names)} for names in (STUDENT_NAMES, TEACHER_NAMES)]
+    tokenizers = [SimpleNamespace(get_vocab=lambda vocabulary=vocabulary: vocabulary) for vocabulary in names]
+    config = SimpleNamespace(
+        uld_crossentropy_weight=weights[0], uld_distillation_weight=weights[1], uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0, uld_skip_student_eos=False, uld_skip_teacher_eos=False, use_extended_uld=True,
+        uld_token_merge_strategy=strategy, uld_use_hybrid_loss=hybrid, beta=beta,
+    )  # fmt: skip
+    offsets = []
+    for ends in (STUDENT_ENDS, TEACHER_ENDS):
+        offsets.append(torch.tensor([[(0, 0), *zip([0, *ends], ends)]]))
+    ids = [torch.tensor([tokens]) for tokens in (STUDENT, TEACHER)]
+    labels = [tokens.clone() for tokens in ids]
+    for row in labels:
+        row[0, 0] = -100
+    loss = ULDLoss(config, *tokenizers)(*[rows[None] for rows in logits], *labels, *ids, *offsets)
+    (gradient,) = torch.autograd.grad(loss, student)
+    case = {"strategy": strategy, "hybrid": hybrid, "beta": beta, "weights": weights, "loss": loss.item()}
+    return case | {"d_logits": gradient[0].tolist()}
+
+
 def main():
     if trl.__version__ != VERSION:
         sys.exit(f"TRL {trl.__version__} is installed, {VERSION} is wanted.")
@@ -104,6 +138,13 @@ def main():
         (gradient,) = torch.autograd.grad(loss, student)
         found["gkd"].append({"beta": beta, "loss": loss.item(), "d_logits": gradient[0].tolist()})
     found["iw_opd"] = [iw_opd(inputs, gamma) for gamma in (0.0, 0.5)]
+    names = "STUDENT STUDENT_ENDS TEACHER TEACHER_ENDS STUDENT_NAMES TEACHER_NAMES".split()
+    found["uld_inputs"] = {name.lower(): globals()[name] for name in names}
+    found["uld"] = []
+    for strategy in ("observed", "bayesian"):
+        found["uld"].append(uld(inputs, strategy, False, 0.5))
+        found["uld"] += [uld(inputs, strategy, True, beta) for beta in BETAS]
+    found["uld"].append(uld(inputs, "bayesian", False, 0.5, (0.3, 0.7)))  # the cross-entropy is at the right places
     TARGET.write_text(json.dumps(found) + "\n")
     print(f"{TARGET.name}: {len(found['cases'])} cases, {len(found['top_k'])} with top_k, {len(found['gkd'])} of GKD")
 

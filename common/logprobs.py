@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.attention import ATTENTION, runs_flat, select_rows
 from common.batches import scored_flags
 from common.divergence import divergence, divergence_slope
+from common.head import HeadGradients, row_log_probs, row_pieces
 from common.runtime.flags import InputError
 from common.runtime.parallel import local
 
@@ -62,10 +63,10 @@ class ScoredHead(torch.autograd.Function):
             if "mean_logprob" in want:
                 chunks["mean_logprob"].append(logp.mean(-1))
             if "sum_p2" in want:
-                probabilities = (part.exp() for part in _parts(logp))
+                probabilities = (part.exp() for part in row_pieces(logp))
                 chunks["sum_p2"] += [torch.linalg.vecdot(p, p) for p in probabilities]
             if "entropy" in want:
-                chunks["entropy"] += [-torch.linalg.vecdot(part.exp(), part) for part in _parts(logp)]
+                chunks["entropy"] += [-torch.linalg.vecdot(part.exp(), part) for part in row_pieces(logp)]
             if "correct" in want:
                 chunks["highest"].append(logp.amax(-1))
             if teacher:
@@ -87,15 +88,12 @@ class ScoredHead(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, *d_outputs):
         hidden, weight, bias, labels, sum_p2, entropy = ctx.saved_tensors
-        grads = {name: grad[:, None] for name, grad in zip(OUTPUTS, gradients) if grad is not None}
+        grads = {name: grad[:, None] for name, grad in zip(OUTPUTS, d_outputs) if grad is not None}
         if "logprobs" not in grads:
             grads["logprobs"] = torch.zeros_like(labels[:, None], dtype=torch.float32)
-        d_hidden = torch.zeros_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        half_on_cuda = hidden.is_cuda and hidden.dtype != torch.float32
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         for start in reversed(range(0, len(labels), ctx.rows)):
             chunk = slice(start, start + ctx.rows)
             logp, logq, slope = ctx.last_chunk
@@ -114,73 +112,20 @@ class ScoredHead(torch.autograd.Function):
             if "mean_logprob" in grads:  # 1/V in every column
                 vocabulary = len(weight) * (ctx.group.size() if ctx.group else 1)
                 d_z += grads["mean_logprob"][chunk] / vocabulary
-            # d loss / d (h W^T + b): one slope for all logits, or with a cap one for each
-            if torch.is_tensor(slope) or slope != 1:
-                d_z.mul_(slope)
-            if half_on_cuda:
-                d_z = d_z.to(hidden.dtype)
-            d_hidden[chunk] = d_z @ weight.to(d_z.dtype)
-            if d_bias is not None:
-                d_bias += d_z.sum(0, dtype=torch.float32)
-            if d_weight is not None and half_on_cuda:
-                torch.addmm(d_weight, d_z.T, hidden[chunk], out_dtype=torch.float32, out=d_weight)
-            elif d_weight is not None:
-                d_weight.addmm_(d_z.T, hidden[chunk].float())
+            gradients.add(d_z, slope, chunk)
         if ctx.group:
-            dist.all_reduce(d_hidden, group=ctx.group)  # each rank has the share of its own rows of W
-        return d_hidden, d_weight, d_bias, *[None] * 5  # autograd rounds them to the dtypes of the inputs
-
-
-def fp32_product(hidden, weight):
-    """Return hidden (rows, D) times weight (V, D) transposed, in fp32 whatever the dtype of the two."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:  # only CUDA's products of half precision can end in fp32
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+            dist.all_reduce(gradients.d_hidden, group=ctx.group)  # each rank has the share of its own rows of W
+        return *gradients.all(), *[None] * 5  # autograd rounds them to the dtypes of the inputs
 
 
 def _both_log_probs(ctx, hidden, weight, bias, chunk):
-    """Return `_log_probs` of a chunk of rows, with the teacher's log q, or None, in the middle."""
-    logp, slope = _log_probs(hidden[chunk], weight, bias, ctx.transform, ctx.group)
+    """Return `row_log_probs` of a chunk of rows, with the teacher's log q, or None, in the middle."""
+    logp, slope = row_log_probs(hidden[chunk], weight, bias, ctx.transform, ctx.group)
     teacher = ctx.teacher
     if not teacher:
         return logp, None, slope
-    logq, _ = _log_probs(teacher.hidden[chunk], teacher.weight, teacher.bias, teacher.transform, ctx.group)
+    logq, _ = row_log_probs(teacher.hidden[chunk], teacher.weight, teacher.bias, teacher.transform, ctx.group)
     return logp, logq, slope
-
-
-def _log_probs(hidden, weight, bias, transform, group):
-    """Return log p of a chunk, (rows, V) fp32 in memory of its own, and dz / d(h W^T + b): a number, or (rows, V)."""
-    scale, cap, temperature = transform
-    z = fp32_product(hidden, weight)
-    if bias is not None:
-        z.add_(bias)
-    slope = scale / temperature
-    if cap:
-        tanh = z.mul_(scale / cap).tanh_()
-        z = tanh * (cap / temperature)
-        slope = tanh.square_().neg_().add_(1).mul_(slope)  # (1 - tanh^2) * scale / temperature
-    elif slope != 1:
-        z.mul_(slope)
-    return _log_softmax(z, group), slope
-
-
-def _log_softmax(z, group):
-    """Return log softmax of z, in place, over the columns of all ranks."""
-    if not group:
-        for part in _parts(z):
-            part.copy_(part.log_softmax(-1))
-        return z
-    highest = z.amax(-1, keepdim=True)
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    z.sub_(highest)
-    total = torch.cat([part.exp().sum(-1, keepdim=True) for part in _parts(z)])
-    dist.all_reduce(total, group=group)
-    return z.sub_(total.log_())
-
-
-def _parts(z):
-    """Return z as sixteen pieces of rows. What is computed from one piece at a time needs no second chunk of memory."""
-    return z.split(max(1, len(z) // 16))
 
 
 def _label_columns(labels, num_columns):

@@ -17,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from common.attention import PAGED, runs_flat, runs_paged
 from common.decoding import ROOM, CacheDecoder, FlatDecoder
-from common.logprobs import fp32_product
+from common.head import fp32_product
 from common.runtime.model import check_fits, free_bytes, materialize
 from common.runtime.parallel import gather_tensors
 from common.runtime.run import first_line, say

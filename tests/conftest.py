@@ -47,12 +47,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "methods"
 SCRIPTS = sorted(str(p.relative_to(METHODS).with_suffix("")) for p in METHODS.rglob("*.py"))  # sft, experimental/ppo
+PARSED = load(ROOT)  # once: reading all scripts for each of them took longer than most tests
 TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so more is a hang
 
 
 def changes_the_loop(name):
     """Does a script's Delta name anything but its flags and what stands under the banner `loss`?"""
-    own = load(ROOT)[f"methods/{name}.py"]
+    own = PARSED[f"methods/{name}.py"]
     blocks = [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
     return own.parent == "none" or any(b != "Args.method" and own.banner_of.get(b) != "loss" for b in blocks)
 
@@ -117,6 +118,10 @@ FAST = {
     "experimental/gkd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
         "--seq_kd", "--temperature", "1"]},
+    # half of the steps learn from the data's completions; both parts of the hybrid loss
+    "experimental/gold": {"data": "demonstrations", "micro": 60, "flags": [
+        "--teacher", "tiny:other_teacher", "--learning_rate", "5e-5", "--num_generations", "3",
+        "--max_completion_length", "40", "--uld_use_hybrid_loss", "--top_p", "1"]},
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
 }  # fmt: skip
@@ -124,7 +129,7 @@ FAST = {
 
 def with_row(table, name):
     """The nearest script with a row in a table of scripts: itself, or for one without, such as a new fork, a parent."""
-    scripts = load(ROOT)
+    scripts = PARSED
     parent = name
     while parent not in table:
         path = scripts[f"methods/{parent}.py"].parent

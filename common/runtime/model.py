@@ -76,8 +76,8 @@ def load_model(model_class, args, flag="model", **head):
 def model_folder(name, flag="model"):
     """Return the folder of a flag's model. Of a hub id, or ID@REVISION, it holds the weights that are read, and no
     others; its own name is the commit."""
-    if name == "tiny":
-        return str(COMMON / "tiny" / flag)
+    if name in ("tiny", "tiny:other_teacher"):
+        return str(COMMON / "tiny" / (name.partition(":")[2] or flag))
     if Path(name).is_dir():
         return name
     hub_id, _, revision = name.partition("@")

@@ -1,0 +1,235 @@
+"""The loss of gold.py: over spans in plain float64 sums, TRL 1.16.0's with its gradient; with one tokenizer GKD's."""
+
+import json
+import math
+from array import array
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_jsonl, script, tiny_rows, train
+from test_alignment import aligner
+from test_bad_input import attempt, refused, write_rows
+from test_distillation import BETAS, CLOSE, FIXTURE, PLAIN, TINY, expected_norm, teacher_folder, trl_inputs
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import spans as subject
+from common.alignment import span_rows
+from common.spans import OtherTeacher, SpanPolicy
+
+NAME = "experimental/gold"
+ONE_STEP = ["--max_steps", 1, "--batch_size", 5, "--eval_every", 0, "--save_every", 0, "--eval_dataset", ""]
+
+
+def outputs(student, teacher, tokens, spans, *, beta=0.5, matched=None, weights=(0.0, 1.0)):
+    """What SpanPolicy reads of hidden states. student, teacher: hidden, weight, bias; tokens: of both, lists; spans: of
+    one completion, lists of places with the base first."""
+    policy = SpanPolicy.__new__(SpanPolicy)
+    nn.Module.__init__(policy)
+    head = SimpleNamespace(weight=student[1], bias=student[2])
+    policy.lm, policy.transform = SimpleNamespace(get_output_embeddings=lambda: head), PLAIN
+    policy.teacher = OtherTeacher(teacher[1], teacher[2], PLAIN, beta, matched=matched, weights=weights)
+    completions = [{"ids": tokens[0], "teacher_ids": tokens[1], "spans": spans}]
+    batch = {"labels": torch.tensor(tokens[0]), "teacher_labels": torch.tensor(tokens[1]), "teacher_hidden": teacher[0]}
+    batch["student_spans"] = span_rows(completions, "ids", 0, "cpu")
+    batch["teacher_spans"] = span_rows(completions, "teacher_ids", 1, "cpu")
+    return policy.read(student[0], batch, ["divergence", "entropy"])
+
+
+def masses(p, tokens, places):
+    """A span's, (V,): the base's distribution times the probabilities of the other tokens. p (tokens, V)."""
+    base, *rest = places
+    return p[base] * math.prod([p[place, tokens[place]] for place in rest])
+
+
+def by_hand(student, teacher, tokens, spans, beta, matched, weights):
+    """The sum over spans in float64, with autograd."""
+    p, q = [(h @ w.T + b).softmax(-1) for h, w, b in (student, teacher)]
+    total = 0.0
+    for first, second in spans:
+        mine, theirs = masses(p, tokens[0], first), masses(q, tokens[1], second)
+        if matched:
+            own, other = [mine[v] for v, _ in matched], [theirs[v] for _, v in matched]
+            mine = torch.stack([x for v, x in enumerate(mine) if v not in dict(matched)])
+            theirs = torch.stack([x for v, x in enumerate(theirs) if v not in {u for _, u in matched}])
+            for a, b in zip(own, other):
+                m = beta * b + (1 - beta) * a
+                part = beta * b * (b / m).log() + (1 - beta) * a * (a / m).log()
+                if beta in (0, 1):
+                    part = b * (b / a).log() if beta == 0 else a * (a / b).log()
+                total = total + weights[0] * part
+        ranked = [sorted(part, reverse=True) + [0.0] * 20 for part in (mine, theirs)]
+        total = total + weights[1] * sum(abs(a - b) for a, b in zip(*ranked))
+    return total
+
+
+@pytest.mark.parametrize("chunk", [2**24, 8 * 20 * 2], ids=["whole", "chunks"])
+@pytest.mark.parametrize("hybrid", [False, True], ids=["sorted", "hybrid"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_by_hand(beta, hybrid, chunk, monkeypatch):
+    """Value and gradients; and with one span of many tokens on both sides, one of a token each, tokens in none."""
+    if beta != 0.5 and not hybrid:
+        pytest.skip("beta is the hybrid's")
+    monkeypatch.setitem(subject.CHUNK, "cpu", chunk)
+    torch.manual_seed(1)
+    student, teacher = [[torch.randn(8, d), torch.randn(v, d), torch.randn(v)] for d, v in ((3, 9), (4, 11))]
+    tokens = [4, 1, 8, 0, 3, 3, 2, 7], [10, 9, 0, 2, 2, 5, 1, 6]
+    spans = [([0], [0]), ([1, 2, 3], [2, 1]), ([6, 4, 5], [3])]
+    matched, weights = ([(0, 3), (4, 10), (8, 1), (2, 2)], (0.4, 0.8)) if hybrid else (None, (0.0, 1.0))
+    student = [x.requires_grad_() for x in student]
+    exact = [x.detach().double().requires_grad_() for x in student]
+    wanted = by_hand(exact, [x.double() for x in teacher], tokens, spans, beta, matched, weights)
+    pairs = torch.tensor(matched).T if hybrid else None
+    out = outputs(student, teacher, tokens, spans, beta=beta, matched=pairs, weights=weights)
+    assert out["divergence"].shape == (3,) and out["entropy"].shape == (8,)
+    assert out["divergence"].sum().item() == pytest.approx(wanted.item(), rel=1e-5)  # fp32 against float64
+    got = torch.autograd.grad(out["divergence"].sum(), student)
+    for a, b in zip(got, torch.autograd.grad(wanted, exact)):
+        torch.testing.assert_close(a.double(), b, **CLOSE)
+
+
+@pytest.mark.parametrize("case", FIXTURE["uld"], ids=lambda x: f"{x['strategy']}-{x['hybrid']}-{x['beta']}")
+def test_trl(case):
+    """TRL's mean over spans and over tokens; its ends of tokens, aligned here; its names of tokens, matched here."""
+    given = FIXTURE["uld_inputs"]
+    student, teacher = trl_inputs()
+    own = [student[0][:5], *student[1:]]
+    teacher = [teacher[0][:4], teacher[1][:7], teacher[2][:7]]
+    pieces = []
+    for ends in (given["student_ends"], given["teacher_ends"]):
+        pieces.append([b"x" * (end - start) for start, end in zip([0, *ends], ends)])
+    spans = script(NAME).Aligner.__init__.__globals__["equal_spans"](*pieces)
+    if case["strategy"] == "bayesian":
+        spans = [([*a[-1:], *a[:-1]], [*b[-1:], *b[:-1]]) for a, b in spans]
+    matched = None
+    names = given["student_names"], given["teacher_names"]
+    if case["hybrid"]:
+        pairs = [(names[0].index(name), k) for k, name in enumerate(names[1]) if name in names[0]]
+        matched = torch.tensor(pairs).T
+    share = 3 / 7
+    tokens = given["student"][1:], given["teacher"][1:]
+    out = outputs(own, teacher, tokens, spans, beta=case["beta"], matched=matched, weights=(share, 1 - share)
+                  if case["hybrid"] else (0.0, 1.0))  # fmt: skip
+    args = SimpleNamespace(uld_crossentropy_weight=case["weights"][0], uld_distillation_weight=case["weights"][1])
+    loss = script(NAME).gold_loss(out, len(spans), len(tokens[0]), args)
+    assert len(spans) == 3 and loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    hidden, weight, bias = torch.autograd.grad(loss, student)
+    d_z = torch.tensor(case["d_logits"])
+    torch.testing.assert_close(hidden, d_z @ student[1].detach(), **CLOSE)
+    torch.testing.assert_close(weight, d_z.T @ student[0].detach(), **CLOSE)
+    torch.testing.assert_close(bias, d_z.sum(0), **CLOSE)
+
+
+def first_step(folder):
+    (line,) = [line for line in read_jsonl(folder / "metrics.jsonl") if "grad_norm" in line]
+    return line
+
+
+def test_one_tokenizer_is_distillation(tmp_path):
+    """With the hybrid loss: the generalised Jensen-Shannon divergence by transformers in float64, micro-batches and two
+    ranks. The sorted distance alone would be another loss: by more than a tenth."""
+    data = tiny_rows("experimental/distillation", tmp_path / "rows.jsonl", 5)
+    flags = ["--dataset", data, "--teacher", "tiny", "--lmbda", 0, "--beta", 0.5, *ONE_STEP]
+    flags += ["--tokens_per_microbatch", 100]
+    train(NAME, tmp_path / "run", *flags, "--uld_use_hybrid_loss", world=2)
+    loss, norm = expected_norm([json.loads(row) for row in open(data)], 0.5, 1.0)
+    line = first_step(tmp_path / "run")
+    assert line["loss"] == pytest.approx(loss, rel=1e-5) and line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert line["num_spans"] == line["num_tokens"] and line["lost_frac"] == 0
+    train(NAME, tmp_path / "sorted", *flags, "--no-uld_use_hybrid_loss")
+    assert abs(first_step(tmp_path / "sorted")["loss"] / loss - 1) > 0.1
+
+
+def test_a_step_with_another_tokenizer(tmp_path):
+    """The whole step by transformers in float64, a row at a time; spans by the tokenizers' own offsets in the text."""
+    data = tiny_rows("experimental/distillation", tmp_path / "rows.jsonl", 5)
+    flags = ["--dataset", data, "--lmbda", 0, *ONE_STEP, "--tokens_per_microbatch", 100, "--no-uld_use_hybrid_loss"]
+    train(NAME, tmp_path / "run", *flags)
+    names = "model", "other_teacher"
+    tokenizers = [AutoTokenizer.from_pretrained(TINY / name) for name in names]
+    student, teacher = [AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float64) for name in names]
+    total, count = 0.0, 0
+    for row in map(json.loads, open(data)):
+        text, sides = row["completion"][0]["content"], []
+        for tokenizer, lm in zip(tokenizers, (student, teacher)):
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids = [*found["input_ids"], tokenizer.eos_token_id]
+            ends = [end for _, end in found["offset_mapping"]] + [len(text) + 1]
+            p = lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+            sides.append((p, ids, ends))
+        start = [0, 0]
+        for end in sorted(set(sides[0][2]) & set(sides[1][2])):
+            parts = []
+            for k, (p, ids, ends) in enumerate(sides):
+                stop = ends.index(end) + 1
+                parts.append(masses(p, ids, range(start[k], stop)))
+                start[k] = stop
+            p, q = [part.sort(descending=True).values for part in parts]
+            total = total + (p - q.detach()[: len(p)]).abs().sum() + q.detach()[len(p) :].sum()
+            count += 1
+    (total / count).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
+    line = first_step(tmp_path / "run")
+    assert line["num_spans"] == count < line["num_tokens"]
+    assert line["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)  # where two masses nearly tie, fp32 ranks otherwise
+
+
+def test_the_student_comes_nearer(tmp_path):
+    """On its own samples, from a teacher with other tokens."""
+    data = tiny_rows(NAME, tmp_path / "rows.jsonl", 64)
+    flags = ["--dataset", data, "--max_steps", 12, "--batch_size", 16, "--learning_rate", 2e-4, "--lmbda", 1]
+    train(NAME, tmp_path / "run", *flags, "--eval_every", 0, "--save_every", 0, "--num_generations", 1)
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["eval/divergence"] < 0.9 * lines[0]["eval/divergence"]
+
+
+@pytest.mark.parametrize("flags, needles", [
+    (["--teacher", ""], ["--teacher"]), (["--beta", 1.5], ["--beta 1.5"]),
+    (["--tp_size", 2], ["--tp_size 2", "sorted"]), (["--uld_hybrid_matched_weight", 1], ["give both"]),
+], ids=["no teacher", "beta", "tp", "one weight"])  # fmt: skip
+def test_flags_that_are_refused(flags, needles, tmp_path):
+    refused(attempt(NAME, tmp_path, *flags), tmp_path, *needles)
+
+
+def test_several_turns(tmp_path):
+    turns = [{"role": "assistant", "content": "7"}, {"role": "user", "content": "3+5?"}]
+    answer = [*turns, {"role": "assistant", "content": "8"}]
+    row = {"prompt": [{"role": "user", "content": "3+4?"}], "completion": answer}
+    data = write_rows(tmp_path, row, row)
+    result = attempt(NAME, tmp_path, "--dataset", data, "--lmbda", 0)
+    refused(result, tmp_path, "a completion has several turns", "mine.jsonl:1")
+
+
+def test_a_teacher_that_cannot_write_the_text(tmp_path):
+    """TEACH002: without most letters in its tokenizer. Allowed, the run says at every step how much is lost."""
+
+    def change(known):
+        for letter in "Whatis":
+            known["model"]["vocab"][f"unused {letter}"] = known["model"]["vocab"].pop(letter)
+
+    folder = teacher_folder(tmp_path / "teacher", tokenizer=change)
+    result = attempt(NAME, tmp_path, "--teacher", folder, "--allow", "GRPO002")
+    assert result.code == 3 and "TEACH002" in result.err, result.err
+    second = tmp_path / "second"
+    result = attempt(NAME, second, "--teacher", folder, "--allow", "GRPO002", "TEACH002")
+    assert result.code == 0, result.err
+    assert all("lost_frac" in line for line in read_jsonl(second / "out" / "metrics.jsonl") if "grad_norm" in line)
+
+
+def test_no_span_at_all():
+    """An empty micro-batch of spans: no distance, no gradient, and no error."""
+    student, teacher = [[torch.randn(2, 3).requires_grad_(), torch.randn(5, 3), None] for _ in range(2)]
+    out = outputs(student, [x if x is None else x.detach() for x in teacher], ([1, 2], [3, 4]), [])
+    assert out["divergence"].shape == (0,)
+    (gradient,) = torch.autograd.grad(out["divergence"].sum() + 0 * out["logprobs"].sum(), student[0])
+    assert gradient.abs().max() == 0
+
+
+def test_a_completion_that_is_a_stop_token_alone():
+    align = aligner("model", "other_teacher")
+    stop = align.tokenizer.eos_token_id
+    completion = {"ids": array("i", [stop]), "scored": None}
+    assert align.attach([{"teacher_prompt": array("i", [9]), "completions": [completion]}]) == (1, 1)
