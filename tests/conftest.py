@@ -119,6 +119,8 @@ FAST = {
         "--seq_kd", "--temperature", "1"]},
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
+    "experimental/ssd": {"data": "prompts", "micro": 60, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40", "--temperature", "0.8"]},
 }  # fmt: skip
 
 
