@@ -22,8 +22,8 @@ Paper differences
   not known, as the paper was not read. As TRL's did, every step samples from the student as it is now, not as it was at
   the start. TRL also left out completions of one line with less than ten letters, which may be answers; it took the
   mean over each micro-batch, this script over the step
-Expect  tiny lab: it is sure of what it writes, right or wrong, and only gets surer: in 15 steps its entropy fell from 0.017
-        to 0.006 nats a token, and held-out greedy accuracy stayed at 0.30
+Expect  tiny lab: the model is sure of what it writes, right or wrong, and only gets surer. In 15 steps its entropy fell
+        from 0.017 to 0.006 nats a token, and held-out greedy accuracy stayed at 0.30
 Run     python methods/experimental/ssd.py --temperature 0.6 --top_k 20 --top_p 0.95
 """
 
