@@ -124,6 +124,8 @@ FAST = {
         "--max_completion_length", "40", "--uld_use_hybrid_loss", "--top_p", "1"]},
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
+    "experimental/ssd": {"data": "prompts", "micro": 60, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40", "--temperature", "0.8"]},
 }  # fmt: skip
 
 

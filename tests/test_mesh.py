@@ -123,7 +123,8 @@ LR = {"sft": "1e-3", "dpo": "1e-4", "reward": "1e-3", "kto": "1e-4", "grpo": "5e
       "experimental/prm": "1e-3"}  # fmt: skip
 ONLINE = [name for name in SCRIPTS if "reward" in script(name).Args.__dataclass_fields__]
 TAUGHT = [name for name in SCRIPTS if "teacher" in script(name).Args.__dataclass_fields__]
-LR |= {name: "5e-4" for name in ONLINE + TAUGHT if "/" in name}
+SAMPLING = [name for name in SCRIPTS if "max_completion_length" in script(name).Args.__dataclass_fields__]
+LR |= {name: "5e-4" for name in SAMPLING if "/" in name}
 KINDS = {  # random models over the tiny lab's tokens; 4 heads, so that four tp ranks share them
     "Llama tied": {"tie_word_embeddings": True}, "Llama untied": {"tie_word_embeddings": False},
     "Qwen3 tied": {"tie_word_embeddings": True}, "Qwen3 untied": {"tie_word_embeddings": False}, "Qwen3Moe": {},
@@ -169,10 +170,11 @@ def run(name, model, out, mesh, batch=BATCH):
         flags += ["--seed", 1]
     if name in ONLINE:
         (out.parent / "reward.py").write_text(REWARD)
-        flags += ["--reward", f"{out.parent}/reward.py:digits", "--max_completion_length", 40]
-        flags += ["--allow", "GRPO001", "GRPO002"]
+        flags += ["--reward", f"{out.parent}/reward.py:digits"]
     if name in TAUGHT:  # by a model of random weights
-        flags += ["--teacher", model.parent / "raw", "--max_completion_length", 40, "--allow", "GRPO002"]
+        flags += ["--teacher", model.parent / "raw"]
+    if name in SAMPLING:
+        flags += ["--max_completion_length", 40, "--allow", "GRPO001", "GRPO002"]
     train(name, out, *flags, world=world)
     return out
 

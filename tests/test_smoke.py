@@ -100,6 +100,11 @@ METRICS["experimental/distillation"] = (
 )  # fmt: skip
 METRICS["experimental/iw_opd"] = more_keys(METRICS["experimental/distillation"], "entropy", "sampled_kl")
 METRICS["experimental/gold"] = more_keys(METRICS["experimental/distillation"], "entropy", "num_spans", "lost_frac")
+METRICS["experimental/ssd"] = (
+    ["step", "loss", "num_tokens", "truncated_frac", "completion_len", "blank_frac", "entropy", "sampler_gap",
+     "perf/rollout_seconds", "grad_norm", "lr", *PERF],
+    ["step", "eval/accuracy", "eval/completion_len"],
+)  # fmt: skip
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 NOT_JUDGED = [key for key in SAMPLE if key not in ("reward", "advantage", "parts")]  # a teacher is no reward
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",

@@ -29,9 +29,12 @@ MADE = re.compile(rf"{PASSING.pattern}|run\.json|{'|'.join(map(re.escape, LOGS))
 
 # ---- input folders -------------------------------------------------------------------------------
 def check_inputs(args):
-    """Refuse files and folders of --model, --teacher and --reward that are not what they seem."""
+    """Refuse files and folders of --model, --teacher, --reference and --reward that are not what they seem."""
     named = [("--reward", name) for name in getattr(args, "reward", ())]
-    named += [(f"--{flag}", vars(args)[flag]) for flag in ("model", "teacher") if flag in vars(args)]
+    for flag in ("model", "teacher", "reference"):
+        value = vars(args).get(flag, "")
+        names = [value] if isinstance(value, str) else [name.partition("=")[2] or name for name in value]
+        named += [(f"--{flag}", name) for name in names]
     for flag, name in named:
         file = name.rpartition(":")[0]  # of FILE.py:FUNCTION
         try:

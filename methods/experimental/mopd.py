@@ -1,0 +1,459 @@
+"""
+MOPD: on-policy distillation from several teachers, each of which judges the rows that name it.
+
+Paper   2026, https://arxiv.org/abs/2606.30406 (not read: by TRL 1.16, which asks a server for each teacher_id)
+Loss    as in methods/experimental/distillation.py, of each completion from the teacher that its row's teacher_id names
+Tokens  as in methods/experimental/distillation.py
+Norm    sum of l / num_tokens, over the whole optimizer step: all teachers, micro-batches and ranks
+Models  as in methods/experimental/distillation.py, with all teachers in memory. A micro-batch has rows of one teacher
+        only. That costs up to one more micro-batch a teacher and step, none fuller than before, on every rank
+Data    {prompt, teacher_id}; with --lmbda below 1 {prompt, completion, teacher_id}. With one --teacher FOLDER no
+        teacher_id is needed. A column answer or solution is for the evaluation only
+Parent: methods/experimental/distillation.py
+Delta:
+  imports, Args.method, parse_args: --teacher takes ID=FOLDER for each; its preset
+  teacher_batches, evaluate, main.step: micro-batches by teacher
+  teacher_folders, load_groups: which teacher a row has
+  load_teacher, check_teacher, main.setup, main.model, main.loop, main.eval: several teachers
+Paper differences
+  not known, as the paper was not read
+Expect  tiny lab, which has one teacher: as methods/experimental/distillation.py
+Run     python methods/experimental/mopd.py --model DIR --teacher math=DIR1 code=DIR2 --dataset rows.jsonl
+        python methods/experimental/mopd.py           (no flags: the tiny lab, with one teacher for all rows)
+"""
+
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+VERSION = "0.4"  # of common/, which this script was written for
+places = [*Path(__file__).resolve().parents, Path(os.environ.get("CLEANPOST", "/"))]
+root = next((place for place in places if (place / "common" / "runtime" / "flags.py").is_file()), None)
+if not root:
+    print(f"error: no common/ of CleanPost above {__file__} or in CLEANPOST. Copy common/ beside it.", file=sys.stderr)
+    sys.exit(2)
+sys.path.insert(0, str(root))
+from common.runtime.flags import InputError, RunFlags, parse_flags
+
+
+# ---- args ----------------------------------------------------------------------------------------
+@dataclass
+class Args(RunFlags):
+    # ---- data ------------------------------------------------------------------------------------
+    dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "tiny"  # file, folder, hub id or tiny; name:split
+    dataset_split: str = ""  # of a hub dataset or folder (train)
+    eval_dataset: str = ""  # held-out rows, same spellings; tiny:test, rows.jsonl[95%:]
+    eval_fraction: float = 0.0  # instead: this share of the dataset is held out, its last rows
+    eval_rows: int = 512  # at most so many held-out rows
+    rename: str = ""  # foreign columns: question:prompt,reward.truth:answer,"{one}\n{two}:completion"
+    as_chat: bool = False  # plain strings become a user's prompt and an assistant's answer, in the chat template
+    chat_template: Annotated[str, arg(aliases=["--chat-template-path"])] = ""  # jinja file, chatml or plain
+    chat_template_kwargs: str = "{}"  # JSON, handed to the template
+    max_length: int = 1024  # tokens of prompt + completion
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"  # a completion is never cut
+    # ---- optimisation ----------------------------------------------------------------------------
+    max_steps: int = -1  # optimizer steps; -1: num_train_epochs decides
+    num_train_epochs: Annotated[float, arg(aliases=["--epochs"])] = 3.0  # passes over the dataset
+    warmup_steps: int = 0  # linear, from 0
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # after the warmup, to 0
+    weight_decay: float = 0.0  # on matrices only
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0  # 0: no clipping
+    tokens_per_microbatch: int = 8192  # the memory knob; never changes the mathematics
+    # ---- method ----------------------------------------------------------------------------------
+    teacher: tuple[str, ...] = ()  # ID=FOLDER (or a hub id) for each teacher_id, or one for all; the same tokenizer
+    learning_rate: Annotated[float, arg(aliases=["--lr"])] = 1e-6  # peak (TRL: 1e-6)
+    batch_size: int = 8  # prompts per optimizer step, all ranks together
+    num_generations: Annotated[int, arg(aliases=["--group-size"])] = 1  # completions per prompt (TRL: 1)
+    max_completion_length: Annotated[int, arg(aliases=["--max-new-tokens"])] = 512  # tokens (TRL: 512)
+    temperature: float = 1.0  # divides logits: of the sampler, the student and the teacher (TRL: 1)
+    top_k: int = 0  # the sampler draws from so many of the likeliest tokens; 0: from all
+    top_p: float = 1.0  # and of these from the fewest that hold this share of the probability
+    beta: float = 1.0  # 0: KL(teacher || student), 1: KL(student || teacher), between: see Loss (TRL: 1)
+    loss_top_k: int = 0  # tokens that count by themselves, the others as one; 0: all by themselves
+    lmbda: float = 1.0  # share of steps on the student's completions; the others take the data's (TRL: all)
+    engine: Literal["auto", "loop", "continuous"] = "auto"  # of sampling; auto: continuous batching on CUDA, else loop
+
+    # Not flags: what judges held-out completions, of rows that have an answer. Nothing is learned from it.
+    reward = ("accuracy",)
+    reward_weights = ()
+
+    def check(self):
+        super().check()
+        if not self.teacher:
+            raise InputError("--teacher: there is none. Give ID=FOLDER for each teacher_id of the rows, or one FOLDER.")
+        names = teacher_folders(self)
+        if len(names) < len(self.teacher) or ("" in names and len(names) > 1):
+            given = " ".join(self.teacher)
+            raise InputError(f"--teacher {given}: give each ID=FOLDER once, or one FOLDER for all rows.")
+        for name in ("beta", "lmbda"):
+            if vars(self)[name] > 1:
+                raise InputError(f"--{name} {vars(self)[name]:g}: must be from 0 to 1.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError("--temperature must be above 0, and --top_p above 0 and at most 1.")
+        if self.batch_size * self.num_generations > 2**20:
+            raise InputError("--num_generations: a step must be at most a million completions.")
+        if self.loss_top_k and self.tp_size > 1:
+            raise InputError(f"--loss_top_k {self.loss_top_k}: needs --tp_size 1.")
+
+
+def teacher_folders(args):
+    """Return the folder of each teacher_id, or {"": folder} of one that teaches all rows."""
+    folders = {}
+    for teacher in args.teacher:
+        name, equals, folder = teacher.partition("=")
+        if not equals:
+            name, folder = "", teacher
+        folders[name] = folder
+    return folders
+
+
+def parse_args(argv=None):
+    return parse_flags(Args, __doc__, argv, preset="mopd", version=VERSION)
+
+
+args = parse_args() if __name__ == "__main__" else None  # wrong flags end here, before the slow imports
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.batches import count_scored, fit, micro_batches, order, share
+from common.data import fingerprint, load_rows, problem
+from common.divergence import Teacher
+from common.logprobs import Policy
+from common.rewards import accuracy, heldout_metrics, sample_and_judge, write_samples
+from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
+from common.runtime.encoding import encode_rows
+from common.runtime.health import check, check_data, check_update
+from common.runtime.launch import launch
+from common.runtime.model import check_fits, check_model, fit_memory, load_model, load_weights, longest, own_tensors
+from common.runtime.parallel import all_sum, clip_grad_norm, full, local, param_groups, partial_parameters
+from common.runtime.parallel import tensor_parallel
+from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule, show_groups
+from common.sampling import Sampler, gather_groups, uniforms
+from common.tokenization import encode_demonstration, encode_prompt, stop_ids
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+def forward(policy, teacher, batch):
+    """The student's outputs for a micro-batch, (M,) each: at every scored token its divergence from the teacher and its
+    log-prob, with gradient, the teacher's log-prob and the student's entropy."""
+    batch["teacher_hidden"] = teacher_states(teacher, batch)
+    return policy(batch, want=["divergence", "entropy"])
+
+
+@torch.no_grad()
+def teacher_states(teacher, batch):
+    """Return the teacher's hidden states (M, D) at the rows that predict. A student with more columns may sample an id
+    that the teacher does not know, and that no text has: the teacher then reads the last one it knows."""
+    known = teacher.lm.get_input_embeddings().num_embeddings
+    ids = batch["input_ids"].clamp(max=known - 1)
+    return teacher({**batch, "input_ids": ids}, want=["hidden"])["hidden"]
+
+
+def mopd_loss(out):
+    """Return the sum of the divergence over a micro-batch's scored tokens."""
+    return out["divergence"].sum()
+
+
+def teacher_batches(run, policy, teachers, groups):
+    """Yield pairs of a teacher and a flat batch of groups that it teaches. `groups` are those of all ranks, of which
+    this one takes its share. policy.teacher is that teacher's head meanwhile."""
+    names = sorted({group["teacher"] for group in groups})  # the same order, and as many batches, on every rank
+    for name in names:
+        teacher, policy.teacher = teachers[name]
+        taught = [group for group in groups if group["teacher"] == name]
+        for batch in micro_batches(run, share(run, taught), spare=taught[0]):
+            batch["is_last"] = batch["is_last"] and name == names[-1]
+            yield teacher, batch
+
+
+@torch.no_grad()
+def evaluate(policy, teachers, sampler, heldout, args, run):
+    """Return the accuracy of greedy decoding on held-out rows with an answer (NaN where there are none), and the mean
+    over tokens of the divergence on completions that the student samples: what training on-policy minimises."""
+    refresh(sampler, policy)
+    groups = share(run, [group | {"place": place} for place, group in enumerate(heldout)])
+    sample_and_judge(run, sampler, groups, 1, [accuracy], place=("eval",), greedy=True)
+    show_groups(run, "greedy", groups[:2], sampler.tokenizer)
+    metrics = heldout_metrics(run, groups)
+    del metrics["eval/no_reward_frac"]
+    sampled = rollout(sampler, heldout, 1, ("eval",), args, run)
+    total = 0.0
+    for teacher, batch in teacher_batches(run, policy, teachers, sampled):
+        total += batch["weight"] * forward(policy, teacher, batch)["divergence"].sum()
+    (total,) = all_sum(run, total)
+    metrics["eval/divergence"] = total / count_scored(sampled)
+    return metrics
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def load_groups(name, tokenizer, stops, args, run):
+    """Return the rows of a dataset as groups, with --lmbda below 1 with their completions, counts of what was dropped,
+    and the rows' fingerprint."""
+    rows = load_rows(name, args, tiny="prompts" if args.lmbda == 1 else "demonstrations")
+    encode = encode_prompt
+    if args.lmbda < 1:
+        encode = encode_demonstration
+        if not {"prompt", "completion"} <= rows[0].keys():
+            raise problem(rows[0], "--lmbda below 1 needs the columns prompt and completion; found", sorted(rows[0]),
+                          "Type --rename old:completion, or --lmbda 1")  # fmt: skip
+    groups = encode_rows(run, rows, encode, tokenizer, stops)
+    folders = teacher_folders(args)
+    for group in groups:
+        row = group["columns"] = rows[group["row"]]
+        group["teacher"] = "" if "" in folders else str(row.get("teacher_id", ""))
+        if group["teacher"] not in folders:
+            raise problem(row, "no --teacher is given for teacher_id", group["teacher"],
+                          f"There are {', '.join(folders)}: type --teacher ID=FOLDER for each")  # fmt: skip
+        if not group["prompt"]:
+            raise problem(rows[group["row"]], "no token in column prompt", "", "Write a prompt, or --rename old:prompt")
+    overlong = args.overlong.replace("truncate_prompt", "drop")  # a prompt is never cut
+    groups, counts = fit(groups, rows, args.max_length, overlong, room=args.max_completion_length)
+    return groups, counts, fingerprint(rows)
+
+
+# ---- rollout -------------------------------------------------------------------------------------
+def on_policy(step, args):
+    """Return whether a step takes the student's completions: true with probability --lmbda, and the same on all ranks
+    and after a resume."""
+    return uniforms(("on_policy", step), args.seed, 1).item() < args.lmbda
+
+
+def rollout(sampler, prompts, copies, place, args, run):
+    """Complete all prompts. Returns the groups of ALL ranks, on every rank."""
+    prompts = [group | {"place": number} for number, group in enumerate(prompts)]
+    groups = prompts[run.dp_rank :: run.dp_size][run.rank % args.tp_size :: args.tp_size]  # what this rank samples
+    sample_and_judge(run, sampler, groups, copies, [], place)
+    return gather_groups(prompts, groups, run.group)
+
+
+@torch.no_grad()
+def refresh(sampler, policy):
+    """Copy the policy's weights into the sampler, in place. full() gathers a sharded tensor (DTensor.full_tensor): a
+    collective, so all ranks do it in the same order."""
+    weights = own_tensors(policy.lm)
+    for name, tensor in own_tensors(sampler.lm).items():
+        tensor.copy_(full(weights[name]))
+
+
+def sampling_metrics(groups):
+    """Return the share of completions without a stop token (of the data's: 0) and their mean length."""
+    completions = [completion for group in groups for completion in group["completions"]]
+    return {
+        "truncated_frac": sum(not c.get("stopped", True) for c in completions) / len(completions),
+        "completion_len": sum(len(c["ids"]) for c in completions) / len(completions),
+    }
+
+
+def check_rollout(run, step, metrics):
+    """GRPO002, GRPO004: completions that were cut, and a sampler that is not the student."""
+    if step > 0:
+        step += 1  # the first rollout is judged before step 1
+    length = run.args.max_completion_length
+    check(
+        run, "GRPO002", step=step, metric="truncated_frac", value=metrics["truncated_frac"], warn=0.5, error=0.95,
+        patience=1 if metrics["truncated_frac"] == 1 else 3, message="no stop token",
+        fix=("--max_completion_length", length, 2 * length),
+    )
+    entropy = max(metrics["entropy"], 1e-3)  # rounding moves the log-probs of a confident model less
+    check(
+        run, "GRPO004", step=step, metric="sampler_gap / entropy", value=metrics["sampler_gap"] / entropy,
+        warn=0.025, error=0.2, message="sampler and trainer disagree on the same tokens",
+    )
+
+
+# ---- fsdp ----------------------------------------------------------------------------------------
+def shard(policy, run):
+    """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
+    group, tied or not. Master weights and reduction are fp32, layers compute in --dtype. One CPU process in fp32 has
+    nothing to share or to convert, where FSDP2 would copy every weight and gradient: left as it is."""
+    policy.partial = tensor_parallel(run, policy.lm)  # cuts nothing at --tp_size 1
+    cuda = run.device.type == "cuda"
+    if run.world == 1 and run.dtype == torch.float32 and not cuda:
+        return policy
+    options = {
+        "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
+        "mp_policy": MixedPrecisionPolicy(run.dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if run.args.cpu_offload else OffloadPolicy(),
+    }
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            fully_shard(layer, **options)
+    # Without the last argument a forward under no_grad leaves the root's parameters whole, and an optimizer or a
+    # checkpoint made then would hold tensors that nobody updates.
+    return fully_shard(policy, **options, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def load_teacher(run, lm, policy, tokenizer, groups):
+    """Return the teacher with its weights, frozen and in --dtype, sharded as the student is, and a sentence for the
+    plan; with it stands its head, whole on every rank: the student's forward and backward need it where FSDP2 has it in
+    parts. Vocabularies are padded to different sizes: what one has beyond the other is cut, and softmax is over what
+    both have."""
+    args = run.args
+    lm.requires_grad_(False)
+    for parameter in lm.parameters():  # not the buffers: rotary tables stay fp32
+        parameter.data = parameter.to(run.dtype)
+    teacher = Policy(lm, args.temperature)
+    num_weights = sum(parameter.numel() for parameter in lm.parameters())
+    weights = num_weights * run.dtype.itemsize * args.replicate_size / run.world
+    head = teacher.head().weight.nbytes
+    check_fits(f"--teacher {lm.name_or_path}: its share of the weights and its whole head take", weights + head)
+    teacher = load_weights(run, shard(teacher, run), flag="teacher")
+    check_model(run, teacher, tokenizer, groups)
+    sizes = [len(model.head().weight) for model in (policy, teacher)]
+    weight, bias = whole_head(run, teacher, min(sizes))
+    judge = Teacher(weight, bias, teacher.transform, args.beta, args.loss_top_k)
+    dtype = str(run.dtype).removeprefix("torch.")
+    size = f"{num_weights / 1e6:.1f}M weights in {dtype}, {weights / 1e9:.2f} GB a rank"
+    sentence = f"; teacher: {size}, its whole head {head / 1e9:.2f} GB more, {teacher.road} road"
+    if sizes[0] != sizes[1]:
+        sentence += f"; student and teacher have {sizes} columns of the vocabulary, {min(sizes)} are compared"
+    return (teacher, judge), sentence
+
+
+def whole_head(run, model, columns):
+    """Return the first columns of a model's head in --dtype, weight (columns, D) and bias (columns,) or None, whole on
+    every rank, but for the rows of the other tp ranks. A collective."""
+    tensors = []
+    for tensor in (model.head().weight, model.head().bias):
+        if tensor is not None:
+            tensor = full(tensor.detach())[:columns].to(run.device, run.dtype)
+            if columns % run.args.tp_size == 0:  # else tensor parallelism leaves heads whole
+                tensor = tensor.chunk(run.args.tp_size)[run.rank % run.args.tp_size]
+        tensors.append(tensor)
+    return tensors
+
+
+def check_teacher(run, tokenizer, stops, lm, teacher_tokenizer, teacher_lm):
+    """The student's tokens must be the teacher's, under the same ids. TEACH001: the teacher ends with other tokens."""
+    args = run.args
+    known = teacher_tokenizer.get_vocab()
+    others = sorted(token for token, number in tokenizer.get_vocab().items() if known.get(token) != number)
+    if others:
+        share_of_all = f"{len(others)} of {len(tokenizer)} tokens have another id or none, such as"
+        raise problem(f"--teacher {teacher_lm.name_or_path}", f"its tokenizer is another: {share_of_all}", others[0],
+                      "methods/experimental/gold.py learns across tokenizers")  # fmt: skip
+    sizes = [model.get_input_embeddings().num_embeddings for model in (lm, teacher_lm)]
+    if args.tp_size > 1 and sizes[0] != sizes[1]:
+        raise InputError(f"--tp_size {args.tp_size}: student and teacher have {sizes} embeddings. Use --tp_size 1.")
+    if args.loss_top_k > min(sizes):
+        raise InputError(f"--loss_top_k {args.loss_top_k}: the vocabulary has {min(sizes)} tokens. Use 0 for all.")
+    missing = set(stops).difference(stop_ids(teacher_tokenizer, teacher_lm.generation_config))
+    check(
+        run, "TEACH001", step=0, metric="share", value=len(missing) / len(stops), warn=0, error=0.99,
+        message="of the student's stop tokens the teacher never ends with: it would teach not to stop",
+    )
+
+
+# ---- main ----------------------------------------------------------------------------------------
+def main(args, run):
+    # ---- setup -----------------------------------------------------------------------------------
+    run.mesh = init_device_mesh(run.device.type, run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    tokenizer, lm = load_model(AutoModelForCausalLM, args)  # on the meta device: no memory yet
+    stops = stop_ids(tokenizer, lm.generation_config)
+    teachers = {}
+    for name, folder in teacher_folders(args).items():
+        teacher_tokenizer, teachers[name] = load_model(AutoModelForCausalLM, replace(args, teacher=folder), "teacher")
+        check_teacher(run, tokenizer, stops, lm, teacher_tokenizer, teachers[name])
+    # ---- data ------------------------------------------------------------------------------------
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
+    heldout = []
+    if args.eval_dataset:
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
+    check_data(run, train, counts, tokenizer, lm.generation_config, stops)
+    check_resume(run)
+    steps = args.max_steps
+    if steps < 0:
+        steps = math.ceil(args.num_train_epochs * len(train) / args.batch_size)
+    # ---- model -----------------------------------------------------------------------------------
+    lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
+    sampler = Sampler(run, lm, tokenizer, stops, args.top_k, args.top_p)  # an unsharded copy
+    policy = load_weights(run, shard(Policy(lm, args.temperature), run))  # every rank reads its own slices of the files
+    check_model(run, policy, tokenizer, train + heldout)  # MODEL001: the same log-probs as the model's own forward
+    sentences = ""
+    for name, teacher_lm in teachers.items():
+        teachers[name], sentence = load_teacher(run, teacher_lm, policy, tokenizer, train + heldout)
+        sentences += sentence
+    sampler.start_engine()
+    most_tokens = longest(train, args.num_generations * args.max_completion_length)
+    memory = fit_memory(run, policy, tokenizer, most_tokens) + sentences
+    # ---- optimizer -------------------------------------------------------------------------------
+    parameters = param_groups(policy, args.weight_decay)  # matrices decay; norms and biases do not
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, eps=1e-8, fused=True)
+    # ---- resume ----------------------------------------------------------------------------------
+    models, optimizers = {"policy": policy}, {"policy": optimizer}
+    resume(run, models, optimizers, tokenizer)
+    print_plan(run, policy, tokenizer, train=train, heldout=heldout, counts=counts, steps=steps, memory=memory)
+    # ---- loop ------------------------------------------------------------------------------------
+    if heldout and run.step == 0:
+        log_eval(run, 0, evaluate(policy, teachers, sampler, heldout, args, run), steps)
+    for step in range(run.step, steps):
+        started = time.perf_counter()
+        # ---- rollout -----------------------------------------------------------------------------
+        rows = order(len(train), args.seed, step * args.batch_size, args.batch_size)
+        step_groups = [train[row] for row in rows]  # of all ranks, with the data's completions if there are any
+        sampled = on_policy(step, args)
+        if sampled:
+            refresh(sampler, policy)
+            step_groups = rollout(sampler, step_groups, args.num_generations, ("train", step), args, run)
+            write_samples(run, step + 1, step_groups, tokenizer)
+        rollout_seconds = time.perf_counter() - started
+        # ---- step --------------------------------------------------------------------------------
+        groups = share(run, step_groups)  # this rank's groups
+        num_tokens = count_scored(step_groups)  # of all ranks
+        totals = defaultdict(float)
+        for teacher, batch in teacher_batches(run, policy, teachers, step_groups):
+            out = forward(policy, teacher, batch)
+            loss = batch["weight"] * mopd_loss(out) / num_tokens
+            (loss * run.dp_size).backward()  # a part of a global mean; FSDP2 averages over ranks
+            totals["loss"] += loss.detach()
+            totals["entropy"] += batch["weight"] * out["entropy"].sum() / num_tokens
+            if sampled:
+                gap = (out["logprobs"].detach() - batch["sampler_logprobs"]).abs()
+                totals["sampler_gap"] += batch["weight"] * gap.sum() / num_tokens
+        sums = dict(zip(totals, all_sum(run, *totals.values())))
+        metrics = {"loss": sums["loss"], "num_tokens": num_tokens, "on_policy": float(sampled)}
+        metrics |= sampling_metrics(step_groups)
+        metrics |= {"entropy": sums["entropy"], "sampler_gap": sums.get("sampler_gap", 0.0)}
+        metrics["perf/rollout_seconds"] = rollout_seconds
+        if sampled:
+            check_rollout(run, step, metrics)
+        # ---- update ------------------------------------------------------------------------------
+        for parameter in partial_parameters(policy):  # whole under tensor parallelism: each rank has its heads' part
+            dist.all_reduce(local(parameter.grad), group=run.mesh["tp"].get_group())
+        metrics["grad_norm"] = clip_grad_norm(run, policy, args.max_grad_norm)
+        metrics["lr"] = args.learning_rate * schedule(step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = metrics["lr"]
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):  # global: all ranks step, or none
+            optimizer.step()
+        check_update(run, step, policy, groups, metrics)  # TRAIN001-003
+        optimizer.zero_grad(set_to_none=True)
+        # ---- log ---------------------------------------------------------------------------------
+        log(run, step + 1, metrics | performance(started, groups), steps)
+        # ---- eval --------------------------------------------------------------------------------
+        if heldout and is_due(step + 1, steps, args.eval_every):
+            log_eval(run, step + 1, evaluate(policy, teachers, sampler, heldout, args, run), steps)
+        # ---- save --------------------------------------------------------------------------------
+        save_or_stop(run, step + 1, steps, models, optimizers, tokenizer)
+    # ---- finish ----------------------------------------------------------------------------------
+    finish(run, policy, tokenizer, heldout or train)
+
+
+if __name__ == "__main__":
+    launch(main, args, __file__)
