@@ -62,8 +62,8 @@ BUDGETS = {
     "methods/grpo.py": {"tokens": (3907, 4100), "lines": (494, 560)},
     "methods/rloo.py": {"tokens": (4081, 4100), "lines": (512, 560)},
     "methods/experimental/distillation.py": {"tokens": (3324, 3500), "lines": (421, 460)},
-    "common/*.py": {"tokens": (23956, 15700), "lines": (2971, 1850)},
-    "common/runtime/*.py": {"tokens": (17133, 10520), "lines": (2248, 1270)},
+    "common/*.py": {"tokens": (26780, 15700), "lines": (3314, 1850)},
+    "common/runtime/*.py": {"tokens": (17208, 10520), "lines": (2253, 1270)},
     "common/tools/*.py": {"lines": (150, 450)},
     "common/tools/bundle.py": {"lines": (150, 150)},
 }
