@@ -2813,8 +2813,10 @@ def link_to_a_checkpoint_elsewhere(case):
 # ---- neighbours ------------------------------------------------------------------------------------------------------
 # An output folder that holds other people's work.
 
-STARTS = [[], ["--resume", "auto"], ["--resume", "auto", "--allow_changes"], ["--max_steps", "0"], ["--save_every", "1",
-          "--keep_last", "1"], ["--resume", "auto", "--max_steps", "0"], ["--save_minutes", "0"]]  # fmt: skip
+WAYS_TO_START = [
+    [], ["--resume", "auto"], ["--resume", "auto", "--allow_changes"], ["--max_steps", "0"],
+    ["--save_every", "1", "--keep_last", "1"], ["--resume", "auto", "--max_steps", "0"], ["--save_minutes", "0"],
+]  # fmt: skip
 
 
 def any_script(case):
@@ -2854,7 +2856,7 @@ def names_that_a_run_takes(case):
         [".tmp-y/z", "samples.jsonl", "notes.jsonl"], ["final/paper.pdf", ".old-final/draft"],
         [".tmp-checkpoint/notes", "x.jsonl"],
     ]))  # fmt: skip
-    case.argv += STARTS[case.number % len(STARTS)]
+    case.argv += WAYS_TO_START[case.number % len(WAYS_TO_START)]
     case.guard(out, is_closed=True)
     return want(case, "bad", ["holds other files", "--output_dir"])
 
@@ -2867,7 +2869,7 @@ def run_of_another_program(case):
                        {"versions": {}, "pid": 7, "status": "running"}, {"exit_code": 4}])  # fmt: skip
     out = foreign(case, [".tmp-checkpoint/a", ".old-checkpoint-000003/b", "metrics.jsonl", "c.jsonl"])
     (out / "run.json").write_text(json.dumps(about))
-    case.argv += STARTS[(case.number + 3) % len(STARTS)]
+    case.argv += WAYS_TO_START[(case.number + 3) % len(WAYS_TO_START)]
     case.guard(out, is_closed=True)
     return want(case, "bad", ["run.json|metrics.jsonl", "--output_dir"])
 
