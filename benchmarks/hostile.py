@@ -1,6 +1,6 @@
 """Bad inputs by the thousand: each ends in a run that is right, or in exit code 2 or 3 with one line to act on.
 
-    python benchmarks/hostile.py [--cases 1000] [--seed 0] [--scripts NAME ...] [--only FAMILY ...] [--case N]
+    python benchmarks/hostile.py [--cases 1200] [--seed 0] [--scripts NAME ...] [--only FAMILY ...] [--case N]
                                  [--out FILE.jsonl]
 
 Case N of a seed and of these scripts is always the same: a small valid run of one of them, then one to three mutations
@@ -8,15 +8,20 @@ of its rows, files, template, tokenizer, configuration, weights, checkpoint, fla
 Scripts run as their last line runs them (parse_args, launch), in a fork; every 20th case is a real `python
 methods/x.py`. What is asked of the end:
 
-    code 0  final/ loads and is finite, metrics are finite (or TRAIN001 says so), the rows kept are those that the
-            generator expects; a resumed run ends with bitwise the weights of one that nobody touched
+    code 0  final/ loads and is finite, and holds the files of a model alone, none of them a link; metrics are finite
+            (or TRAIN001 or GRPO003 says so), the rows kept are those that the generator expects; a resumed run ends
+            with bitwise the weights of one that nobody touched
     code 2  one line `error: ...` that names an input of the case and what to type; alerts ([CODE ...]) may stand before
     code 3  the same, but what it names is the code of an alert
     always  no traceback, no hang, no control character on the terminal, nothing that looks finished after a failure,
-            run.json agrees, planted code did not run, the file that the data points at was not read
-    values  four families (scoring, columns, models, judging) take one input at a time and know more of its end: what
-            the picture of the first row scores, how many tokens, the loss by transformers, a metric, an alert, and
-            words of the line; computed by hand, and by no code of ours
+            run.json agrees, planted code did not run, the file that the data points at was not read, and what belongs
+            to others is there as it was, byte for byte
+    values  the families from `scoring` on take one input at a time and know more of its end: what the picture of the
+            first row scores, how many tokens, the loss by transformers, a metric, an alert, and words of the line;
+            computed by hand, and by no code of ours
+
+The first thousand cases are of sixteen families, those after them of eight more, which also run raft.py, prm.py and the
+scripts of distillation.
 
 Not promised: a template may fill the memory before its ten seconds are over; special tokens that the text of a row
 spells out become those tokens; a checkpoint whose checksums were made right again after a change of its numbers is
@@ -39,6 +44,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -63,11 +69,19 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "common" / "tiny" / "model"
 SCRIPTS = ["sft", "dpo", "grpo", "reward", "kto", "rloo"]
 ONLINE, PAIRS = ("grpo", "rloo"), ("dpo", "reward")  # scripts that sample; scripts that read pairs, which kto may
+STUDENTS = ("distillation", "gkd", "iw_opd")  # they have a --teacher
+LATER_SCRIPTS = ["raft", "prm", *STUDENTS]  # of which only the later families are
+TEACHER = ROOT / "common" / "tiny" / "teacher"
 LIMIT = 60  # seconds that a case may take: most take one, a real process on a busy core ten
 ROOM = 3 * 2**30  # bytes of memory that a case may ask for beyond the imports: a greedy one must not take the machine
 SECRET = "SECRET-5f0c"  # in a file that rows, templates and indices point at
 GRPO = ["--num_generations", "2", "--max_completion_length", "24", "--allow", "GRPO001", "GRPO002"]
 BASE = "--batch_size 2 --max_steps 1 --max_length 200 --learning_rate 1e-4 --eval_every 0".split()
+MORE_FLAGS = {
+    "grpo": GRPO, "rloo": GRPO, "raft": [*GRPO, "RAFT001"],
+    **dict.fromkeys(STUDENTS, [
+        "--teacher", str(TEACHER), "--max_completion_length", "24", "--allow", "GRPO002"]),
+}  # fmt: skip
 ROWS = 8
 FAMILIES, EXPECTED = {}, ("bad", "either", "good")
 
@@ -97,9 +111,11 @@ class Case:
 
     def __init__(self, number, seed, folder, only=None, scripts=SCRIPTS):
         self.rng, self.number, self.folder = random.Random(f"{seed} {number}"), number, Path(folder)
-        families, names, turn = list(FAMILIES) if only is None else only, set(), len(scripts)
+        (families, number), names, turn = families_of(number, only), set(), len(scripts)
         self.script = scripts[number % turn]
         self.family = families[number // turn % len(families)] if families else None
+        if self.family in LATER:  # another script each time that an input comes
+            self.script = scripts[(number + number // turn // len(families)) % turn]
         self.canary, self.secret = self.folder / "canary", self.folder / "secret.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.secret.write_text(json.dumps({"text": SECRET, "prompt": SECRET, "completion": "x"}) + "\n")
@@ -107,6 +123,10 @@ class Case:
         self.data, self.raw, self.chat, self.out, self.argv = self.folder / "rows.jsonl", None, True, "out", []
         self.want, self.only_plan, self.first, self.holder = {}, False, None, None
         self.python, self.environment = None, {}
+        self.again = 0  # how often the same input came before
+        self.others = {}  # path -> what it holds: what belongs to others
+        self.is_closed = False  # whether no file may be added to the output folder, either
+        self.panics = False  # whether the library of tokenizers may print lines of its own
         self.rows = self.base_rows()
         draw, chosen = self.rng, []
         count = draw.choice((1, 1, 2, 3)) if families else 0
@@ -116,7 +136,9 @@ class Case:
             mutate = draw.choice(FAMILIES[pool])
             if self.family in ALONE:
                 inputs = FAMILIES[pool]
-                mutate = inputs[(number // turn // len(families) * turn + number % turn) % len(inputs)]
+                rounds, place = divmod(number // turn // len(families) * turn + number % turn, len(inputs))
+                mutate = inputs[place]
+                self.again = rounds * inputs.count(mutate) + inputs[:place].count(mutate)
             if mutate not in [m for m, _ in chosen] and (k == 0 or self.family != "checkpoints"):
                 self.names = {"rows.jsonl"}
                 chosen.append((mutate, mutate(self)))
@@ -133,10 +155,10 @@ class Case:
         rng, rows = self.rng, []
         kind = rng.choice({"sft": ("messages", "conversations", "text", "texts", "chats"),
                            "dpo": ("texts", "chats", "implicit"), "grpo": ("texts", "chats"),
-                           "reward": ("texts", "chats", "implicit"), "kto": ("texts", "chats"),
-                           "rloo": ("texts", "chats")}[self.script])
+                           "reward": ("texts", "chats", "implicit")}.get(self.script, ("texts", "chats")))
         self.kind, self.chat = kind, kind not in ("text", "texts")
-        like = {"reward": "dpo", "rloo": "grpo"}.get(self.script, self.script)
+        like = {"reward": "dpo", "rloo": "grpo", "raft": "grpo", **dict.fromkeys(STUDENTS, "sft")}
+        like = like.get(self.script, self.script)
         for k in range(ROWS):
             a, b = rng.randrange(100, 999), rng.randrange(100, 999)
             q, right, wrong = f"What is {a} + {b}?", f"#### {a + b}", f"#### {a - b}"
@@ -152,6 +174,8 @@ class Case:
                 ("dpo", "implicit"): {"chosen": ask + say, "rejected": ask + err},
                 ("grpo", "texts"): {"prompt": q, "answer": str(a + b)},
                 ("grpo", "chats"): {"prompt": ask, "answer": str(a + b)},
+                ("prm", "texts"): {"prompt": q, "completions": [f"{a}+{b}", right], "labels": [True, k % 2 == 1]},
+                ("prm", "chats"): {"prompt": ask, "completions": [right, wrong, "done"], "labels": [True, False, True]},
                 ("kto", "texts"): {"prompt": q, "completion": (wrong, right)[k % 2], "label": k % 2 == 1},
                 ("kto", "chats"): {"prompt": ask, "completion": (err, say)[k % 2], "label": k % 2 == 1},
             }[like, kind])
@@ -161,6 +185,15 @@ class Case:
         """Another script's case, for what only it reads."""
         self.script, self.rows = script, []
         self.rows = self.base_rows()
+
+    def each(self, values):
+        """One of the values, the next one each time that this input comes."""
+        return values[self.again % len(values)]
+
+    def guard(self, path, is_closed=False):
+        """What stands at this path belongs to others. is_closed: no file may be added there, either."""
+        self.others[Path(path)] = inventory(path)
+        self.is_closed |= is_closed
 
     def need_chat(self):
         while not self.chat:
@@ -223,7 +256,7 @@ class Case:
             sys.setrecursionlimit(9 * limit)  # ours only: a row may be as deep as the script's own limit, and deeper
             self.data.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             sys.setrecursionlimit(limit)
-        flags = [*BASE, *(GRPO if self.script in ONLINE else []), "--dataset", str(self.data),
+        flags = [*BASE, *MORE_FLAGS.get(self.script, []), "--dataset", str(self.data),
                  "--output_dir", str(self.folder / self.out)]
         flags += [] if "--eval_fraction" in self.argv else ["--eval_dataset", ""]
         if "--model" not in self.flags:
@@ -1625,7 +1658,18 @@ def strange_reward_model(case):
 # the alerts, the picture of the first row, a metric or the plan must say, computed by hand or by transformers.
 
 
-ALONE = ("scoring", "columns", "models", "judging")
+FIRST_CASES = 1000  # of the families before these:
+LATER = ("pipes", "links", "neighbours", "strangers", "failing", "spellings", "teachers", "experimental")
+ALONE = ("scoring", "columns", "models", "judging", *LATER)
+
+
+def families_of(number, only):
+    """-> the families that take turns with a case, and its number among theirs."""
+    if only is not None:
+        return only, number
+    if number < FIRST_CASES:
+        return [family for family in FAMILIES if family not in LATER], number
+    return list(LATER), number - FIRST_CASES
 
 
 def want(case, verdict, line=(), alert=None, **more):
@@ -2585,14 +2629,808 @@ def pairs_that_are_equal(case):
     return want(case, "bad" if equal == ROWS else "either", "DATA009|equal", alert="DATA009", kept=ROWS - equal)
 
 
+# ---- pipes -----------------------------------------------------------------------------------------------------------
+# What has no end, or is no file: whoever opens a pipe whose other end nobody has waits for ever.
+
+
+def no_file(case, path, kind):
+    """Put at a path, instead of what stands there, a pipe, a socket, a folder, or a link to a device."""
+    if path.is_file() or path.is_symlink():
+        path.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(kind)
+    case.names |= {path.name}
+
+
+@mutation("pipes")
+def pipe_in_a_model(case):
+    name = case.each(["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md",
+                      "additional_chat_templates/other.jinja"])  # fmt: skip
+    kind = case.each(["pipe", "socket", "/dev/zero", "pipe", "/dev/urandom"])
+    no_file(case, case.model() / name, kind)
+    return want(case, "bad", [Path(name).name, "--model"])
+
+
+@mutation("pipes")
+def pipe_of_rows(case):
+    name = case.each(["rows.csv", "rows.json", "saved/state.json", "split/train-0.parquet", "rows.json.gz"])
+    no_file(case, case.folder / name, case.each(["pipe", "pipe", "pipe", "pipe", "/dev/zero"]))
+    held_out = case.again % 2 == 1
+    case.argv += ["--eval_dataset" if held_out else "--dataset", str(case.folder / Path(name).parts[0])]
+    return want(case, "bad", Path(name).parts[0])
+
+
+@mutation("pipes")
+def pipe_in_a_checkpoint(case):
+    """Damaged, so that the one before is resumed."""
+    newest = earlier(case)[1]
+    name = case.each(["config.json", "tokenizer.json", "trainer/.metadata", "trainer/meta.json",
+                      "trainer/state.safetensors"])  # fmt: skip
+    no_file(case, newest / name, case.each(["pipe", "/dev/zero", "pipe", "socket", "/dev/urandom"]))
+    return want(case, "good" if (newest / name).exists() else "either")
+
+
+@mutation("pipes")
+def pipe_where_a_run_writes(case):
+    name = case.each(["samples.jsonl", "alerts.jsonl", "run.lock", "debug", "metrics.jsonl"])
+    if case.again % 2:
+        earlier(case)
+        case.resumed = False
+    (case.folder / "out").mkdir(exist_ok=True)
+    no_file(case, case.folder / "out" / name, "pipe")
+    case.guard(case.folder / "out", is_closed=True)
+    return want(case, "bad", [re.escape(name), "--output_dir"])
+
+
+@mutation("pipes")
+def pipe_of_a_reward(case):
+    case.become(case.each(["grpo", "rloo", "raft", "grpo", "raft"]))
+    name = case.each(["mine.py", "mine.py", "scorer/tokenizer_config.json", "scorer/README.md", "mine.py"])
+    path = case.folder / name
+    if name.startswith("scorer"):
+        shutil.copytree(WHOLE["reward"] / "final", case.folder / "scorer")
+    no_file(case, path, case.each(["pipe", "socket", "pipe", "/dev/zero", "folder"]))
+    case.argv += ["--reward", f"{path}:mine" if name == "mine.py" else str(case.folder / "scorer")]
+    return want(case, "bad", ["--reward", path.name])
+
+
+@mutation("pipes")
+def pipe_of_a_template(case):
+    case.need_chat()
+    path = case.folder / "mine.jinja"
+    no_file(case, path, case.each(["pipe", "socket", "/dev/zero", "folder", "/dev/urandom"]))
+    case.flags["--chat_template"] = str(path)
+    return want(case, "bad", "--chat_template")
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+# git keeps links: a folder that was cloned may hold some to its user's own files.
+
+
+def outside(case):
+    """-> where a link may lead that leads out: to a file with a secret, to this process's environment, to a folder."""
+    (case.folder / "others").mkdir(exist_ok=True)
+    (case.folder / "others" / "key").write_text(SECRET)
+    case.guard(case.folder / "others", is_closed=True)
+    key = case.folder / "others" / "key"
+    return case.each([case.secret, "/proc/self/environ", "../others", "../secret.jsonl", key])
+
+
+def link(case, path, target):
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)
+    case.names |= {path.name}
+
+
+@mutation("links")
+def link_out_of_a_model(case):
+    name = case.each(["chat_template.jinja", "notes.txt", "more", "generation_config.json",
+                      "additional_chat_templates/rag.jinja"])  # fmt: skip
+    link(case, case.model() / name, outside(case))
+    return want(case, "bad", [Path(name).name, "--model", "link"])
+
+
+@mutation("links")
+def link_within_a_model(case):
+    """It may hold those; what is published holds files."""
+    folder = case.model()
+    name = case.each(["config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja",
+                      "generation_config.json"])  # fmt: skip
+    (folder / name).rename(folder / f"real-{name}")
+    link(case, folder / name, case.each([f"real-{name}", f"./real-{name}", folder / f"real-{name}"]))
+    return want(case, "good", kept=ROWS)
+
+
+@mutation("links")
+def link_out_of_a_reward_model(case):
+    case.become(case.each(["rloo", "grpo", "raft", "rloo", "grpo"]))
+    shutil.copytree(WHOLE["reward"] / "final", case.folder / "scorer")
+    name = case.each(["chat_template.jinja", "README.md", "more", "tokenizer_config.json", ".hidden"])
+    link(case, case.folder / "scorer" / name, outside(case))
+    case.argv += ["--reward", str(case.folder / "scorer")]
+    return want(case, "bad", [Path(name).name, "--reward", "link"])
+
+
+@mutation("links")
+def link_in_a_checkpoint(case):
+    """A file that it names is a link: damaged. One more that it does not name: of no interest."""
+    newest = earlier(case)[1]
+    target = outside(case)
+    name = case.each(["notes.txt", "tokenizer.json", "more", "config.json", "trainer/meta.json"])
+    if (newest / name).is_file():
+        (newest / name).rename(case.folder / "moved")
+        target = case.folder / "moved"
+    link(case, newest / name, target)
+    return want(case, "good")
+
+
+@mutation("links")
+def link_where_a_run_writes(case):
+    """Through none of them anything is cut, appended to or replaced."""
+    resumes = case.again % 2 == 0
+    if resumes:
+        earlier(case)
+        case.resumed = False
+    name = case.each(["metrics.jsonl", "samples.jsonl", "run.lock", "alerts.jsonl", "debug"])
+    target = outside(case)
+    (case.folder / "out").mkdir(exist_ok=True)
+    link(case, case.folder / "out" / name, target if name != "debug" else "../others")
+    case.guard(case.folder / "out", is_closed=True)
+    case.guard(case.secret)
+    return want(case, "bad", ["link|other files", "--output_dir"])
+
+
+@mutation("links")
+def link_with_a_passing_name(case):
+    """The link goes, where a kill may have left a folder of this name; what it leads to stays."""
+    out = earlier(case)[0].parent
+    outside(case)
+    name = case.each([".tmp-checkpoint", ".tmp-final", ".old-final", ".tmp-rehearsal", ".old-checkpoint-000001"])
+    link(case, out / name, "../others")
+    return want(case, "good")
+
+
+@mutation("links")
+def link_to_a_checkpoint_elsewhere(case):
+    """An earlier one, moved to another disk: it is rotated by removing the link."""
+    first, newest = earlier(case)
+    moved = case.each([first, newest, first, newest, first])
+    moved.rename(case.folder / "disk")
+    moved.symlink_to(case.each(["../disk", case.folder / "disk"]))
+    case.guard(case.folder / "disk")
+    case.argv += ["--keep_last", "1"]
+    return want(case, "good")
+
+
+# ---- neighbours ------------------------------------------------------------------------------------------------------
+# An output folder that holds other people's work.
+
+WAYS_TO_START = [
+    [], ["--resume", "auto"], ["--resume", "auto", "--allow_changes"], ["--max_steps", "0"],
+    ["--save_every", "1", "--keep_last", "1"], ["--resume", "auto", "--max_steps", "0"], ["--save_minutes", "0"],
+]  # fmt: skip
+
+
+def any_script(case):
+    case.become(random.Random(f"{case.number}").choice([*SCRIPTS, *LATER_SCRIPTS]))
+
+
+def foreign(case, names):
+    """An output folder with files of others: texts, bytes that are no text, an empty one."""
+    out = case.folder / "out"
+    for number, name in enumerate(names):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes([b"chapter 1\n", b"\xff\xd8\x00", b"", b'{"status": "done"}\n'][number % 4])
+    return out
+
+
+@mutation("neighbours")
+def names_of_others(case):
+    """Of no interest to a run: it goes on beside them."""
+    any_script(case)
+    out = foreign(case, case.each([
+        [".old-letters/1.txt", ".old-letters/2.txt", ".tmp-notes", "rows.jsonl"],
+        [".tmp-final.txt", ".tmp-check/x", ".old-checkpoint-x/y", "old.jsonl"],
+        [".tmp-checkpoint.bak", ".old-final.zip", "final.txt", "checkpoint.txt", "metrics.json"],
+        [".tmp-\u00e9\u6f22", ".old- ", "a b.jsonl", "Metrics.jsonl", "alerts.jsonl.1"],
+        [".tmp-000001/model.safetensors", ".old-1/trainer/meta.json", "run.json.bak", "samples.jsonl~"],
+    ]))
+    case.guard(out)
+    return want(case, "good", kept=ROWS)
+
+
+@mutation("neighbours")
+def names_that_a_run_takes(case):
+    """Refused, and nothing is touched."""
+    any_script(case)
+    out = foreign(case, case.each([
+        [".old-trip/1.jpg", ".tmp-book/2.tex", "metrics.jsonl"], [".old-x", "alerts.jsonl"],
+        [".tmp-y/z", "samples.jsonl", "notes.jsonl"], ["final/paper.pdf", ".old-final/draft"],
+        [".tmp-checkpoint/notes", "x.jsonl"],
+    ]))  # fmt: skip
+    case.argv += WAYS_TO_START[case.number % len(WAYS_TO_START)]
+    case.guard(out, is_closed=True)
+    return want(case, "bad", ["holds other files", "--output_dir"])
+
+
+@mutation("neighbours")
+def run_of_another_program(case):
+    """Its run.json is none of ours."""
+    any_script(case)
+    about = case.each([{"status": "finished"}, {"pid": 1, "command": "make"}, {"status": "failed", "exit_code": 2},
+                       {"versions": {}, "pid": 7, "status": "running"}, {"exit_code": 4}])  # fmt: skip
+    out = foreign(case, [".tmp-checkpoint/a", ".old-checkpoint-000003/b", "metrics.jsonl", "c.jsonl"])
+    (out / "run.json").write_text(json.dumps(about))
+    case.argv += WAYS_TO_START[(case.number + 3) % len(WAYS_TO_START)]
+    case.guard(out, is_closed=True)
+    return want(case, "bad", ["run.json|metrics.jsonl", "--output_dir"])
+
+
+@mutation("neighbours")
+def others_beside_a_run_of_ours(case):
+    """It is resumed, and rotates its own checkpoints."""
+    out = earlier(case)[0].parent
+    theirs = case.each([
+        [".old-photos/1.jpg", ".tmp-thesis", "rows.jsonl"], [".tmp-save/x", ".old-checkpoint-last/x", "a.jsonl"],
+        [".tmp-checkpoint2/x", ".old-finals", "b.jsonl"], ["debug.txt", ".tmp-rehearsal.txt", "final.jsonl"],
+        [".tmp-logs/x", ".old-", "checkpoint-best.txt", "wandb/run.jsonl"],
+    ])  # fmt: skip
+    for name in theirs:
+        foreign(case, [name])
+        case.guard(out / name)
+    case.argv += ["--keep_last", "1"]
+    return want(case, "good")
+
+
+@mutation("neighbours")
+def others_beside_a_run_that_was_refused(case):
+    """A run that ended with exit code 2 has left the folder; the next one begins there, and removes its files only."""
+    names = case.each([[".old-a/1", "x.jsonl"], [".tmp-a", "y.jsonl"], [".tmp-b/2", ".old-b"], ["z.jsonl", ".tmp-c/3"],
+                       [".old-c.jsonl", ".tmp-d.jsonl"]])  # fmt: skip
+    case.guard(foreign(case, names))
+    case.first = case.each([["--dataset", "no/such.jsonl"], ["--rename", "x:y"], ["--model", "no/such"],
+                            ["--chat_template", "no/such.jinja"], ["--max_length", "1"]])  # fmt: skip
+    return want(case, "good", kept=ROWS)
+
+
+@mutation("neighbours")
+def files_beside_the_weights(case):
+    """A model folder holds more than a model; final/ does not, and no template that is not in use."""
+    any_script(case)
+    folder = case.model()
+    names = case.each([[".env", "id_rsa"], ["training_args.bin", "optimizer.pt"], ["train.py", "notes.ipynb"],
+                       ["additional_chat_templates/secret.jinja", ".git/config"], ["README.md", "eval.jsonl"]])
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(SECRET)
+    return want(case, "good", kept=ROWS)
+
+
+# ---- strangers -------------------------------------------------------------------------------------------------------
+# What a stranger's model says of itself, and what a stranger's checkpoint says of its run.
+
+
+@mutation("strangers")
+def tokenizer_that_panics(case):
+    """A regular expression that has too many ways to read a text: the library panics, which is no Exception."""
+    pattern, text = case.each([("(7+)+x", "7" * 45), ("(a|aa)+b", "a" * 60), ("(\\s*\\s*)*Q", " " * 45),
+                               ("([^x]*)*y", "z" * 40), ("(.*.*)*=", "e" * 40)])  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    case.become(case.each(["sft", "raft", "kto", "distillation", "reward"]))
+    case.edit("tokenizer.json", lambda settings: settings.update(pre_tokenizer=split))
+    place, key = case.texts()[0]
+    place[key] = text
+    case.panics = True
+    return want(case, "either", "retry-limit|rows.jsonl|row")
+
+
+@mutation("strangers")
+def config_beyond_its_tensors(case):
+    """Refused before it is built; the memory of a case is bounded, its time too."""
+    fields_of = case.each([{"num_hidden_layers": 10**7}, {"vocab_size": 2**40}, {"hidden_size": 2**33},
+                           {"num_key_value_heads": 10**8}, {"head_dim": 10**9}, {"intermediate_size": 2**35},
+                           {"num_hidden_layers": 2**70}])  # fmt: skip
+    case.edit("config.json", lambda settings: settings.update(fields_of))
+    return want(case, "bad", "--model")
+
+
+@mutation("strangers")
+def config_of_another_kind(case):
+    """The same with names that other kinds of models have."""
+    fields_of = case.each([
+        {"model_type": "mistral", "num_hidden_layers": 10**8}, {"model_type": "gpt_neox", "num_hidden_layers": 10**8},
+        {"model_type": "opt", "num_hidden_layers": 10**8}, {"model_type": "qwen3_moe", "num_experts": 10**8},
+        {"model_type": "bloom", "n_layer": 10**8},
+    ])  # fmt: skip
+    case.edit("config.json", lambda settings: settings.update(fields_of))
+    return want(case, "bad", "--model")
+
+
+@mutation("strangers")
+def generation_settings(case):
+    """The last samples are greedy and by our own settings, whatever the folder says."""
+    fields_of = case.each([
+        {"stop_strings": ["#", "4"], "num_beams": 4}, {"max_new_tokens": 0, "min_new_tokens": 99},
+        {"do_sample": True, "temperature": 0.0, "top_k": 0}, {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3, "assistant_early_exit": 1}, {"watermarking_config": {"bias": 2.0}},
+        {"forced_eos_token_id": 2, "suppress_tokens": [2], "bad_words_ids": [[5]]},
+    ])  # fmt: skip
+    case.edit("generation_config.json", lambda settings: settings.update(fields_of))
+    return want(case, "either", "generation_config|--model")
+
+
+FORGED = [  # changes of a checkpoint's meta.json, its sums made right again
+    lambda meta: meta.update(step=-7), lambda meta: meta.update(step=10**12),
+    lambda meta: meta["offsets"].update({"metrics.jsonl": -5}), lambda meta: meta["state"].update(alerts=[1]),
+    lambda meta: meta["state"].update(before={"loss": "x"}), lambda meta: meta["flags"].update(batch_size="2"),
+    lambda meta: meta["offsets"].update({"metrics.jsonl": 1.5}), lambda meta: meta["state"].update(last=7),
+]  # fmt: skip
+
+
+@mutation("strangers", 2)
+def forged_numbers(case):
+    """A run cannot have written them: a damaged checkpoint, and the one before is resumed. With other flags, too."""
+    sign(earlier(case)[1], case.each(FORGED))
+    case.argv += ["--allow_changes"] if case.again % 2 else []
+    return want(case, "good")
+
+
+@mutation("strangers")
+def address_of_code(case):
+    """It is neither run nor passed on: see `published`."""
+    where = {"AutoConfig": "evil/repo--x.C", "AutoModelForCausalLM": "evil/repo--x.M", "AutoTokenizer": ["x.T", None]}
+    name = case.each(["config.json", "tokenizer_config.json", "generation_config.json", "config.json", "config.json"])
+    value = case.each([where, {"AutoTokenizer": ["evil/repo--x.T", None]}, where, [where], {"AutoConfig": 7}])
+    key = case.each(["auto_map", "auto_map", "auto_map", "inner", "auto_map"])
+    case.edit(name, lambda settings: settings.update({key: {"auto_map": value} if key == "inner" else value}))
+    return want(case, "either", "--model|auto_map")
+
+
+# ---- failing ---------------------------------------------------------------------------------------------------------
+# Rewards that fail: a row's error costs its reward, a call's its call, and the third rollout without any the run.
+
+HEAD = "import os, sys, time\nCALLS = [0]\ndef mine(prompts, completions, **columns):\n    CALLS[0] += 1\n"
+ESCAPE = "'\\x1b]0;owned\\x07\\x1b[2J'"
+
+
+def reward_of(case, body, steps=1):
+    """A reward file of this body; n is the number of completions of a call, and CALLS[0] the number of calls."""
+    case.become(case.each(["grpo", "rloo", "raft", "rloo", "grpo"]))
+    (case.folder / "mine.py").write_text(f"{HEAD}    n = len(completions)\n    {body}\n")
+    case.argv += ["--reward", f"{case.folder}/mine.py:mine", "--reward_timeout", "3", "--max_steps", str(steps)]
+    case.argv += ["--steps_per_generation", "1", "--num_iterations", "1"]
+    case.names |= {"--reward", "mine", "GRPO003"}
+
+
+@mutation("failing")
+def reward_that_always_fails(case):
+    """One or two rollouts without any reward are skipped, and said; the third ends the run."""
+    steps = case.each([1, 2, 3, 4, 2])
+    reward_of(case, case.each(["raise KeyError('answer')", "os._exit(3)", "raise SystemExit(0)", "[].pop()",
+                               "raise BaseException('x')"]), steps)  # fmt: skip
+    return want(case, "good" if steps < 3 else "bad", "GRPO003", alert="GRPO003")
+
+
+@mutation("failing")
+def reward_that_fails_once(case):
+    """Its first call, or a later one, of three: the run goes on."""
+    at = case.each([1, 2, 3, 1, 2])
+    act = case.each(["raise ValueError('no')", "os.kill(os.getpid(), 9)", "time.sleep(60)", "os.abort()",
+                     "return ['7'] * n if False else 1 / 0"])  # fmt: skip
+    body = f"if CALLS[0] == {at} and not os.path.exists('failed'):\n        open('failed', 'w').close()\n        {act}"
+    reward_of(case, f"{body}\n    return [float(k) for k in range(n)]", steps=3)
+    return want(case, "good", "GRPO003", alert="GRPO003")
+
+
+@mutation("failing")
+def reward_of_some_rows(case):
+    """None in some places is no reward there; before step 1 more than a tenth of them ends the run."""
+    values = case.each(["[None] + [1.0] * (n - 1)", "[float('nan')] * n", "[None, float('inf')] * (n // 2)",
+                        "[1.0 if k else None for k in range(n)]", "[None] * n"])  # fmt: skip
+    reward_of(case, f"return {values}")
+    return want(case, "bad", "GRPO003", alert="GRPO003")
+
+
+@mutation("failing")
+def reward_that_speaks(case):
+    """What a reward raises or prints may hold what a terminal obeys, and be long."""
+    act = case.each([f"raise ValueError({ESCAPE} + str(completions))", f"raise ValueError({ESCAPE} * 10**6)",
+                     f"class Odd(Exception):\n        def __str__(self):\n            raise ValueError({ESCAPE})\n"
+                     "    raise Odd()", "raise ValueError('a\\nb\\r\\x9b31m')", "raise UnicodeError('\\ud800\\u202e')"])
+    reward_of(case, act, steps=2)
+    return want(case, "good", "GRPO003", alert="GRPO003")
+
+
+@mutation("failing")
+def reward_of_another_size(case):
+    values = case.each(["[1.0] * (n + 1)", "[1.0] * 10**6", "'1' * n", "[[1.0]] * n", "None"])
+    reward_of(case, f"return {values}")
+    return want(case, "bad", "GRPO003|--reward")
+
+
+@mutation("failing")
+def row_that_a_reward_cannot_judge(case):
+    """`accuracy` takes each row by itself: the others keep their reward."""
+    case.become(case.each(["grpo", "raft", "rloo", "raft", "grpo"]))
+    case.rows = [json.loads(json.dumps(case.rows[0])) for _ in range(40)]
+    value = case.each([["4"], {"a": 1}, [[]], 1e400, {"answer": ["1"]}])
+    case.rows[case.rng.randrange(40)]["answer"] = value
+    case.flags["--batch_size"] = "40"
+    return want(case, "good", kept=40)
+
+
+# ---- spellings -------------------------------------------------------------------------------------------------------
+# What a terminal obeys, special tokens in a row's arguments, ids of the hub with revisions.
+
+
+@mutation("spellings")
+def special_token_in_a_row(case):
+    """A row's chat_template_kwargs may set none: its text would be taken for it."""
+    case.need_chat()
+    name = case.each(["eos_token", "bos_token", "pad_token", "unk_token", "eos_token", "sep_token"])
+    value = case.each(["<|user|>", "", 7, None, ["<|end|>"], "x"])
+    row = case.row()
+    row["chat_template_kwargs"] = {name: value} if case.again % 2 else json.dumps({name: value, "a": 1})
+    return want(case, "bad", ["DATA008|chat_template_kwargs"])
+
+
+@mutation("spellings")
+def special_token_by_flag(case):
+    """The flag is its user's own."""
+    case.need_chat()
+    value = case.each(['{"eos_token": "<|end|>"}', '{"bos_token": ""}', '{"pad_token": null}', '{"eos_token": 7}',
+                       '{"unk_token": ["x"]}'])  # fmt: skip
+    case.flags["--chat_template_kwargs"] = value
+    case.names |= {"--chat_template"}
+    return want(case, "either", "chat_template")
+
+
+@mutation("spellings", 2)
+def revisions(case):
+    """Nothing of it is in the cache, and there is no network: one line with the id."""
+    name = case.each(["a/model@", "a/model@main", "a/model@v1@v2", "a/model@../../x", "tiny@main", f"{MODEL}@main",
+                      "a/model@\x1b[31m", "a/model@refs/pr/1", "@main", "@", "a/model@" + "a" * 3000,
+                      "a/model@0123456789abcdef0123456789abcdef01234567"])  # fmt: skip
+    flag = "--model"
+    if case.number % 3 == 0:
+        case.become(case.each(STUDENTS))
+        flag = "--teacher"
+    case.flags[flag] = name
+    return want(case, "bad", flag)
+
+
+@mutation("spellings")
+def revisions_elsewhere(case):
+    """A dataset and a reward have none."""
+    name = case.each(["someone/rows@main", "tiny@main", "rows.jsonl@v1", "someone/rows@v1:train", "@"])
+    flag = case.each(["--dataset", "--eval_dataset"])
+    if case.again == 4:
+        case.become("grpo")
+        flag, name = "--reward", "someone/model@main"
+    case.argv += [flag, name]
+    return want(case, "bad", flag if flag == "--reward" else "dataset")
+
+
+@mutation("spellings")
+def names_that_a_terminal_obeys(case):
+    """Of folders beside checkpoints, of columns, files, rewards and templates."""
+    escape = case.each(["\x1b]0;owned\x07", "\x1b[2J\x1b[1;1H", "\r\x1b[K", "\x9b31m", "\u202e\u2066"])
+    where = case.each(["checkpoint", "column", "file", "reward", "template"])
+    if where == "checkpoint":
+        out = earlier(case)[0].parent
+        shutil.copytree(out / "checkpoint-000002", out / f"checkpoint-000003{escape}")
+        return want(case, "either")
+    if where == "column":
+        for row in case.rows:
+            row[f"x{escape}"] = escape
+        return want(case, "good", kept=ROWS)
+    if where == "file":
+        rows_as(case, f"rows{escape}.jsonl", b"{")
+        return want(case, "bad", "rows")
+    if where == "reward":
+        case.become("raft")
+        case.argv += ["--reward", f"no{escape}.py:mine"]
+        return want(case, "bad", "--reward")
+    case.need_chat()
+    use_template(case, "{{ raise_exception('" + escape + "') }}")
+    return want(case, "bad", "DATA|chat_template")
+
+
+@mutation("spellings")
+def texts_that_a_terminal_obeys(case):
+    """In rows of each script, whose texts its picture and samples.jsonl hold."""
+    any_script(case)
+    escape = case.each(["\x1b]8;;http://x\x07here", "\x1b[6n", "\x1b\\\x1bP", "\x0e\x0f\x08", "\x7f\x84\x1b[?1049h"])
+    for row in case.rows:
+        for value in [row.get("prompt"), *row.values()]:
+            for message in value if isinstance(value, list) and value and isinstance(value[0], dict) else []:
+                message["content" if "content" in message else "value"] += escape
+        if isinstance(row.get("prompt"), str):
+            row["prompt"] = escape + row["prompt"]
+    return want(case, "either", "DATA|row")
+
+
+# ---- teachers --------------------------------------------------------------------------------------------------------
+
+
+def teacher(case, script=None):
+    """A copy of the tiny teacher, of one of the scripts that have one, which the case may damage."""
+    case.become(script or STUDENTS[case.number % len(STUDENTS)])
+    folder = case.folder / "teacher"
+    shutil.copytree(TEACHER, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    case.flags["--teacher"] = str(folder)
+    case.names |= {"--teacher", "teacher"}
+    return folder
+
+
+def change(path, edit):
+    settings = json.loads(path.read_text())
+    edit(settings)
+    path.write_text(json.dumps(settings))
+
+
+@mutation("teachers")
+def teacher_with_another_tokenizer(case):
+    """Two ids exchanged, a token less, another token, another id: the student's tokens must be the teacher's."""
+    folder = teacher(case)
+    token, other = ("a", "b") if case.again < 2 else ("0", "1")
+
+    def edit(settings):
+        vocab = settings["model"]["vocab"]
+        how = case.again % 5
+        if how == 0:
+            vocab[token], vocab[other] = vocab[other], vocab[token]
+        elif how == 1:
+            vocab["\u00e9"] = vocab.pop(token)
+        elif how == 2:
+            vocab.pop(token)
+        elif how == 3:
+            vocab[token] = max(vocab.values()) + 1
+        else:
+            settings["added_tokens"][-1]["content"] = "<|other|>"
+
+    change(folder / "tokenizer.json", edit)
+    return want(case, "bad", "--teacher")
+
+
+@mutation("teachers")
+def teacher_that_is_none(case):
+    case.become(STUDENTS[case.number % len(STUDENTS)])
+    (case.folder / "empty").mkdir()
+    (case.folder / "file").write_text("{}")
+    case.flags["--teacher"] = case.each(["", "no/such", str(case.folder / "empty"), str(case.folder / "file"), "a\nb",
+                                         "\x1b[31m", "x" * 5000, "tiny "])  # fmt: skip
+    return want(case, "bad", "--teacher")
+
+
+@mutation("teachers")
+def teacher_that_is_no_file(case):
+    """Pipes and links that lead out, as in a model."""
+    folder = teacher(case)
+    name = case.each(["generation_config.json", "notes.txt", "tokenizer.json", "model.safetensors", "config.json"])
+    kind = case.each(["pipe", str(case.secret), "/dev/zero", "socket", "/proc/self/environ"])
+    no_file(case, folder / name, kind)
+    return want(case, "bad", ["--teacher", name])
+
+
+@mutation("teachers")
+def damaged_teacher(case):
+    folder = teacher(case)
+    weights = folder / "model.safetensors"
+    how = case.again % 6
+    if how == 0:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == 1:
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Poison(case.canary)))
+    elif how == 2:
+        change(folder / "config.json", lambda settings: settings.update(num_hidden_layers=10**9))
+    elif how == 3:
+        tensors = load_file(weights)
+        name = sorted(tensors)[0]
+        save_file(tensors | {name: torch.full_like(tensors[name], math.nan)}, weights, metadata={"format": "pt"})
+    elif how == 4:
+        (folder / "config.json").write_text("{")
+    else:
+        change(folder / "config.json", lambda settings: settings.update(model_type="bert"))
+    case.names |= {"TRAIN001", "MODEL001"}
+    return want(case, "bad")
+
+
+@mutation("teachers")
+def teacher_of_another_shape(case):
+    """One that ends its turns otherwise would teach not to stop; a reward model is none; the student itself is one."""
+    folder = teacher(case)
+    how = case.again % 5
+    if how == 0:
+        change(folder / "generation_config.json", lambda settings: settings.update(eos_token_id=3))
+        change(folder / "config.json", lambda settings: settings.update(eos_token_id=3))
+        change(folder / "tokenizer_config.json", lambda settings: settings.update(eos_token="<|user|>"))
+        template = folder / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<|end|>", "<|user|>"))
+        return want(case, "bad", "TEACH001", alert="TEACH001")
+    if how == 1:
+        case.flags["--teacher"] = str(WHOLE["reward"] / "final")
+        return want(case, "bad", "--teacher")
+    if how == 2:
+        case.flags["--teacher"] = str(MODEL)
+        return want(case, "good", kept=ROWS)
+    if how == 3:
+        case.flags["--teacher"] = str(WHOLE["dpo"] / "final")
+        return want(case, "good", kept=ROWS)
+    change(folder / "config.json", lambda settings: settings.update(rope_theta=0, rope_parameters=None))
+    return want(case, "either", "--teacher|TRAIN001|MODEL")
+
+
+@mutation("teachers")
+def teacher_with_code(case):
+    folder = teacher(case)
+    (folder / "mine.py").write_text(f"open({str(case.canary)!r}, 'w')\n")
+    where = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoTokenizer": ["mine.T", None]}
+    name = case.each(["config.json", "tokenizer_config.json", "config.json", "generation_config.json", "config.json"])
+    kind = case.each([{}, {"tokenizer_class": "T"}, {"model_type": "mine"}, {"custom_generate": "mine"},
+                      {"architectures": ["M"]}])  # fmt: skip
+    change(folder / name, lambda settings: settings.update({"auto_map": where, **kind}))
+    return want(case, "either", "teacher")
+
+
+@mutation("teachers")
+def rows_for_a_teacher(case):
+    """gkd needs completions, or a teacher that writes them; the others need prompts alone."""
+    script = case.each(["gkd", "distillation", "iw_opd", "gkd", "distillation"])
+    teacher(case, script)
+    flags = case.each([[], ["--lmbda", "0.5"], [], ["--seq_kd", "--lmbda", "0"], ["--lmbda", "1"]])
+    for row in case.rows:
+        row.pop("completion")
+    case.argv += flags
+    return want(case, case.each(["bad", "bad", "good", "good", "good"]), "completion", kept=ROWS)
+
+
+# ---- experimental ----------------------------------------------------------------------------------------------------
+# Flags and rows of raft.py, prm.py and the scripts of distillation.
+
+
+@mutation("experimental")
+def shares_out_of_range(case):
+    """--beta and --lmbda are from 0 to 1."""
+    case.become(case.each(["distillation", "gkd"]))
+    flag, value = case.each([("--lmbda", "-0.1"), ("--lmbda", "1.01"), ("--beta", "2"), ("--beta", "nan"),
+                             ("--lmbda", "inf"), ("--beta", "-1e-9")])  # fmt: skip
+    case.argv += [flag, value]
+    return want(case, "bad", flag)
+
+
+@mutation("experimental")
+def what_is_drawn_from(case):
+    """--top_k and --top_p of the sampler, --loss_top_k of the loss: the tiny vocabulary has 103 tokens."""
+    case.become(case.each(["gkd", "distillation"]))
+    flag, value, verdict = case.each([
+        ("--top_p", "0", "bad"), ("--top_p", "1.5", "bad"), ("--top_k", "-1", "bad"), ("--loss_top_k", "1.5", "bad"),
+        ("--loss_top_k", "104", "bad"), ("--loss_top_k", "103", "good"), ("--top_k", "1", "good"),
+    ])  # fmt: skip
+    case.argv += [flag, value]
+    case.names |= {flag}
+    return want(case, verdict, flag)
+
+
+@mutation("experimental")
+def extremes_of_a_student(case):
+    """Within the range, and as far as it goes."""
+    case.become(case.each(["iw_opd", "distillation", "gkd"]))
+    flags = case.each([["--gamma", "1e300"], ["--top_p", "1e-300"], ["--lmbda", "1e-300"], ["--top_k", "1000000000"],
+                       ["--temperature", "1e-30"], ["--beta", "0", "--loss_top_k", "1"], ["--gamma", "-1"]])
+    case.argv += flags
+    case.names |= {*flags, "TRAIN001", "--temperature", "--learning_rate"}
+    return want(case, "either", "--|TRAIN001")
+
+
+@mutation("experimental")
+def what_raft_keeps(case):
+    """As many as there are at most, or what reaches a bar; a step of which nothing is kept is skipped."""
+    case.become("raft")
+    flags, verdict = case.each([
+        (["--num_remains", "3"], "bad"), (["--reward_bar", "nan"], "bad"), (["--num_remains", "0"], "bad"),
+        (["--reward_bar", "1e300"], "either"), (["--reward_bar", "-inf"], "bad"), (["--num_remains", "2"], "good"),
+        (["--reward_bar", "-1e300", "--mask_truncated_completions"], "either"),
+    ])  # fmt: skip
+    case.argv += flags
+    case.names |= {"RAFT001", "--reward_bar", "--num_remains"}
+    return want(case, verdict, flags[0] if verdict == "bad" else "RAFT001|--")
+
+
+@mutation("experimental")
+def labels_of_steps(case):
+    """A list with true or false for each step."""
+    case.become("prm")
+    row = case.row()
+    labels = case.each([row["labels"] + [True], row["labels"][1:], ["true"] * len(row["labels"]), None,
+                        [0.5] * len(row["labels"]), "yes", [None] * len(row["labels"]), [[True]] * len(row["labels"])])
+    row["labels"] = labels
+    return want(case, "bad", "label")
+
+
+@mutation("experimental")
+def steps_of_a_row(case):
+    """A list of texts, one at least."""
+    case.become("prm")
+    row = case.row()
+    steps, verdict = case.each([([], "bad"), ("one text", "bad"), ([None, "a", "b"], "bad"), ([1, 2, 3], "bad"),
+                                ({"a": 1}, "bad"), ([["a"], ["b"]], "bad"), (["", " ", "\t"], "either"),
+                                (["\ud800", "a"], "bad")])  # fmt: skip
+    row["completions"] = steps
+    row["labels"] = [True] * (len(steps) if verdict == "either" else 2)
+    return want(case, verdict, "step|completions")
+
+
+@mutation("experimental")
+def separators(case):
+    """Text that the tokenizer knows, or one line."""
+    case.become("prm")
+    value, verdict = case.each([
+        ("", "bad"), ("\\n\\n", "good"), ("\u6f22", "bad"), ("<|end|>", "either"), ("zz", "good"), ("\x1b[2J", "bad"),
+        (" ", "good"), ("x" * 5000, "either"),
+    ])  # fmt: skip
+    case.argv += ["--step_separator", value]
+    case.names |= {"--step_separator", "DATA005", "--max_length"}
+    return want(case, verdict, "step_separator|max_length|DATA")
+
+
+@mutation("experimental")
+def judge_of_steps(case):
+    """--reward FOLDER of a token classifier, and then not quite."""
+    case.become(case.each(["raft", "grpo", "rloo"]))
+    folder = case.folder / "scorer"
+    shutil.copytree(WHOLE["reward"] / "final", folder)
+    tensors = load_file(folder / "model.safetensors")
+    score = tensors["score.weight"].float()
+    tensors |= {"score.weight": torch.cat([score, -score]), "score.bias": torch.zeros(2)}
+    about = {"architectures": ["LlamaForTokenClassification"], "step_separator": "\n", "num_labels": 2,
+             "id2label": {"0": "wrong", "1": "right"}, "label2id": {"wrong": 0, "right": 1}}  # fmt: skip
+    how, verdict, mean = case.again % 7, "bad", ""
+    if how == 0:
+        verdict = "good"
+    elif how == 1:
+        about["step_separator"] = None
+    elif how == 2:
+        about["step_separator"] = "\u6f22"
+    elif how == 3:
+        tensors.pop("score.bias")
+    elif how == 4:
+        about["step_separator"] = ["\n"]
+    elif how == 5:
+        verdict, mean = "good", ":mean"
+    else:
+        mean = ":sum"
+    change(folder / "config.json", lambda settings: settings.update(about))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    case.argv += ["--reward", f"{folder}{mean}"]
+    case.names |= {"--reward", "scorer"}
+    return want(case, verdict, "--reward")
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 MODULES, WHOLE = {}, {}
 
 
+def source(name):
+    """The path of a script, relative to the repository."""
+    return f"methods/experimental/{name}.py" if name in LATER_SCRIPTS else f"methods/{name}.py"
+
+
 def load(name):
     """The script as a module; its imports are paid once, here, and every run is a fork."""
-    spec = importlib.util.spec_from_file_location(f"hostile_{name}", ROOT / "methods" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"hostile_{name}", ROOT / source(name))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -2607,7 +3445,7 @@ def prepare(folder):
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name in SCRIPTS:
+    for name in [*SCRIPTS, *LATER_SCRIPTS]:
         MODULES[name] = load(name)
     datasets.enable_progress_bars()  # as a user's process has them
     for name in SCRIPTS:
@@ -2631,7 +3469,7 @@ def child(case, argv, out, err):
             setattr(sys, stream, os.fdopen(number, "w", buffering=1))
         limits(case)
         os.chdir(case.folder)
-        sys.argv = [f"methods/{case.script}.py", *argv]
+        sys.argv = [source(case.script), *argv]
         torch.set_num_threads(1)
         module = MODULES[case.script]
         signal.signal(signal.SIGTERM, on_signal)
@@ -2694,7 +3532,7 @@ def process(case, argv):
     """The same as a user types it."""
     out, err, began = case.folder / "stdout", case.folder / "stderr", time.monotonic()
     with open(out, "w") as o, open(err, "w") as e:
-        command = [sys.executable, *(case.python or []), str(ROOT / "methods" / f"{case.script}.py"), *argv]
+        command = [sys.executable, *(case.python or []), str(ROOT / source(case.script)), *argv]
         run = subprocess.Popen(command, cwd=case.folder, stdout=o, stderr=e, start_new_session=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"} | case.environment)
         hung = watch(case, lambda: run.poll() is None, run.pid, began + LIMIT)
@@ -2756,6 +3594,34 @@ def contents(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def inventory(path):
+    """What a file, or every name of a folder, is: bytes, where a link leads, or its kind."""
+    found = {}
+    for one in [Path(path), *Path(path).rglob("*")]:
+        name = str(one.relative_to(path))
+        if one.is_symlink():
+            found[name] = os.readlink(one)
+        elif one.is_file():
+            found[name] = one.read_bytes()
+        elif os.path.lexists(one):
+            found[name] = stat.S_IFMT(one.lstat().st_mode)
+    return found
+
+
+def taken(case):
+    """-> what of the others' files is not as it was."""
+    wrong = []
+    for path, before in case.others.items():
+        now = inventory(path)
+        changed = sorted(name for name in before if now.get(name) != before[name])
+        added = sorted(now.keys() - before.keys())
+        if changed:
+            wrong.append(f"{path.name} of others: {changed[:3]} changed")
+        if case.is_closed and added:
+            wrong.append(f"{path.name} of others: {added[:3]} added")
+    return wrong
+
+
 def judge(case, code, out, err, before):
     """-> what is wrong with how the case ended; nothing if it ended as asked."""
     wrong, folder = [], case.folder / case.out
@@ -2770,15 +3636,18 @@ def judge(case, code, out, err, before):
     typed = case.argv or not case.out.isprintable()  # a run's own command is echoed as it was typed
     if not typed and (strange := obeyed(out)):
         wrong.append(f"control characters on stdout: {strange[:5]}")
+    wrong += taken(case)
     left = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
-    for path in [p for p in left if p.suffix in (".json", ".jsonl", ".md") and os.path.isfile(p) and p != case.secret]:
-        if SECRET in path.read_text(errors="replace"):
+    for path in [path for path in left if path != case.secret and not path.is_symlink() and path.is_file()]:
+        if SECRET.encode() in path.read_bytes():
             wrong.append(f"{path.name} holds what a path in the data points at")
     if SECRET in out + err:
         wrong.append("a file that a path in the data points at was read")
     if case.mutations == ["damaged_shards"] and "MODEL001" in err:
         wrong.append("weights from outside of the folder were read")
     lines = [line for line in err.split("\n") if line]
+    if case.panics and "error: " in err:
+        lines = lines[next(k for k, line in enumerate(lines) if line.startswith("error: ")) :]
     known = read(folder / "run.json")
     allowed = {0} if case.expected == "good" else {2, 3} if case.expected == "bad" else {0, 2, 3}
     allowed |= {4} if case.endless else set()
@@ -2800,7 +3669,8 @@ def as_wanted(case, code, out, err, folder):
     wrong, asked = [], case.want
     errors = [line for line in err.split("\n") if line.startswith("error: ")]
     log = folder / "alerts.jsonl"
-    alerts = {json.loads(line).get("code") for line in log.read_text().splitlines()} if log.is_file() else set()
+    said = log.read_text(errors="replace") if log.is_file() else ""  # others' log may hold anything
+    alerts = set(re.findall(r'"code": "([A-Z]+\d{3})"', said))
     alerts |= set(re.findall(r"\b([A-Z]+\d{3})\b", err))
     if code in (2, 3):
         line = (errors or [""])[-1]
@@ -2870,7 +3740,7 @@ def refused(case, code, folder, lines, known, before):
         wrong.append("the line says nothing to type")
     if code == 3 and not re.search(r"[A-Z]{4,}\d{3}", line):
         wrong.append("no code")
-    if case.holder:
+    if case.holder or (case.is_closed and folder in case.others):
         return wrong  # run.json and checkpoints are another run's
     if os.path.exists(folder / "final") and case.family != "folders":
         wrong.append("final/ stands")
@@ -2896,6 +3766,10 @@ def right(case, folder, out, err, known):
         wrong.append(f"run.json says {known.get('status')}, {known.get('exit_code')}")
     hidden = {path.name for path in folder.glob(".*")}
     others = {".tmp-x", ".old-x"} if "strange_neighbours" in case.mutations else set()
+    for path, found in case.others.items():
+        if path.is_relative_to(folder):
+            names = [(path / name).relative_to(folder).parts[:1] for name in found]
+            others |= {first for name in names for first in name if first.startswith(".")}
     if leftovers := hidden - others - {".tmp-link"}:
         wrong.append(f"leftovers: {leftovers}")
     if others - hidden:
@@ -2917,11 +3791,12 @@ def right(case, folder, out, err, known):
     nulls = {name for row in rows for name, value in row.items() if value is None}
     if case.script == "kto":  # a step may lack rows of one label
         nulls = {name for name in nulls if not re.search("chosen|rejected|reward_margin", name)}
-    if nulls and "TRAIN001" not in err:
+    if nulls and not re.search("TRAIN001|GRPO003", err):
         wrong.append("a metric is not finite, and nothing says so")
+    wrong += published(folder / "final")
     try:
         weights = load_file(folder / "final" / "model.safetensors")
-        kind = "SequenceClassification" if case.script == "reward" else "CausalLM"
+        kind = {"reward": "SequenceClassification", "prm": "TokenClassification"}.get(case.script, "CausalLM")
         lm, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
             folder / "final", use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         transformers.AutoTokenizer.from_pretrained(folder / "final", trust_remote_code=False)
@@ -2944,6 +3819,28 @@ def right(case, folder, out, err, known):
         if bad and not case.resumed:
             wrong.append(f"{saved.name}: {bad[0]} is not as it was written")
     return wrong
+
+
+PUBLISHED = re.compile(r"README\.md|(config|generation_config|tokenizer|tokenizer_config)\.json|"
+                       r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+                       r"(additional_chat_templates/[\w-]+|chat_template)\.jinja")  # fmt: skip
+
+
+def published(final):
+    """-> what is wrong with the names in final/, and with what they lead to."""
+    wrong, modes = [], set()
+    for path in final.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        name = str(path.relative_to(final))
+        if path.is_symlink() or not path.is_file():
+            wrong.append(f"final/{name} is no file")
+        elif not PUBLISHED.fullmatch(name):
+            wrong.append(f"final/ holds {name}")
+        elif path.suffix == ".json" and "auto_map" in path.read_text(errors="replace"):
+            wrong.append(f"final/{name} says where code is")
+        modes.add(stat.S_IMODE(path.lstat().st_mode))
+    return wrong + ([f"final/ has files of modes {sorted(map(oct, modes))}"] if len(modes) > 1 else [])
 
 
 def attempt(number, seed, root, only=None, via=None, scripts=SCRIPTS):
@@ -2974,7 +3871,7 @@ def attempt(number, seed, root, only=None, via=None, scripts=SCRIPTS):
 def about(args):
     """The first row: what was run. Nothing in it changes while a campaign is interrupted."""
     shared = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "common").rglob("*.py"))]
-    files = [*(f"methods/{name}.py" for name in args.scripts), *shared, "benchmarks/hostile.py"]
+    files = [*map(source, [*args.scripts, *LATER_SCRIPTS]), *shared, "benchmarks/hostile.py"]
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, transformers)}
     words = f" --scripts {' '.join(args.scripts)}" if args.scripts != SCRIPTS else ""
@@ -2990,7 +3887,7 @@ def quiet_world(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--cases", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--only", nargs="+", choices=sorted(FAMILIES), help="these families, without writing FILE")

@@ -29,18 +29,20 @@ def hostile(tmp_path_factory):
 
 def number(hostile, family, turn):
     """The case of a family in a round, with another script in each."""
-    families, scripts = list(hostile.FAMILIES), len(hostile.SCRIPTS)
-    return scripts * (len(families) * turn + families.index(family)) + (turn + families.index(family)) % scripts
+    families, first = (LATER, 1000) if family in LATER else (FAMILIES, 0)
+    scripts, place = len(hostile.SCRIPTS), families.index(family)
+    return first + scripts * (len(families) * turn + place) + (turn + place) % scripts
 
 
 FAMILIES = ("rows text lines tables templates tokenizers configs weights checkpoints flags folders own "
             "scoring columns models judging").split()  # fmt: skip
+LATER = "pipes links neighbours strangers failing spellings teachers experimental".split()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LATER])
 def test_a_slice_ends_as_asked(hostile, family):
-    assert list(hostile.FAMILIES) == FAMILIES
-    for turn in range(ROUNDS):
+    assert list(hostile.FAMILIES) == [*FAMILIES, *LATER]
+    for turn in range(2 if family in LATER else ROUNDS):
         row, _ = hostile.attempt(number(hostile, family, turn), SEED, hostile.root, via="fork")
         assert row["family"] == family
         assert row["ok"], row
@@ -128,6 +130,49 @@ WANTED = [  # what a case may ask for, and what the judge says of a run that doe
     ({"loss": 0.5}, "expected 0.50000"), ({"metrics": {"lr": 2.0}}, "expected 2.0"), ({"out": ["no such"]}, "no such"),
     ({"alert": "DATA011"}, "no alert DATA011"),
 ]  # fmt: skip
+
+
+def touch_others(folder, name):
+    """What a run must not do to files of others: change one, remove one, follow a link, add one."""
+    path = folder / name
+    if name == "added":
+        path.write_text("x")
+    elif name == "removed":
+        path.unlink()
+    elif name == "link":
+        path.unlink()
+        path.symlink_to(folder / "changed")
+    else:
+        path.write_bytes(b"other")
+
+
+@pytest.mark.parametrize("name", ["changed", "removed", "link", "added"])
+def test_the_judge_sees_what_belongs_to_others(hostile, name):
+    case = hostile.Case(0, SEED, hostile.root / f"others-{name}", [])
+    folder = case.folder / "theirs"
+    folder.mkdir()
+    for file in "changed", "removed", "link":
+        (folder / file).write_bytes(b"\xff")
+    case.guard(folder, is_closed=True)
+    assert hostile.taken(case) == []
+    touch_others(folder, name)
+    assert name in str(hostile.taken(case))
+
+
+def test_the_judge_looks_at_what_is_published(hostile):
+    """A file of no model, a link, an address of code, a file that its owner alone may read; and a secret anywhere."""
+    case = hostile.Case(0, SEED, hostile.root / "published", [])
+    code, out, err, _ = hostile.forked(case, case.write())
+    final = case.folder / "out" / "final"
+    assert hostile.judge(case, code, out, err, {}) == []
+    (final / "notes.txt").write_text(hostile.SECRET)
+    (final / "chat.jinja").symlink_to(case.secret)
+    (final / "config.json").write_text('{"auto_map": {}}')
+    (final / "tokenizer.json").chmod(0o600)
+    wrong = str(hostile.published(final))
+    for needle in "holds notes.txt", "chat.jinja is no file", "config.json says where code is", "modes":
+        assert needle in wrong, needle
+    assert "notes.txt holds what a path" in str(hostile.judge(case, code, out, err, {}))
 
 
 def test_the_judge_compares_what_a_case_asks_for(hostile):

@@ -8,13 +8,14 @@ import signal
 import stat
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, get_args, get_origin
 
 import pytest
-from conftest import ROOT, SCRIPTS, command, ended, script, tiny_rows, train, try_train
+from conftest import ROOT, SCRIPTS, command, ended, once, script, tiny_rows, train, try_train
 from safetensors.torch import load_file, save_file
 
 from common.runtime import folders
@@ -148,12 +149,54 @@ def test_folders_of_others_are_left_as_they_are(case, tmp_path):
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("name, flags", [("sft", ["--resume", "auto"]), ("grpo", [])])
-def test_a_command_in_the_folder_of_others(name, flags, tmp_path):
+def other_values(field, value, out):
+    """What a flag may be beside its default; of --resume also folders, of which one is there and one is not."""
+    if field.name == "resume":
+        return ["auto", str(out / "checkpoint-100000"), str(out / "checkpoint-000001"), str(out / "final")]
+    if get_origin(field.type) is Literal:
+        return [one for one in get_args(field.type) if one != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1]
+    return [(*value, "other")] if isinstance(value, tuple) else ["other"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_flag_touches_the_folder_of_others(name, tmp_path):
+    """Each flag of each script by itself, in folders of both kinds: with another trainer's checkpoint, and without."""
+    before = {}
+    for case in ("logs", "another trainer's checkpoint"):
+        out = foreign_folder(tmp_path / case.split()[0])
+        for file in TAKEN[case]:
+            (out / file).parent.mkdir(exist_ok=True)
+            (out / file).write_text("1\n")
+        before[out] = contents(out)
+    usual = parsed(name)
+    count = 0
+    for out in before:
+        for field in fields(usual):
+            if field.name == "output_dir":
+                continue
+            for value in other_values(field, getattr(usual, field.name), out):
+                args = replace(usual, output_dir=str(out), **{field.name: value})
+                for attempt in ("0", "1"):
+                    _, checkpoint, error = folders.prepare_folder(args, script(name).__file__, attempt)
+                    assert error and checkpoint is None, (field.name, value)
+                    count += 1
+        assert contents(out) == before[out]
+    assert count > 100
+
+
+@pytest.mark.parametrize("name", once("sft", "grpo", "experimental/gkd"))
+def test_a_command_in_the_folder_of_others(name, tmp_path):
+    """From the command line to its end: with its strongest flags."""
     out = foreign_folder(tmp_path / "out")
     (out / "metrics.jsonl").write_text("1\n")
     before = contents(out)
-    refused(command(name, out, "--max_steps", 1, *flags), "holds other files (metrics.jsonl)", "--output_dir")
+    for flags in ["--resume", "auto", "--allow_changes"], ["--save_every", 1, "--keep_last", 1]:
+        worker = command(name, out, "--max_steps", 1, *flags)
+        refused(worker, "holds other files (metrics.jsonl)", "--output_dir")
     assert contents(out) == before
 
 

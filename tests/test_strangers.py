@@ -303,6 +303,16 @@ def test_absurd_configs(case, tmp_path):
     assert seconds < 2
 
 
+@pytest.mark.parametrize("architecture", ("LlamaForSequenceClassification", "LlamaForTokenClassification"))
+@pytest.mark.parametrize("flag", ("--model", "--teacher"))
+def test_a_classifier_is_no_language_model(flag, architecture, tmp_path):
+    """Where the head is tied to the embedding it would load, and write nothing that means anything."""
+    folder = model(tmp_path, config={"architectures": [architecture]})
+    name = "experimental/gkd" if flag == "--teacher" else "sft"
+    result = attempt(name, tmp_path, flag, folder, "--max_length", 200)
+    refused(result, tmp_path, flag, architecture, "is a classifier")
+
+
 def test_an_absurd_reward_model(tmp_path):
     folder = model(tmp_path, config={"num_hidden_layers": 10**9})
     flags = ["--reward", folder, "--num_generations", 2, "--steps_per_generation", 1, "--num_iterations", 1]

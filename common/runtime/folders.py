@@ -87,7 +87,7 @@ def prepare_folder(args, script, attempt):
         elsewhere = given and given.parent.resolve() != out.resolve()
         if not locked and is_taken(out) and (elsewhere or not resumes):
             raise InputError(f"--output_dir {out} holds another run: --resume auto continues it, or name another.")
-        if given and not given.is_dir():
+        if given and not (given / "trainer").is_dir():
             raise InputError(f"--resume {given}: there is no such checkpoint. Name another, or auto.")
         for path in [out / name for name in OPENED]:
             if path.is_symlink() or path.is_fifo():

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import refuse_rotary
@@ -47,6 +47,8 @@ def load_model(model_class, args, flag="model", **head):
         stored = stored_tensors(folder)
         check_config(folder, stored)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **head)
+        if model_class is AutoModelForCausalLM and "Classification" in str(config.architectures):
+            raise ValueError(f"{config.architectures} is a classifier, and no language model")
         with torch.device("meta"):
             lm = model_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
             check_sizes(lm, stored)
