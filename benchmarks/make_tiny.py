@@ -13,7 +13,8 @@ The model   is pretrained on questions that never end in a file, by a writer who
 The data    the same TRAIN questions in every train file, so that methods are compared on equal knowledge:
             demonstrations (right), pairs (right over slipped), triples (the right one again, as reference), labelled
             (right and slipped in turn), steps (the same, cut at blanks, each step with a label: as it should be or
-            not), prompts (answer only), and TEST held-out questions with all columns.
+            not), prompts (answer only), privileged (the first PRIVILEGED questions in words that the model does not
+            know, with the words that it knows as privileged_context), and TEST held-out questions with all columns.
 
 The teacher is the model after methods/sft.py with no flags, in bfloat16: it adds right. `--only teacher` makes it
             alone, from the model that is there, in half a minute.
@@ -46,6 +47,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 FORGET = 0.65  # above one half: the habit wins under greedy decoding; well below one: most groups of samples are mixed
 TRAIN, TEST = 1500, 200
+PRIVILEGED = 600  # rows with a context that only a teacher sees
 STEPS, BATCH, LEARNING_RATE, WARMUP = 1000, 64, 3e-3, 50
 # Tokens of two characters that the other teacher has. None where a carry is decided, after the digits of a column: what
 # a token means that only one of two models has, distillation across tokenizers cannot compare.
@@ -115,6 +117,11 @@ def user(*numbers):
     return [{"role": "user", "content": f"What is {' + '.join(map(str, numbers))}?"}]
 
 
+def reworded(*numbers):
+    """The question in words that pretraining has never seen: the writer is lost."""
+    return [{"role": "user", "content": f"How much is {' + '.join(map(str, numbers))}?"}]
+
+
 def assistant(text):
     return [{"role": "assistant", "content": text}]
 
@@ -125,7 +132,8 @@ def make_data(out, rng, digits=3, summands=2):
     while len(questions) < TRAIN + TEST:
         if (numbers := question(rng, digits, summands)) not in questions:
             questions.append(numbers)
-    files = {name: [] for name in ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts", "test")}
+    names = ("demonstrations", "pairs", "triples", "labelled", "steps", "prompts", "privileged", "test")
+    files = {name: [] for name in names}
     for i, numbers in enumerate(questions):
         prompt, answer = user(*numbers), str(sum(numbers))
         right_text, wrong_text = write_out(*numbers), slipped(*numbers, rng=rng)
@@ -133,7 +141,7 @@ def make_data(out, rng, digits=3, summands=2):
         steps = steps_and_labels(wrong_text if i % 2 else right_text, right_text)
         if i >= TRAIN:
             row = {"prompt": prompt, "completion": right, "chosen": right, "rejected": wrong, "answer": answer}
-            files["test"].append(row | steps)
+            files["test"].append(row | steps | {"privileged_context": prompt[0]["content"]})
             continue
         files["demonstrations"].append({"prompt": prompt, "completion": right})
         files["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
@@ -141,6 +149,9 @@ def make_data(out, rng, digits=3, summands=2):
         files["labelled"].append({"prompt": prompt, "completion": wrong if i % 2 else right, "label": i % 2 == 0})
         files["steps"].append({"prompt": prompt} | steps)
         files["prompts"].append({"prompt": prompt, "answer": answer})
+        known = {"privileged_context": prompt[0]["content"], "answer": answer}
+        if len(files["privileged"]) < PRIVILEGED:
+            files["privileged"].append({"prompt": reworded(*numbers)} | known)
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return set(questions), questions[TRAIN:]

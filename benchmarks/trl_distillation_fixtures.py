@@ -6,8 +6,9 @@ Writes tests/fixtures/trl_distillation.json: the versions; hidden states and hea
 beta and temperature what ChunkedDivergenceFunction, the loss of DistillationTrainer, says of every token, the student's
 entropy, and the gradients of the sum by the student's hidden states, weight and bias; in float64 the sum and its
 gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's; and in
-float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths, and of GOLD's ULDLoss, for
-a teacher with seven of the nine tokens, of which three have names that the student has, and another tokenisation.
+float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths, of GOLD's ULDLoss, for a
+teacher with seven of the nine tokens, of which three have names that the student has, and another tokenisation, and of
+SDFTTrainer's three modes, with the teacher's prompts that it composes.
 """
 
 import json
@@ -22,6 +23,7 @@ import trl
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
+from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder, DistillationLogits, SDFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 VERSION, TARGET = "1.16.0", Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trl_distillation.json"
@@ -63,16 +65,21 @@ def by_logits(function, inputs, **settings):
     return settings | {"loss": loss.item(), "d_logits": gradient[0].tolist()}
 
 
+def two_completions(*logits):
+    """Six rows of logits (1, 6, V) as two completions, of four and two tokens, padded to four."""
+    padded = [torch.zeros(2, 4, VOCABULARY, dtype=torch.float64) for _ in logits]
+    for target, source in zip(padded, logits):
+        target[0] = source[0, :4]
+        target[1, :2] = source[0, 4:]
+    return padded
+
+
 def iw_opd(inputs, gamma):
-    """Two completions, of four and two tokens, padded to four: TRL takes (B, T) with -100 where nothing is scored."""
+    """TRL takes (B, T) with -100 where nothing is scored."""
     student, teacher = logits_of(inputs)
     tokens = [[1, 5, 2, 7], [3, 0, 0, 0]]
     labels = torch.tensor([[1, 5, 2, 7], [3, 0, -100, -100]])
-    padded = [torch.zeros(2, 4, VOCABULARY, dtype=torch.float64) for _ in range(2)]
-    for target, source in zip(padded, (student, teacher)):
-        target[0] = source[0, :4]
-        target[1, :2] = source[0, 4:]
-    student_logits, teacher_logits = padded
+    student_logits, teacher_logits = two_completions(student, teacher)
     index = torch.tensor(tokens)[..., None]
     sampler = student_logits.detach().log_softmax(-1).gather(-1, index)[..., 0] - 0.125
     metrics = {"train": defaultdict(list)}
@@ -121,6 +128,40 @@ def uld(inputs, strategy, hybrid, beta, weights=(0.0, 1.0)):
     return case | {"d_logits": gradient[0].tolist()}
 
 
+def sdft(inputs, mode, alpha):
+    """The mean over two completions of the means over their tokens."""
+    student, teacher = logits_of(inputs)
+    settings = SimpleNamespace(
+        distillation_mode=mode, distillation_alpha=alpha, distillation_topk=3, distillation_add_tail=False,
+        distillation_is_clip=2.0,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        args=settings, _log_self_distillation_metric=lambda *_: None, accelerator=SimpleNamespace(gather=lambda x: x)
+    )
+    tokens, mask = torch.tensor([[1, 5, 2, 7], [3, 0, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    given = DistillationLogits(tokens, mask, *two_completions(student, teacher))
+    model = SimpleNamespace(training=True)
+    loss = SDFTTrainer._compute_self_distillation_loss(trainer, model, {}, given)
+    (gradient,) = torch.autograd.grad(loss, student)
+    case = {"mode": mode, "alpha": alpha, "top_k": 3, "labels": [1, 5, 2, 7, 3, 0], "seq": [0, 0, 0, 0, 1, 1]}
+    return case | {"loss": loss.item(), "d_logits": gradient[0].tolist()}
+
+
+def teacher_prompts():
+    """What SDFTTrainer makes of prompts and contexts, text and messages."""
+    system, user = {"role": "system", "content": "Add."}, {"role": "user", "content": "3 + 4 {privileged_context}?"}
+    context = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "7 {prompt}"}]
+    found = []
+    for template in ("{prompt}\n\n{privileged_context}", "{privileged_context} | {prompt}"):
+        trainer = SimpleNamespace(args=SimpleNamespace(teacher_prompt_template=template))
+        builder = DemonstrationTeacherContextBuilder(trainer)
+        for prompt in ("3+4=", [user], [system, user]):
+            for privileged in ("7", context):
+                case = {"template": template, "prompt": prompt, "privileged_context": privileged}
+                found.append(case | {"teacher": builder._compose_teacher_prompt(prompt, privileged)})
+    return found
+
+
 def main():
     if trl.__version__ != VERSION:
         sys.exit(f"TRL {trl.__version__} is installed, {VERSION} is wanted.")
@@ -145,6 +186,9 @@ def main():
         found["uld"].append(uld(inputs, strategy, False, 0.5))
         found["uld"] += [uld(inputs, strategy, True, beta) for beta in BETAS]
     found["uld"].append(uld(inputs, "bayesian", False, 0.5, (0.3, 0.7)))  # the cross-entropy is at the right places
+    found["sdft"] = [sdft(inputs, mode, a) for mode in ("topk_logits", "full_logits") for a in (0.0, 0.5, 1.0)]
+    found["sdft"].append(sdft(inputs, "sampled_token", 1.0))
+    found["teacher_prompts"] = teacher_prompts()
     TARGET.write_text(json.dumps(found) + "\n")
     print(f"{TARGET.name}: {len(found['cases'])} cases, {len(found['top_k'])} with top_k, {len(found['gkd'])} of GKD")
 

@@ -20,6 +20,7 @@ class Teacher:
     transform: tuple  # of its logits, see ScoredHead
     beta: float
     top_k: int = 0  # tokens that count by themselves, see `merged`; 0: all
+    alone: bool = False  # only the student's top_k tokens count, see `renormalised`
     hidden: torch.Tensor | None = None  # (M, D'), of a batch
 
 
@@ -28,6 +29,7 @@ def divergence(logp, logq, teacher):
     al. 2023, https://arxiv.org/abs/2306.13649, section 2):
 
         beta KL(q || m) + (1 - beta) KL(p || m),   KL(q || p) at beta 0,   KL(p || q) at beta 1"""
+    logp, logq = renormalised(logp, logq, teacher)
     merged_p, merged_q, logm = merged(logp, logq, teacher)
     out = torch.zeros_like(logp[:, 0])
     if teacher.beta < 1:
@@ -40,6 +42,7 @@ def divergence(logp, logq, teacher):
 def divergence_slope(logp, logq, teacher, group):
     """Return d divergence / d z (rows, V), z the student's logits: (1 - beta) p [log(p / m) - KL(p || m)], without the
     factor at beta 1, and p - q at beta 0. Tokens of a tail share its ratio, and the formulas stay as they are."""
+    logp, logq = renormalised(logp, logq, teacher)
     merged_p, merged_q, logm = merged(logp, logq, teacher)
     if teacher.beta == 0:
         return logp.exp() - (logp + merged_q - logm).exp()  # p - p q / m, and m is p
@@ -56,12 +59,21 @@ def student_share(teacher):
     return 1.0 if teacher.beta == 1 else 1.0 - teacher.beta
 
 
+def renormalised(logp, logq, teacher):
+    """Return log p and log q given that the token is one of the student's top_k likeliest, if these count alone (as in
+    TRL 1.16's SDFTTrainer). The others' probability is 0, and its logarithm a number that can be subtracted."""
+    if not (teacher.alone and teacher.top_k):
+        return logp, logq
+    others = torch.ones_like(logp, dtype=torch.bool).scatter_(1, logp.topk(teacher.top_k).indices, False)
+    return [x.masked_fill(others, -1e9).log_softmax(-1) for x in (logp, logq)]
+
+
 def merged(logp, logq, teacher):
     """Return log p, log q and log m, (rows, V) each. With top_k all but some tokens count as one, the tail: in its
     place each of them has the summed probability. At beta 0 the top_k likeliest tokens of the teacher count by
     themselves, at beta 1 those of the student, between those of both (as in TRL 1.16's IWOPDTrainer)."""
     beta = teacher.beta
-    if teacher.top_k:
+    if teacher.top_k and not teacher.alone:
         single = torch.zeros_like(logp, dtype=torch.bool)
         if beta < 1:
             single.scatter_(1, logq.topk(teacher.top_k).indices, True)

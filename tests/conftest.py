@@ -122,6 +122,13 @@ FAST = {
     "experimental/gold": {"data": "demonstrations", "micro": 60, "flags": [
         "--teacher", "tiny:other_teacher", "--learning_rate", "5e-5", "--num_generations", "3",
         "--max_completion_length", "40", "--uld_use_hybrid_loss", "--top_p", "1"]},
+    "experimental/sdft": {"data": "privileged", "micro": 60, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
+        "--teacher_prompt_template", "{privileged_context}", "--teacher_model_kind", "ema",
+        "--teacher_update_rate", "0.5", "--teacher_sync_steps", "2"]},
+    "experimental/opsd": {"data": "privileged", "micro": 60, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
+        "--rename", "privileged_context:solution", "--teacher_prompt_template", "{solution}"]},
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
     "experimental/ssd": {"data": "prompts", "micro": 60, "flags": [

@@ -22,7 +22,8 @@ COLUMNS = {
     "labelled": {"prompt", "completion", "label"},
     "steps": {"prompt", "completions", "labels"},
     "prompts": {"prompt", "answer"},
-    "test": {"prompt", "completion", "chosen", "rejected", "completions", "labels", "answer"},
+    "privileged": {"prompt", "answer", "privileged_context"},
+    "test": {"prompt", "completion", "chosen", "rejected", "completions", "labels", "answer", "privileged_context"},
 }
 WELL_FORMED = re.compile(r"(\d\+\d(\+1)?=\d{1,2} ){3}#### \d{3,4}")
 
@@ -38,8 +39,8 @@ def text(messages, role):
 
 
 def operands(row):
-    a, b = re.fullmatch(r"What is (\d{3}) \+ (\d{3})\?", text(row["prompt"], "user")).groups()
-    return int(a), int(b)
+    known = re.fullmatch(r"What is (\d{3}) \+ (\d{3})\?", row.get("privileged_context", text(row["prompt"], "user")))
+    return int(known[1]), int(known[2])
 
 
 def adder(a, b):
@@ -115,6 +116,14 @@ def test_steps_and_their_labels(name):
         all_right += all(row["labels"])
         assert all(row["labels"]) or (not row["labels"][-1] and sum(row["labels"]) <= 3)
     assert all_right == len(load(name)) / 2
+
+
+def test_privileged_contexts():
+    """The same question in the words of pretraining; the prompt of the training rows has others."""
+    for name, words in (("privileged", "How much is"), ("test", "What is")):
+        for row in load(name):
+            assert text(row["prompt"], "user") == row["privileged_context"].replace("What is", words)
+    assert len(load("privileged")) == 600
 
 
 def test_both_labels_are_common():

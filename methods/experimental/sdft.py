@@ -1,0 +1,471 @@
+"""
+SDFT: a model teaches itself. The student sees the prompt, and the teacher, the same model, also a privileged context.
+
+Paper   Shenfeld et al. 2026, https://arxiv.org/abs/2601.19897 (not read: by TRL 1.16). --teacher_model_kind ema also:
+        https://arxiv.org/abs/2601.20802 (not read)
+Loss    l_t = D(teacher(. | x, c, y_<t), student(. | x, y_<t)) at each token of a completion y that the student sampled
+        on the prompt x; c is the row's privileged context. --distillation_mode says what D is taken over:
+        full_logits    the whole vocabulary, --beta as in methods/experimental/distillation.py (TRL's alpha)
+        topk_logits    the student's --loss_top_k likeliest tokens alone, both models renormalised to these
+        sampled_token  l_t = sg(log student(y_t) - log teacher(y_t)) log student(y_t), whose expected gradient is that
+                       of KL(student || teacher). sg: no gradient flows through it
+Tokens  every sampled token, the stop token included
+Norm    the mean over each completion's tokens, then over the completions of the optimizer step, all ranks together
+Models  the student (trained) and by --teacher_model_kind: base, the starting weights (frozen, in --dtype); live, the
+        student itself, without gradient; ema, theta_T <- (1 - r) theta_T + r theta every --teacher_sync_steps steps, r
+        the --teacher_update_rate, sharded, fp32, saved and resumed. The teacher's head is whole on every rank; an
+        unsharded copy of the student samples
+Data    {prompt, privileged_context}, text or messages. --teacher_prompt_template makes both the teacher's last turn,
+        where the prompt is text all of its prompt. A column answer or solution is for the evaluation only
+Parent: methods/experimental/distillation.py
+Delta:
+  args, Args.method, parse_args, imports: its flags, defaults and preset; every step samples, and no model is named
+  teacher_states, teacher_groups, with_context, load_groups: the teacher reads another prompt, the same completions
+  sdft_loss, main.step: three modes; the mean of each completion
+  load_teacher, attach_head, follow, check_teacher: one of three teachers, whose head moves with it
+  main.setup, main.model, main.resume, main.update: where they are called
+Paper differences
+  not known, as the paper was not read. TRL weighs tokens by student / student when sampled, at most 2, where several
+  steps learn from a rollout: here each has its own, and the weight is 1. --loss_top_k has no tail (TRL's
+  distillation_add_tail), no first tokens are skipped, the teacher never samples, and long prompts are dropped, not cut
+Expect  tiny lab, 2 CPU cores: the context is the question in words that the model knows. Held-out greedy accuracy on
+        words that it does not know 0.00 -> 0.30, which is what the model has on those that it knows, in a minute or two
+Run     torchrun --nproc_per_node=8 methods/experimental/sdft.py --model DIR --dataset rows.jsonl
+        python methods/experimental/sdft.py --teacher_model_kind ema     (the tiny lab, on any machine)
+"""
+
+import copy
+import math
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+VERSION = "0.4"  # of common/, which this script was written for
+places = [*Path(__file__).resolve().parents, Path(os.environ.get("CLEANPOST", "/"))]
+root = next((place for place in places if (place / "common" / "runtime" / "flags.py").is_file()), None)
+if not root:
+    print(f"error: no common/ of CleanPost above {__file__} or in CLEANPOST. Copy common/ beside it.", file=sys.stderr)
+    sys.exit(2)
+sys.path.insert(0, str(root))
+from common.runtime.flags import InputError, RunFlags, parse_flags
+
+
+# ---- args ----------------------------------------------------------------------------------------
+@dataclass
+class Args(RunFlags):
+    # ---- data ------------------------------------------------------------------------------------
+    dataset: Annotated[str, arg(aliases=["--dataset-name"])] = "tiny"  # file, folder, hub id or tiny; name:split
+    dataset_split: str = ""  # of a hub dataset or folder (train)
+    eval_dataset: str = ""  # held-out rows, same spellings; tiny:test, rows.jsonl[95%:]
+    eval_fraction: float = 0.0  # instead: this share of the dataset is held out, its last rows
+    eval_rows: int = 512  # at most so many held-out rows
+    rename: str = ""  # foreign columns: question:prompt,reward.truth:answer,"{one}\n{two}:completion"
+    as_chat: bool = False  # plain strings become a user's prompt and an assistant's answer, in the chat template
+    chat_template: Annotated[str, arg(aliases=["--chat-template-path"])] = ""  # jinja file, chatml or plain
+    chat_template_kwargs: str = "{}"  # JSON, handed to the template
+    max_length: int = 1024  # tokens of prompt + completion
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"  # a completion is never cut
+    # ---- optimisation ----------------------------------------------------------------------------
+    max_steps: int = -1  # optimizer steps; -1: num_train_epochs decides
+    num_train_epochs: Annotated[float, arg(aliases=["--epochs"])] = 3.0  # passes over the dataset
+    warmup_steps: int = 0  # linear, from 0
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # after the warmup, to 0
+    weight_decay: float = 0.0  # on matrices only
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0  # 0: no clipping
+    tokens_per_microbatch: int = 8192  # the memory knob; never changes the mathematics
+    # ---- method ----------------------------------------------------------------------------------
+    teacher_model_kind: Literal["base", "live", "ema"] = "base"  # starting weights, the student's, or their average
+    teacher_update_rate: float = 0.05  # of ema: the student's share in an update (TRL: 0.05)
+    teacher_sync_steps: int = 1  # of ema: steps from one update to the next (TRL: 1)
+    teacher_prompt_template: str = "{prompt}\\n\\n{privileged_context}"  # what the teacher reads instead of the prompt
+    learning_rate: Annotated[float, arg(aliases=["--lr"])] = 5e-5  # peak (TRL: 5e-5)
+    batch_size: int = 8  # prompts per optimizer step, all ranks together
+    num_generations: Annotated[int, arg(aliases=["--group-size"])] = 8  # completions per prompt (TRL: 8)
+    max_completion_length: Annotated[int, arg(aliases=["--max-new-tokens"])] = 256  # tokens (TRL: 256)
+    temperature: float = 1.0  # divides logits: of the sampler, the student and the teacher (TRL: 1)
+    top_k: int = 0  # the sampler draws from so many of the likeliest tokens; 0: from all
+    top_p: float = 1.0  # and of these from the fewest that hold this share of the probability
+    distillation_mode: Literal["topk_logits", "full_logits", "sampled_token"] = "topk_logits"  # see Loss
+    beta: Annotated[float, arg(aliases=["--distillation-alpha"])] = 0.5  # 0: KL(teacher || student), 1: the reverse
+    loss_top_k: Annotated[int, arg(aliases=["--distillation-topk"])] = 100  # of topk_logits (TRL: 100)
+    engine: Literal["auto", "loop", "continuous"] = "auto"  # of sampling; auto: continuous batching on CUDA, else loop
+
+    # Not flags: what judges held-out completions, of rows that have an answer. Nothing is learned from it.
+    reward = ("accuracy",)
+    reward_weights = ()
+    lmbda = 1.0  # every step samples
+
+    def check(self):
+        super().check()
+        for name in ("beta", "teacher_update_rate"):
+            if vars(self)[name] > 1:
+                raise InputError(f"--{name} {vars(self)[name]:g}: must be from 0 to 1.")
+        if "{privileged_context}" not in self.teacher_prompt_template:
+            raise InputError("--teacher_prompt_template: must contain {privileged_context}, and mostly {prompt}.")
+        if self.distillation_mode == "sampled_token" and self.beta != 1:
+            raise InputError(f"--distillation_mode sampled_token: needs --beta 1, not {self.beta:g}.")
+        if self.teacher_sync_steps < 1 or self.loss_top_k < 1:
+            raise InputError("--teacher_sync_steps and --loss_top_k must be at least 1.")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError("--temperature must be above 0, and --top_p above 0 and at most 1.")
+        if self.batch_size * self.num_generations > 2**20:
+            raise InputError("--num_generations: a step must be at most a million completions.")
+        if self.distillation_mode == "topk_logits" and self.tp_size > 1:
+            raise InputError("--distillation_mode topk_logits: needs --tp_size 1.")
+
+
+def parse_args(argv=None):
+    return parse_flags(Args, __doc__, argv, preset="sdft", version=VERSION)
+
+
+args = parse_args() if __name__ == "__main__" else None  # wrong flags end here, before the slow imports
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.batches import count_scored, fit, flat_batch, micro_batches, order, sequence_sum, share
+from common.data import columns_of, fingerprint, load_rows, problem
+from common.divergence import Teacher
+from common.logprobs import Policy
+from common.rewards import accuracy, heldout_metrics, sample_and_judge, write_samples
+from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
+from common.runtime.encoding import encode_rows
+from common.runtime.health import check, check_data, check_update
+from common.runtime.launch import launch
+from common.runtime.model import check_fits, check_model, fit_memory, load_model, load_weights, longest, own_tensors
+from common.runtime.parallel import all_sum, clip_grad_norm, full, local, param_groups, partial_parameters
+from common.runtime.parallel import tensor_parallel
+from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule, show_groups
+from common.sampling import Sampler, gather_groups, uniforms
+from common.tokenization import encode_prompt, stop_ids
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+def forward(policy, teacher, batch):
+    """The student's outputs for a micro-batch, (M,) each: at every scored token its divergence from the teacher and its
+    log-prob, with gradient, the teacher's log-prob and the student's entropy."""
+    batch["teacher_hidden"] = teacher_states(teacher, batch)
+    return policy(batch, want=["divergence", "entropy"])
+
+
+@torch.no_grad()
+def teacher_states(teacher, batch):
+    """Return the teacher's hidden states (M, D) at the rows that predict. Its batch is another one, with prompts of
+    other lengths before the same completions in the same order: row m of both predicts the same token."""
+    return teacher(flat_batch(teacher_groups(batch["groups"]), batch["labels"].device), want=["hidden"])["hidden"]
+
+
+def teacher_groups(groups):
+    """Return the groups as the teacher reads them."""
+    return [{**group, "prompt": group["teacher_prompt"]} for group in groups]
+
+
+def sdft_loss(out, batch, args):
+    """Return the sum over a micro-batch's completions of the mean of l over their tokens."""
+    loss = out["divergence"]
+    if args.distillation_mode == "sampled_token":
+        log_ratio = out["logprobs"].detach() - out["teacher_logprobs"]
+        loss = log_ratio * out["logprobs"]
+    lengths = sequence_sum(torch.ones_like(loss), batch["seq"])
+    return (loss / lengths).sum()
+
+
+@torch.no_grad()
+def evaluate(policy, teacher, sampler, heldout, args, run):
+    """Return the accuracy of greedy decoding on held-out rows with an answer (NaN where there are none), and the mean
+    over tokens of the divergence on completions that the student samples: what training on-policy minimises."""
+    refresh(sampler, policy)
+    groups = share(run, [group | {"place": place} for place, group in enumerate(heldout)])
+    sample_and_judge(run, sampler, groups, 1, [accuracy], place=("eval",), greedy=True)
+    show_groups(run, "greedy", groups[:2], sampler.tokenizer)
+    metrics = heldout_metrics(run, groups)
+    del metrics["eval/no_reward_frac"]
+    sampled = rollout(sampler, heldout, 1, ("eval",), args, run)
+    total = 0.0
+    for batch in micro_batches(run, share(run, sampled), spare=sampled[0]):
+        total += batch["weight"] * forward(policy, teacher, batch)["divergence"].sum()
+    (total,) = all_sum(run, total)
+    metrics["eval/divergence"] = total / count_scored(sampled)
+    return metrics
+
+
+# ---- data ----------------------------------------------------------------------------------------
+def load_groups(name, tokenizer, stops, args, run):
+    """Return the rows of a dataset as groups with both prompts, of which the longer must fit, counts of what was
+    dropped, and the rows' fingerprint."""
+    rows = load_rows(name, args, tiny="privileged")
+    teacher_rows = [with_context(row, args.teacher_prompt_template) for row in rows]
+    teacher_prompts = {}
+    for group in encode_rows(run, teacher_rows, encode_prompt, tokenizer, stops):
+        teacher_prompts[group["row"]] = group["prompt"]
+    groups = []
+    for group in encode_rows(run, rows, encode_prompt, tokenizer, stops):
+        if group["row"] in teacher_prompts:  # else the chat template refuses it
+            both = [group["prompt"], teacher_prompts[group["row"]]]
+            group.update(student_prompt=both[0], teacher_prompt=both[1], prompt=max(both, key=len))
+            groups.append({**group, "columns": rows[group["row"]]})
+    overlong = args.overlong.replace("truncate_prompt", "drop")  # a prompt is never cut
+    groups, counts = fit(groups, rows, args.max_length, overlong, room=args.max_completion_length)
+    for group in groups:
+        group["prompt"] = group.pop("student_prompt")
+    return groups, counts, fingerprint(rows)
+
+
+def with_context(row, template):
+    """Return the row as the teacher reads it: the last turn of its prompt, or a prompt of plain text, is the template
+    with the row's prompt and privileged context in their places. Of messages as context the contents count."""
+    prompt, context = columns_of(row, ["prompt", "privileged_context"])
+    if isinstance(context, list):
+        context = "\n".join(message["content"] for message in context if message["content"])
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    texts = {"prompt": question, "privileged_context": context}
+    text = re.sub(r"\{(prompt|privileged_context)\}", lambda found: texts[found[1]], template.replace("\\n", "\n"))
+    teacher_row = copy.copy(row)
+    teacher_row.pop("system", None)  # a prompt of messages has it by now
+    teacher_row["prompt"] = text
+    if isinstance(prompt, list):
+        if prompt[-1]["role"] != "user":
+            raise problem(row, "the template makes the teacher's last turn, so it must be a user's", prompt[-1],
+                          "Leave the row out")  # fmt: skip
+        teacher_row["prompt"] = [*prompt[:-1], {"role": "user", "content": text}]
+    return teacher_row
+
+
+# ---- rollout -------------------------------------------------------------------------------------
+def on_policy(step, args):
+    """Return whether a step takes the student's completions: true with probability --lmbda, and the same on all ranks
+    and after a resume."""
+    return uniforms(("on_policy", step), args.seed, 1).item() < args.lmbda
+
+
+def rollout(sampler, prompts, copies, place, args, run):
+    """Complete all prompts. Returns the groups of ALL ranks, on every rank."""
+    prompts = [group | {"place": number} for number, group in enumerate(prompts)]
+    groups = prompts[run.dp_rank :: run.dp_size][run.rank % args.tp_size :: args.tp_size]  # what this rank samples
+    sample_and_judge(run, sampler, groups, copies, [], place)
+    return gather_groups(prompts, groups, run.group)
+
+
+@torch.no_grad()
+def refresh(sampler, policy):
+    """Copy the policy's weights into the sampler, in place. full() gathers a sharded tensor (DTensor.full_tensor): a
+    collective, so all ranks do it in the same order."""
+    weights = own_tensors(policy.lm)
+    for name, tensor in own_tensors(sampler.lm).items():
+        tensor.copy_(full(weights[name]))
+
+
+def sampling_metrics(groups):
+    """Return the share of completions without a stop token (of the data's: 0) and their mean length."""
+    completions = [completion for group in groups for completion in group["completions"]]
+    return {
+        "truncated_frac": sum(not c.get("stopped", True) for c in completions) / len(completions),
+        "completion_len": sum(len(c["ids"]) for c in completions) / len(completions),
+    }
+
+
+def check_rollout(run, step, metrics):
+    """GRPO002, GRPO004: completions that were cut, and a sampler that is not the student."""
+    if step > 0:
+        step += 1  # the first rollout is judged before step 1
+    length = run.args.max_completion_length
+    check(
+        run, "GRPO002", step=step, metric="truncated_frac", value=metrics["truncated_frac"], warn=0.5, error=0.95,
+        patience=1 if metrics["truncated_frac"] == 1 else 3, message="no stop token",
+        fix=("--max_completion_length", length, 2 * length),
+    )
+    entropy = max(metrics["entropy"], 1e-3)  # rounding moves the log-probs of a confident model less
+    check(
+        run, "GRPO004", step=step, metric="sampler_gap / entropy", value=metrics["sampler_gap"] / entropy,
+        warn=0.025, error=0.2, message="sampler and trainer disagree on the same tokens",
+    )
+
+
+# ---- fsdp ----------------------------------------------------------------------------------------
+def shard(policy, run):
+    """Tensor parallelism, then FSDP2: one all-gather per decoder layer; embedding, final norm and head stay in the root
+    group, tied or not. Master weights and reduction are fp32, layers compute in --dtype. One CPU process in fp32 has
+    nothing to share or to convert, where FSDP2 would copy every weight and gradient: left as it is."""
+    policy.partial = tensor_parallel(run, policy.lm)  # cuts nothing at --tp_size 1
+    cuda = run.device.type == "cuda"
+    if run.world == 1 and run.dtype == torch.float32 and not cuda:
+        return policy
+    options = {
+        "mesh": run.mesh["shard"] if run.args.replicate_size == 1 else run.mesh["replicate", "shard"],
+        "mp_policy": MixedPrecisionPolicy(run.dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if run.args.cpu_offload else OffloadPolicy(),
+    }
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            fully_shard(layer, **options)
+    # Without the last argument a forward under no_grad leaves the root's parameters whole, and an optimizer or a
+    # checkpoint made then would hold tensors that nobody updates.
+    return fully_shard(policy, **options, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def load_teacher(run, lm, policy, tokenizer, groups):
+    """Return the teacher, and a sentence for the plan. live: the policy. Else the starting model once more, sharded as
+    the policy is, without gradients: base in --dtype, ema in fp32, for its updates are smaller than bfloat16 rounds."""
+    args = run.args
+    kind = args.teacher_model_kind
+    if kind == "live":
+        return policy, "; teacher: the policy itself"
+    lm.requires_grad_(False)
+    if kind == "base":
+        for parameter in lm.parameters():  # not the buffers: rotary tables stay fp32
+            parameter.data = parameter.to(run.dtype)
+    size = sum(parameter.nbytes for parameter in lm.parameters()) * args.replicate_size / run.world
+    check_fits(f"--teacher_model_kind {kind}: its share of the weights takes", size)
+    teacher = load_weights(run, shard(Policy(lm, args.temperature), run))
+    check_model(run, teacher, tokenizer, teacher_groups(groups))
+    return teacher, f"; teacher: {kind}, {size / 1e9:.2f} GB a rank"
+
+
+@torch.no_grad()
+def attach_head(run, policy, teacher):
+    """Set policy.teacher, the teacher's head, whole on every rank: the student's forward and backward need it where
+    FSDP2 has it in parts. A collective."""
+    args = run.args
+    top_k = args.loss_top_k if args.distillation_mode == "topk_logits" else 0
+    weight, bias = whole_head(run, teacher, len(teacher.head().weight))
+    policy.teacher = Teacher(weight, bias, teacher.transform, args.beta, top_k, alone=True)
+
+
+@torch.no_grad()
+def follow(run, policy, teacher, step):
+    """Let the teacher follow the policy after `step` updates of it, and take its new head."""
+    args = run.args
+    if args.teacher_model_kind == "ema" and step % args.teacher_sync_steps == 0:
+        for average, parameter in zip(teacher.parameters(), policy.parameters()):
+            local(average).lerp_(local(parameter), args.teacher_update_rate)
+    if args.teacher_model_kind != "base":
+        attach_head(run, policy, teacher)
+
+
+def whole_head(run, model, columns):
+    """Return the first columns of a model's head in --dtype, weight (columns, D) and bias (columns,) or None, whole on
+    every rank, but for the rows of the other tp ranks. A collective."""
+    tensors = []
+    for tensor in (model.head().weight, model.head().bias):
+        if tensor is not None:
+            tensor = full(tensor.detach())[:columns].to(run.device, run.dtype)
+            if columns % run.args.tp_size == 0:  # else tensor parallelism leaves heads whole
+                tensor = tensor.chunk(run.args.tp_size)[run.rank % run.args.tp_size]
+        tensors.append(tensor)
+    return tensors
+
+
+# ---- main ----------------------------------------------------------------------------------------
+def main(args, run):
+    # ---- setup -----------------------------------------------------------------------------------
+    run.mesh = init_device_mesh(run.device.type, run.mesh_shape, mesh_dim_names=("replicate", "shard", "tp"))
+    tokenizer, lm = load_model(AutoModelForCausalLM, args)  # on the meta device: no memory yet
+    stops = stop_ids(tokenizer, lm.generation_config)
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    if args.distillation_mode == "topk_logits" and args.loss_top_k > vocabulary:
+        raise InputError(f"--loss_top_k {args.loss_top_k}: the vocabulary has {vocabulary} tokens.")
+    # ---- data ------------------------------------------------------------------------------------
+    train, counts, run.data = load_groups(args.dataset, tokenizer, stops, args, run)
+    heldout = []
+    if args.eval_dataset:
+        heldout = load_groups(args.eval_dataset, tokenizer, stops, args, run)[0][: args.eval_rows]
+    check_data(run, train, counts, tokenizer, lm.generation_config, stops)
+    check_resume(run)
+    steps = args.max_steps
+    if steps < 0:
+        steps = math.ceil(args.num_train_epochs * len(train) / args.batch_size)
+    # ---- model -----------------------------------------------------------------------------------
+    lm.generation_config.eos_token_id = stops  # what training teaches to stop at is what every engine stops at
+    sampler = Sampler(run, lm, tokenizer, stops, args.top_k, args.top_p)  # an unsharded copy
+    teacher_lm = copy.deepcopy(lm)
+    policy = load_weights(run, shard(Policy(lm, args.temperature), run))  # every rank reads its own slices of the files
+    check_model(run, policy, tokenizer, train + heldout)  # MODEL001: the same log-probs as the model's own forward
+    teacher, sentence = load_teacher(run, teacher_lm, policy, tokenizer, train + heldout)
+    sampler.start_engine()
+    most_tokens = longest(train, args.num_generations * args.max_completion_length)
+    memory = fit_memory(run, policy, tokenizer, most_tokens) + sentence
+    # ---- optimizer -------------------------------------------------------------------------------
+    parameters = param_groups(policy, args.weight_decay)  # matrices decay; norms and biases do not
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, eps=1e-8, fused=True)
+    # ---- resume ----------------------------------------------------------------------------------
+    models, optimizers = {"policy": policy}, {"policy": optimizer}
+    if args.teacher_model_kind == "ema":
+        models["teacher"] = teacher
+    resume(run, models, optimizers, tokenizer)
+    attach_head(run, policy, teacher)
+    print_plan(run, policy, tokenizer, train=train, heldout=heldout, counts=counts, steps=steps, memory=memory)
+    # ---- loop ------------------------------------------------------------------------------------
+    if heldout and run.step == 0:
+        log_eval(run, 0, evaluate(policy, teacher, sampler, heldout, args, run), steps)
+    for step in range(run.step, steps):
+        started = time.perf_counter()
+        # ---- rollout -----------------------------------------------------------------------------
+        rows = order(len(train), args.seed, step * args.batch_size, args.batch_size)
+        step_groups = [train[row] for row in rows]  # of all ranks, with the data's completions if there are any
+        sampled = on_policy(step, args)
+        if sampled:
+            refresh(sampler, policy)
+            step_groups = rollout(sampler, step_groups, args.num_generations, ("train", step), args, run)
+            write_samples(run, step + 1, step_groups, tokenizer)
+        rollout_seconds = time.perf_counter() - started
+        # ---- step --------------------------------------------------------------------------------
+        groups = share(run, step_groups)  # this rank's groups
+        num_tokens = count_scored(step_groups)  # of all ranks
+        num_completions = len(step_groups) * args.num_generations
+        totals = defaultdict(float)
+        for batch in micro_batches(run, groups, spare=step_groups[0]):
+            out = forward(policy, teacher, batch)
+            loss = batch["weight"] * sdft_loss(out, batch, args) / num_completions
+            (loss * run.dp_size).backward()  # a part of a global mean; FSDP2 averages over ranks
+            totals["loss"] += loss.detach()
+            totals["entropy"] += batch["weight"] * out["entropy"].sum() / num_tokens
+            if sampled:
+                gap = (out["logprobs"].detach() - batch["sampler_logprobs"]).abs()
+                totals["sampler_gap"] += batch["weight"] * gap.sum() / num_tokens
+        sums = dict(zip(totals, all_sum(run, *totals.values())))
+        metrics = {"loss": sums["loss"], "num_tokens": num_tokens, "on_policy": float(sampled)}
+        metrics |= sampling_metrics(step_groups)
+        metrics |= {"entropy": sums["entropy"], "sampler_gap": sums.get("sampler_gap", 0.0)}
+        metrics["perf/rollout_seconds"] = rollout_seconds
+        if sampled:
+            check_rollout(run, step, metrics)
+        # ---- update ------------------------------------------------------------------------------
+        for parameter in partial_parameters(policy):  # whole under tensor parallelism: each rank has its heads' part
+            dist.all_reduce(local(parameter.grad), group=run.mesh["tp"].get_group())
+        metrics["grad_norm"] = clip_grad_norm(run, policy, args.max_grad_norm)
+        metrics["lr"] = args.learning_rate * schedule(step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = metrics["lr"]
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):  # global: all ranks step, or none
+            optimizer.step()
+        check_update(run, step, policy, groups, metrics)  # TRAIN001-003
+        optimizer.zero_grad(set_to_none=True)
+        follow(run, policy, teacher, step + 1)
+        # ---- log ---------------------------------------------------------------------------------
+        log(run, step + 1, metrics | performance(started, groups), steps)
+        # ---- eval --------------------------------------------------------------------------------
+        if heldout and is_due(step + 1, steps, args.eval_every):
+            log_eval(run, step + 1, evaluate(policy, teacher, sampler, heldout, args, run), steps)
+        # ---- save --------------------------------------------------------------------------------
+        save_or_stop(run, step + 1, steps, models, optimizers, tokenizer)
+    # ---- finish ----------------------------------------------------------------------------------
+    finish(run, policy, tokenizer, heldout or train)
+
+
+if __name__ == "__main__":
+    launch(main, args, __file__)
