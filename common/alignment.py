@@ -82,6 +82,8 @@ class Aligner:
     def prepare(self, run, groups):
         """Return the groups with teacher_prompt, what the teacher reads as their prompt; a row that its chat template
         refuses is left out. TEACH002: how much of what the first prompts say it cannot follow."""
+        if not groups:
+            return groups
         rows = {group["row"]: group["columns"] for group in groups}
         read = encode_rows(run, list(rows.values()), encode_prompt, self.teacher_tokenizer, ())
         prompts = {group["row"]: group["prompt"] for group in read}
