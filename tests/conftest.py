@@ -132,13 +132,15 @@ FAST = {
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
     "experimental/ssd": {"data": "prompts", "micro": 60, "flags": [
-        "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40", "--temperature", "0.8"]},
+        "--learning_rate", "2e-4", "--num_generations", "3", "--max_completion_length", "40", "--temperature", "0.8"]},
 }  # fmt: skip
 
 
 def with_row(table, name):
     """The nearest script with a row in a table of scripts: itself, or for one without, such as a new fork, a parent."""
     scripts = PARSED
+    if f"methods/{name}.py" not in scripts:  # written since
+        scripts = load(ROOT)
     parent = name
     while parent not in table:
         path = scripts[f"methods/{parent}.py"].parent

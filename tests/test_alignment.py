@@ -10,7 +10,7 @@ import test_tokenization
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.alignment import Aligner, equal_spans, teacher_batch, token_bytes
@@ -129,12 +129,12 @@ def test_an_id_without_a_token():
 
 
 def test_the_stop_tokens_and_the_order():
-    """Student 1 2 + 1 stop, teacher 1 2 +1 stop."""
+    """Student 1 2 # # stop, teacher 1 2 ## stop."""
     mine, theirs = tokenizer("model"), tokenizer("other_teacher")
-    ids = [*mine.encode("12+1"), mine.eos_token_id]
+    ids = [*mine.encode("12##"), mine.eos_token_id]
     completion, counts = attached(aligner("model", "other_teacher"), ids)
     assert places(completion["spans"]) == [([0], [0]), ([1], [1]), ([2, 3], [2]), ([4], [3])] and counts == (4, 5)
-    assert completion["teacher_ids"].tolist() == [*theirs.encode("12+1"), theirs.eos_token_id]
+    assert completion["teacher_ids"].tolist() == [*theirs.encode("12##"), theirs.eos_token_id]
     completion, counts = attached(aligner("model", "other_teacher", with_stop=False), ids)
     assert places(completion["spans"])[-1] == ([2, 3], [2]) and counts == (3, 4)
     completion, _ = attached(aligner("model", "other_teacher"), ids[:-1])  # cut off
@@ -162,14 +162,14 @@ def test_tokens_that_both_have():
 def test_bytes_of_sentencepiece():
     """<0x0A> is a byte, and the blank's sign a blank."""
     core = test_tokenization.make(metaspace=True)
-    found = token_bytes(core)
-    assert b" " in found.values() or not any("\u2581" in token for token in core.get_vocab())
+    core.backend_tokenizer.decoder = decoders.Metaspace()  # which the test's tokenizer lacks
+    assert token_bytes(core)[core.get_vocab()["\u2581"]] == b" "
 
 
 def test_rows_of_a_batch():
     """Two completions of one prompt: places among all of the micro-batch's tokens."""
     mine = tokenizer("model")
-    completions = [{"ids": array("i", mine.encode(text)), "scored": None} for text in ("1+1", "12+1=1")]
+    completions = [{"ids": array("i", mine.encode(text)), "scored": None} for text in ("1##", "12####")]
     group = {"prompt": array("i", [7]), "teacher_prompt": array("i", [9, 9]), "completions": completions, "row": 0}
     aligner("model", "other_teacher").attach([group])
     batch = flat_batch([group])

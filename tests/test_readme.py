@@ -39,6 +39,7 @@ def known_flags():
     for path, text in SOURCES.items():
         if path.startswith("methods/"):
             names |= script_flags(path)
+            names |= {f"no_{name}" for name in script_flags(path)}  # of flags that are on by default
         names |= {name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', text)}
     return names
 

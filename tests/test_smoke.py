@@ -233,7 +233,7 @@ def test_samples(ran):
     name, out, _ = ran
     if (out / "samples.jsonl").is_file():
         rows = lines(out / "samples.jsonl")
-        keys = NOT_JUDGED if "on_policy" in METRICS[name][0] else SAMPLE
+        keys = SAMPLE if "reward" in METRICS[name][0] else NOT_JUDGED
         assert rows and all(list(row) == keys and row["stop"] in ("stop", "length") for row in rows)
         assert {row["step"] for row in rows} <= {1, 2, 3}
     else:

@@ -173,7 +173,9 @@ def test_presets():
     presets = json.loads((TINY / "presets.json").read_text())
     assert {"sft", "dpo", "grpo"} <= set(presets)
     for flags in presets.values():
-        assert flags.pop("eval_dataset") == "tiny:test"
+        assert flags.pop("eval_dataset") in ("tiny:test", "tiny:privileged[500:]")
+        assert flags.pop("dataset", "tiny:privileged[:500]") == "tiny:privileged[:500]"
+        assert "{" in flags.pop("teacher_prompt_template", "{}") and ":" in flags.pop("rename", ":")
         assert flags.pop("teacher", "tiny") in ("tiny", "tiny:other_teacher", ["tiny"])
         assert flags.pop("step_separator", " ") == " "
         assert all(re.fullmatch("[a-z_]+", name) and isinstance(value, int | float) for name, value in flags.items())
