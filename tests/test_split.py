@@ -139,7 +139,7 @@ def test_learning_rate_moves(name, references):
 
 
 CUTS = [(1, True), (2, False), (4, True), (2, True)]  # ranks, and whether every row is a micro-batch
-# Known to fail: gradient norms are 1e-5 to 3e-5 apart where RELATIVE is 1e-5. What a model samples itself has a gradient
+# Known to fail: gradient norms are 1e-5 to 3e-5 apart where RELATIVE is 1e-5. What a model samples has a gradient
 # that nearly cancels (ssd), and where a teacher is sure of other words it is a hundred times larger than elsewhere
 # (sdft, opsd). Nobody has shown yet, in float64, that this is rounding and nothing else.
 NOT_PROVED = {"experimental/ssd", "experimental/sdft", "experimental/opsd"}
