@@ -59,22 +59,23 @@ def fit(groups, rows, max_length, overlong="drop", room=0):
         answer_length = max([room, *(len(completion["ids"]) for completion in completions)])
         length = len(group["prompt"]) + answer_length
         longest = max(longest, length)
-        if not all(any(predicted_flags(group, completion)) for completion in completions):
-            unscored.append(group)
-        elif length > max_length and overlong == "error":
+        is_overlong = length > max_length
+        if is_overlong and overlong == "error":
             raise InputError(f"over --max_length {max_length}: tokens (row {group['row'] + 1}): {length}. "
                              f"Type --max_length {length}, or --overlong drop")
-        elif length > max_length and overlong == "drop":
-            too_long.append(group)
+        if is_overlong and overlong == "drop":
+            too_long.append(group)  # first of all: of a text that cannot fit only the beginning was read
+        elif not all(any(predicted_flags(group, completion)) for completion in completions):
+            unscored.append(group)
         elif "equal" in group:
             equal.append(group)
-        elif length <= max_length:
-            kept.append(group)
-        else:
+        elif is_overlong:
             too_long.append(group)
-            room = max_length - answer_length
-            if room > 0:
-                kept.append({**group, "prompt": group["prompt"][-room:]})
+            left = max_length - answer_length
+            if left > 0:
+                kept.append({**group, "prompt": group["prompt"][-left:]})
+        else:
+            kept.append(group)
     counts = {"rows": len(rows), "longest": longest}
     for name, members in {"kept": kept, "overlong": too_long, "unscored": unscored, "equal": equal}.items():
         counts[name] = len({group["row"] for group in members})

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import threading
+from array import array
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -411,6 +412,22 @@ def test_a_folder_with_an_at(tmp_path):
     result = attempt("sft", tmp_path, "--model", folder, "--max_length", 200)
     assert result.code == 0 and "commit " not in result.out, result.err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["model_commit"] is None
+
+
+def test_what_is_too_long_is_said_first():
+    """Of a text that cannot fit only the beginning was read, which may hold nothing that is scored; and a row that
+    loses tokens on the left changes nothing for those after it."""
+    def group(row, prompt, answer, scored=None):
+        completion = {"ids": array("i", range(answer)), "scored": scored}
+        return {"prompt": array("i", range(prompt)), "completions": [completion], "row": row}
+
+    groups = [group(0, 30, 2, [False, False]), group(1, 4, 2), group(2, 4, 2, [False, False])]
+    kept, counts = fit(groups, groups, 10)
+    assert [x["row"] for x in kept] == [1]
+    assert (counts["overlong"], counts["unscored"]) == (1, 1)
+    groups = [group(0, 12, 1), group(1, 8, 2), group(2, 9, 1)]
+    kept, counts = fit(groups, groups, 10, "truncate_prompt")
+    assert [len(x["prompt"]) for x in kept] == [9, 8, 9] and counts["overlong"] == 1
 
 
 def test_a_download_that_does_not_fit(tmp_path, monkeypatch):
