@@ -66,7 +66,7 @@ BUDGETS = {
     "methods/rloo.py": {"tokens": (4081, 4100), "lines": (512, 560)},
     "methods/experimental/distillation.py": {"tokens": (3324, 3500), "lines": (421, 460)},
     "common/*.py": {"tokens": (26904, 15700), "lines": (3329, 1850)},
-    "common/runtime/*.py": {"tokens": (17233, 10520), "lines": (2255, 1270)},
+    "common/runtime/*.py": {"tokens": (17234, 10520), "lines": (2256, 1270)},
     "common/tools/*.py": {"lines": (150, 450)},
     "common/tools/bundle.py": {"lines": (150, 150)},
 }

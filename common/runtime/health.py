@@ -148,10 +148,11 @@ def check_update(run, step, policy, groups, metrics):
         raise HealthError("TRAIN001: three steps in a row were not finite.")
     # What cancels leaves rounding, 2e-8 to 2e-6 in pairs of one text, and Adam makes steps of it. Norms are 0.01 to 20.
     still = float(norm < 1e-5 and metrics.get("silent_frac", 0) < 1)  # 1: all rewards are equal
-    trained = [p for p in policy.parameters() if p.grad is not None]
-    if step == 4 and trained:  # a copy of the parameter in the middle: in an embedding, an absent token's row stays
-        weights = trained[len(trained) // 2]
-        run.watched = (weights, local(weights).detach().clone())
+    if step == 4:
+        trained = [p for p in policy.parameters() if p.grad is not None]
+        if trained:  # the parameter in the middle: of an embedding, the row of an absent token stays as it was
+            weights = trained[len(trained) // 2]
+            run.watched = (weights, local(weights).detach().clone())
     if step == 5 and run.watched and finite and norm > 0 and metrics["lr"] > 0:
         weights, before = run.watched
         moved, count = all_sum(run, (local(weights) != before).sum(), before.numel())
