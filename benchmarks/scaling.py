@@ -10,6 +10,8 @@ size        models of 1.4M to 63M weights, with the optimizer's step
 ranks       methods/sft.py itself, micro-batches of 256 and 2048 tokens, two steps after the first: in one process with
             one thread and with two (FSDP2 has no part in it), in two with one thread each (gloo), as FSDP2 shards,
             replicas and tensor parallelism cut it. each: FSDP2 that gathers and reduces in every micro-batch
+profile     where a step of ranks goes, FSDP2 on two ranks beside one process with one thread: rank 0's seconds of a step
+            by what the operator is for, as torch.profiler has them
 spread      rows of log-normal length, sigma 0 to 1.5, the same number of tokens in all
 startup     --help, a wrong flag, and the first optimizer step of the tiny lab, of every script
 
@@ -66,6 +68,14 @@ SETTINGS = [  # of processes
     {"ranks": 2, "setting": "2 replicas", "replicate_size": 2},
     {"ranks": 2, "setting": "tp 2", "tp_size": 2},
 ]
+PROFILED = "1 thread", "FSDP2", "FSDP2, each"
+PURPOSES = {  # of operators, by the beginning of their names; the first that fits
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "aten::_scaled_dot"),
+    "waiting for the other rank": ("gloo:", "c10d::", "work:", "FSDP::"),
+    "copies": ("aten::copy_", "aten::cat", "aten::_to_copy", "aten::_foreach_copy_", "aten::clone", "aten::_chunk_cat",
+               "aten::split_with_sizes_copy", "aten::fill_", "aten::zero_", "fsdp::"),
+    "optimizer": ("Optimizer.", "aten::_fused_adamw_", "aten::_foreach"),
+}  # fmt: skip
 MODEL = {"hidden": 256, "layers": 4, "vocabulary": 8192}
 PADDED = 8  # rows of a padded batch, for comparison
 
@@ -89,6 +99,9 @@ def points(tiny):
         "ranks": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "steps": 3, "budget": budget // k,
                            "rows": max(4, budget // 16 // k)} | setting
                   for budget in (256, 2048) for setting in SETTINGS],
+        "profile": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "steps": 2, "budget": budget // k,
+                             "rows": max(4, budget // 16 // k), "profiled": True} | setting
+                    for budget in (256, 2048) for setting in SETTINGS if setting["setting"] in PROFILED],
         "spread": [small | {"sigma": sigma, "mean": 128 // k, "longest": 1024 // k, "tokens": 8192 // k,
                             "budget": 2048 // k} for sigma in (0.0, 0.5, 1.0, 1.5)],
         "startup": [{"script": name, "what": what} for name in SCRIPTS for what in LIMITS],
@@ -251,12 +264,21 @@ def local_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def seconds_by_purpose(profiler):
+    """-> {purpose: seconds} of what torch.profiler saw: of each operator the time that no operator inside it took."""
+    found = dict.fromkeys([*PURPOSES, "other operators"], 0.0)
+    for event in profiler.key_averages():
+        purpose = next((name for name, begins in PURPOSES.items() if event.key.startswith(begins)), "other operators")
+        found[purpose] += event.self_cpu_time_total / 1e6
+    return found
+
+
 def train(rank, world, argv, point):
     """methods/sft.py's own main on this rank, watched at the end of each update but the first."""
     torch.set_num_threads(point.get("threads", 1))
     module, found, at = script("sft"), {}, []
     shard, resume, check_update, log = module.shard, module.resume, module.check_update, module.log
-    kept = {}
+    kept, profiler = {}, torch.profiler.profile() if point.get("profiled") else None
 
     def watched(policy, run):
         found["base"] = memory("VmRSS")  # the model has no memory yet
@@ -279,7 +301,12 @@ def train(rank, world, argv, point):
             found["parameters"] = local_bytes(kept["policy"].parameters())
             found["optimizer"] = local_bytes(moments)
         found.update(num_tokens=metrics["num_tokens"], rise_bytes=memory("VmHWM") - found["base"])
+        if profiler and not at:
+            profiler.start()
         at.append((time.perf_counter(), time.process_time()))
+        if profiler and len(at) == 2:
+            profiler.stop()
+            found["purposes"] = seconds_by_purpose(profiler)
         log(run, step, metrics, steps)
 
     module.shard, module.resume, module.check_update, module.log = watched, resumed, checked, logged
@@ -311,6 +338,8 @@ def ranks(point):
         except AssertionError as e:  # what a rank said
             raise Problem(str(e).strip().splitlines()[-1]) from e
     known = {key: max(rank[key] for rank in found) for key in ("parameters", "gradients", "optimizer", "rise_bytes")}
+    if "purposes" in found[0]:
+        known["purposes"] = found[0]["purposes"]
     known |= {"seconds": found[0]["seconds"], "useful_tokens": found[0]["num_tokens"]}
     known |= {"cpu_seconds": [sum(step) for step in zip(*(rank["cpu_seconds"] for rank in found))]}
     return known | {"weights": weights}
@@ -380,7 +409,7 @@ def measure_part(part, options):
                     tries = options.repeats if point["what"] != "first step" else 1
                     found = [startup(point["script"], point["what"], options.threads) for _ in range(tries)]
                     found = dict(zip(("seconds", "cpu_seconds"), map(list, zip(*found))))
-                elif part == "ranks":
+                elif part in ("ranks", "profile"):
                     found = ranks(point)
                 else:
                     found = forked(point | {"part": part}, options.threads, options.repeats)
