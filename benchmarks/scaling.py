@@ -10,8 +10,8 @@ size        models of 1.4M to 63M weights, with the optimizer's step
 ranks       methods/sft.py itself, micro-batches of 256 and 2048 tokens, two steps after the first: in one process with
             one thread and with two (FSDP2 has no part in it), in two with one thread each (gloo), as FSDP2 shards,
             replicas and tensor parallelism cut it. each: FSDP2 that gathers and reduces in every micro-batch
-profile     where a step of ranks goes, FSDP2 on two ranks beside one process with one thread: rank 0's seconds of a step
-            by what the operator is for, as torch.profiler has them
+profile     where a step of ranks goes, FSDP2 on two ranks beside one process with one thread: rank 0's seconds by what
+            an operator is for, as torch.profiler has them
 spread      rows of log-normal length, sigma 0 to 1.5, the same number of tokens in all
 startup     --help, a wrong flag, and the first optimizer step of the tiny lab, of every script
 
@@ -88,6 +88,8 @@ def points(tiny):
     heads = [head | {"vocabulary": v // k} for v in (1000, 4000, 16000, 50000, 150000)]
     heads += [head | {"tokens": n // k} for n in (256, 1024, 2048)]
     sizes = ((32, 1), (64, 2)) if tiny else ((128, 2), (256, 4), (512, 6), (768, 8))
+    shapes = [{"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "budget": budget // k,
+               "rows": max(4, budget // 16 // k)} for budget in (256, 2048)]
     return {
         "length": [small | {"length": n // k, "tokens": 4096 // k, "budget": 2048 // k}
                    for n in (128, 256, 512, 1024, 2048)],
@@ -96,12 +98,9 @@ def points(tiny):
         "vocabulary": [point | {"side": side} for point in heads for side in ("ours", "plain")],
         "size": [{"hidden": hidden, "layers": layers, "vocabulary": small["vocabulary"], "length": 128, "tokens": 1024,
                   "budget": 1024} for hidden, layers in sizes],
-        "ranks": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "steps": 3, "budget": budget // k,
-                           "rows": max(4, budget // 16 // k)} | setting
-                  for budget in (256, 2048) for setting in SETTINGS],
-        "profile": [small | {"hidden": 64 if tiny else 512, "layers": 2 if tiny else 6, "steps": 2, "budget": budget // k,
-                             "rows": max(4, budget // 16 // k), "profiled": True} | setting
-                    for budget in (256, 2048) for setting in SETTINGS if setting["setting"] in PROFILED],
+        "ranks": [small | shape | {"steps": 3} | setting for shape in shapes for setting in SETTINGS],
+        "profile": [small | shape | {"steps": 2, "profiled": True} | setting for shape in shapes
+                    for setting in SETTINGS if setting["setting"] in PROFILED],
         "spread": [small | {"sigma": sigma, "mean": 128 // k, "longest": 1024 // k, "tokens": 8192 // k,
                             "budget": 2048 // k} for sigma in (0.0, 0.5, 1.0, 1.5)],
         "startup": [{"script": name, "what": what} for name in SCRIPTS for what in LIMITS],
