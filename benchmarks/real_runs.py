@@ -148,7 +148,7 @@ def commands(model, work):
         "distillation": f"experimental/distillation.py --model {work}/half --teacher {model} --max_length 400 "
                         f"--dataset {work}/prompts_train.jsonl --eval_dataset {work}/prompts_test.jsonl "
                         "--eval_rows 24 --eval_every 20 --max_completion_length 64 --max_steps 40 --batch_size 4 "
-                        f"--learning_rate 1e-4 --warmup_steps 4 --allow GRPO002 {few}",
+                        f"--learning_rate 2e-5 --warmup_steps 4 --allow GRPO002 {few}",
         "orpo": f"experimental/orpo.py {pairs_of_dpo}",
         "simpo": f"experimental/cpo.py {pairs_of_dpo} --loss_type simpo --beta 2 --cpo_alpha 0",
     }
