@@ -17,6 +17,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import sys
 import textwrap
@@ -682,6 +683,11 @@ def part_summary():
         through = sum(not row["held"] for row in attacks)
         text = f"{len(attacks)} attacks on the code reward, as root and as a user: {through} that got anything"
         answer("What does a model's code reach?", text, "code_attacks")
+    precise = lines(RESULTS / "precision.jsonl")
+    if precise:
+        good = sum(row["exit_code"] == 0 and not row["alerts"] for row in precise)
+        text = f"{len(precise)} runs in float32 or bfloat16: {good} ended well, without an alert"
+        answer("Does it train in bfloat16?", text, "precision")
     if (RESULTS / "loading.json").is_file():
         answer("What does loading take?", "memory and seconds by number of ranks", "loading")
     points = {(row["part"], json.dumps(row["point"])) for row in lines(RESULTS / "scaling.jsonl")}
@@ -762,6 +768,25 @@ def part_loading():
     head = "ranks:", "road", "rank 0, GB:", "other ranks, GB:", "shard, GB:", "seconds:"
     made = f"\n{about.get('weights', 0) / 1e6:.0f}M weights; `{about.get('command')}`, {about.get('device')}.\n"
     return table(head, shown) + made if about["rows"] else ""
+
+
+def part_precision():
+    """results/precision: the default run of every script with float32 and with bfloat16 layers."""
+    found = {}
+    for row in lines(RESULTS / "precision.jsonl"):
+        found.setdefault(row["script"], {})[row["dtype"]] = row
+    shown, failed = [], 0
+    for script, rows in sorted(found.items(), key=lambda pair: ("/" in pair[0], pair[0])):
+        cells = [f"`methods/{script}.py`"]
+        for dtype in ("float32", "bfloat16"):
+            row = rows.get(dtype)
+            accuracies = [row[when].get("eval/accuracy", math.nan) for when in ("before", "last")] if row else []
+            cells.append(" -> ".join(f"{value:.3f}" for value in accuracies))
+        alerts = {alert["code"] for row in rows.values() for alert in row["alerts"]}
+        failed += any(row["exit_code"] for row in rows.values())
+        shown.append([*cells, ", ".join(sorted(alerts)) or "none"])
+    head = "script", "float32", "bfloat16", "alerts"
+    return table(head, shown) + f"\n{failed} scripts failed. `python benchmarks/precision.py`, CPU.\n" if found else ""
 
 
 def part_hostile():

@@ -4,8 +4,9 @@ The tiny lab in both precisions: every script as it stands, with no flags but --
     python benchmarks/precision.py [--work DIR] [--output FILE] [script ...]       default: every script
 
 One run at a time, on the CPU. Each adds a row to results/precision.jsonl: script, dtype, exit code, alerts, seconds,
-the evaluations before and after, versions, and the sha256 of the script and common/. Exit code 1 if a run failed or
-raised an alert.
+the evaluations before and after, versions, and the sha256 of the script and common/. What has a row is skipped, so that
+the same command goes on where it was stopped; remove rows to run them again. Exit code 1 if a run failed or raised an
+alert.
 """
 
 import argparse
@@ -50,10 +51,14 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.scripts) - set(scripts):
         parser.error(f"no script {', '.join(sorted(unknown))}: name some of {', '.join(scripts)}")
+    known = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.is_file() else []
+    done = {(row["script"], row["dtype"]) for row in known}
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         for script in args.scripts:
             for dtype in DTYPES:
+                if (script, dtype) in done:
+                    continue
                 row = measure(script, dtype, args.work or scratch)
                 with open(args.output, "a") as file:
                     print(json.dumps(row), file=file)
