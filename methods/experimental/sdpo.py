@@ -1,7 +1,7 @@
 """
 SDPO: reinforcement learning by self-distillation. Whoever solved a prompt shows the model how, and it teaches itself.
 
-Paper   2026, https://arxiv.org/abs/2601.20802 (not read: by TRL 1.16)
+Paper   Huebotter et al. 2026, https://arxiv.org/abs/2601.20802 (not read: by TRL 1.16)
 Loss    L = (1 - w) L_GRPO + w L_distill,   w the --distillation_weight; at 1, the default, there is no policy gradient
         L_distill  l_t = D(teacher(. | x', y_<t), student(. | x, y_<t)) at each token of a completion y that the student
                    sampled on the prompt x, D by --distillation_mode as in methods/experimental/sdft.py. x' is x with a
