@@ -74,6 +74,7 @@ GOOD = {  # one row each, and columns that are not enough
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "rloo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "distillation": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
+    "experimental/sdpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "experimental/sdft": ({"prompt": "3+4=", "privileged_context": "7"}, {"prompt": "3+4=", "answer": "7"}),
 }
 

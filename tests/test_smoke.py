@@ -105,6 +105,11 @@ METRICS["experimental/ssd"] = (
      "perf/rollout_seconds", "grad_norm", "lr", *PERF],
     ["step", "eval/accuracy", "eval/completion_len"],
 )  # fmt: skip
+METRICS["experimental/sdpo"] = (
+    ["step", "loss", "num_tokens", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len",
+     "success_frac", "reprompted_frac", "entropy", "sampler_gap", "perf/rollout_seconds", "grad_norm", "lr", *PERF],
+    ["step", "eval/accuracy", "eval/completion_len", "eval/no_reward_frac"],
+)  # fmt: skip
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 NOT_JUDGED = [key for key in SAMPLE if key not in ("reward", "advantage", "parts")]  # a teacher is no reward
 EXPORT = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
