@@ -142,7 +142,7 @@ def numbers(name):
         real = type(field.default) is float or "float |" in kind
         if field.name == "seed" or not real and type(field.default) is not int:
             continue
-        below = [] if field.name == "reward_bar" else ["-2"]  # rewards may be anything
+        below = [] if field.name in ("reward_bar", "success_reward_threshold") else ["-2"]  # rewards may be anything
         for value in (*below, *(["nan", "inf"] if real else ["0"])):
             if value != "0" or field.name not in ZERO:
                 yield f"--{field.name}", value
