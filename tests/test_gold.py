@@ -14,9 +14,9 @@ from test_distillation import BETAS, CLOSE, FIXTURE, PLAIN, TINY, expected_norm,
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import spans as subject
-from common.alignment import span_rows
-from common.spans import OtherTeacher, SpanPolicy
+from common.experimental import spans as subject
+from common.experimental.alignment import span_rows
+from common.experimental.spans import OtherTeacher, SpanPolicy
 
 NAME = "experimental/gold"
 ONE_STEP = ["--max_steps", 1, "--batch_size", 5, "--eval_every", 0, "--save_every", 0, "--eval_dataset", ""]

@@ -348,7 +348,9 @@ FORBIDDEN = {
 
 
 def sources():
-    return [*METHODS.rglob("*.py"), *sorted((ROOT / "common").glob("*.py")), *(ROOT / "common/runtime").glob("*.py")]
+    folders = "common", "common/runtime", "common/experimental"
+    shared = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return [*METHODS.rglob("*.py"), *shared]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)

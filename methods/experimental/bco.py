@@ -103,8 +103,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.batches import count_scored, fit, micro_batches, order, prompt_embeddings, seq_sums, share
+from common.batches import count_scored, fit, micro_batches, order, seq_sums, share
 from common.data import fingerprint, load_rows, problem
+from common.experimental.embeddings import prompt_embeddings
 from common.logprobs import Policy
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop, uncached
 from common.runtime.encoding import encode_rows
