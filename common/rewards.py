@@ -299,9 +299,8 @@ class RewardModel:
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token_id
             return encode_text(self.tokenizer, prompt), "", [self.stops[0] if eos is None else eos]
-        stop_pattern = "|".join(re.escape(self.tokenizer.decode([stop])) for stop in self.stops)
         messages = [*prompt, {"role": "assistant", "content": "ANSWER"}]
-        opening, turn, _ = write_turn(row, self.tokenizer, stop_pattern, None, messages, len(prompt))
+        opening, turn, _ = write_turn(row, self.tokenizer, self.stops, None, messages, len(prompt))
         lead, found, ending = turn.partition("ANSWER")
         if not found or not ending:
             raise problem(row, "the chat template writes no answer with an end", turn, "Use another reward model")
