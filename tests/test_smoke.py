@@ -12,9 +12,10 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SCRIPTS, once, script, tiny_flags, tiny_rows, with_row
+from conftest import METHODS, ROOT, SCRIPTS, once, script, tiny_flags, tiny_rows, train, with_row
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
+from test_resume import assert_equal, interrupted
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
     GenerationConfig,
@@ -159,13 +160,17 @@ def test_help(name, tmp_path):
 # ---- three steps ---------------------------------------------------------------------------------
 
 
+def three_steps(name, folder):
+    data = tiny_rows(name, folder / "rows.jsonl", 12)
+    flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
+    return [*flags, "--max_steps", 3, "--save_every", 1, "--keep_last", 2]
+
+
 @pytest.fixture(scope="module", params=SCRIPTS)
 def ran(request, tmp_path_factory):
     """`python methods/x.py`: three steps, an evaluation after the second, two checkpoints kept, in an empty folder."""
     name, folder = request.param, tmp_path_factory.mktemp("smoke")
-    data = tiny_rows(name, folder / "rows.jsonl", 12)
-    flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
-    flags += ["--max_steps", 3, "--save_every", 1, "--keep_last", 2]
+    flags = three_steps(name, folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     argv = command(name, *tiny_flags(name), *flags)
     if name in ("sft", "grpo") or request.config.getoption("--slow"):
@@ -180,6 +185,15 @@ def ran(request, tmp_path_factory):
     result = leave(name, *argv[2:], patch=as_typed)  # in a fork, which saves the seconds of the imports
     assert (result.code, result.err) == (0, "")
     return name, folder / "runs" / name.rpartition("/")[2], result.out
+
+
+def test_a_resumed_run_ends_alike(ran, tmp_path):
+    """Step 3 once more, from the checkpoint of step 2, to the same bytes: what steps leave behind in the script's own
+    variables is saved, or is not needed."""
+    name, out, _ = ran
+    again = interrupted(out, tmp_path / "run", 2)
+    train(name, again, *three_steps(name, out.parents[1]), "--resume", "auto")
+    assert_equal(again, out, steps=[3])
 
 
 def test_the_files_of_a_run(ran):
