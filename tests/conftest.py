@@ -211,9 +211,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only")
+    config.option.loadscopereorder = False  # xdist would start with the files of most tests, which are not the longest
+
+
+LONGEST = ["test_split", "test_resume", "test_smoke", "test_mesh", "test_alerts", "test_bad_input", "test_hangs",
+           "test_faults", "test_hostile", "test_rewards"]  # first, so that no worker is left alone with one
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
