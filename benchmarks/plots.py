@@ -32,7 +32,7 @@ README, METHODS_PAGE = ROOT / "README.md", ROOT / "methods" / "README.md"
 PAGES = [README, METHODS_PAGE, ROOT / "common" / "README.md", ROOT / "benchmarks" / "README.md"]
 PAGES += sorted(RESULTS.glob("*.md"))
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
-ORDER = ["sft", "dpo", "reward", "kto", "grpo", "rloo"]  # scripts in reading order; others come after these
+ORDER = ["sft", "dpo", "reward", "kto", "grpo", "rloo", "distillation"]  # in reading order, others after
 SHOWN = {  # what each script optimises: metric, axis label
     "sft": ("eval/loss", "held-out loss (nats a token)"),
     "dpo": ("reward_margin", "reward margin of the step"),
@@ -40,9 +40,10 @@ SHOWN = {  # what each script optimises: metric, axis label
     "kto": ("reward_margin", "reward margin of the step"),
     "grpo": ("reward", "mean reward of the step"),
     "rloo": ("reward", "mean reward of the step"),
+    "distillation": ("eval/divergence", "held-out divergence (nats a token)"),
 }
 COLORS = {"sft": "#2f6f9f", "dpo": "#b5532a", "reward": "#7b4f9d", "kto": "#8a6d1f", "grpo": "#3c7d4f",
-          "rloo": "#2b8c8c"}
+          "rloo": "#2b8c8c", "distillation": "#555555"}
 
 
 @cache
@@ -143,11 +144,12 @@ def part_rloo_diff():
 
 FAMILIES = {
     "sft": "SFT", "reward": "Reward models", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO",
+    "distillation": "Distillation",
 }  # by the first script of methods/ among a script and its parents
 NEARER = {"prm": "reward"}  # where another script of methods/ is meant than the parent
 OFFSHOOTS = {  # or by one of these, which do something else than their parent, or have none
-    "orpo": "Pairs without a reference", "distillation": "Distillation",
-}  # fmt: skip
+    "orpo": "Pairs without a reference",
+}
 
 
 def family(path):
@@ -280,7 +282,7 @@ ALL = "TrainingArguments"  # fields that every trainer of TRL has
 
 def trl_names():
     """-> {script or ALL: {field of TRL's configs: (where, default here, TRL's)}}. where: "table", a script with a flag
-    or alias of that name, "left out", or "" where nobody has said anything. Of ALL: what six scripts have."""
+    or alias of that name, "left out", or "" where nobody has said anything. Of ALL: what all seven scripts have."""
     configs = json.loads((ROOT / "tests" / "fixtures" / "trl_configs.json").read_text())
     section = METHODS_PAGE.read_text().partition("\n## Coming from TRL\n")[2].partition("\n## ")[0]
     table = re.findall(r"`([\w*]+)`", " ".join(re.findall(r"^\| ([^|]*) \|", section, re.M)))
@@ -293,7 +295,7 @@ def trl_names():
         for field, theirs in (configs[ALL] | configs[script]).items():
             places = [path for path, flags in (own | more).items() if field in flags]
             if script == ALL and not set(scripts) <= set(places) or script != ALL and field in names[ALL]:
-                continue  # not in all six, or said of all six
+                continue  # not in all seven, or said of all seven
             if any(fnmatch.fnmatch(field, pattern) for pattern in table):
                 found[field] = "table", None, theirs
             elif places:

@@ -145,7 +145,7 @@ def commands(model, work):
         "kto": f"kto.py --model {model} --dataset {work}/labelled_train.jsonl "
                f"--eval_dataset {work}/labelled_test.jsonl --eval_rows 32 --eval_every 0 --max_steps 12 --batch_size 8 "
                f"--learning_rate 1e-5 {few}",
-        "distillation": f"experimental/distillation.py --model {work}/half --teacher {model} --max_length 400 "
+        "distillation": f"distillation.py --model {work}/half --teacher {model} --max_length 400 "
                         f"--dataset {work}/prompts_train.jsonl --eval_dataset {work}/prompts_test.jsonl "
                         "--eval_rows 24 --eval_every 20 --max_completion_length 64 --max_steps 40 --batch_size 4 "
                         f"--learning_rate 2e-5 --warmup_steps 4 --allow GRPO002 {few}",

@@ -1,5 +1,5 @@
 """
-The fields of TRL's six configs, for README's table of names. With TRL's own Python:
+The fields of the configs of seven TRL trainers, for the table of names in methods/README.md. With TRL's own Python:
 
     TRL/bin/python benchmarks/trl_configs.py      writes tests/fixtures/trl_configs.json
 
@@ -15,7 +15,7 @@ import trl
 
 VERSION, TARGET = "1.16.0", Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trl_configs.json"
 CONFIGS = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "grpo": "GRPOConfig",
-           "rloo": "RLOOConfig"}  # by our script
+           "rloo": "RLOOConfig", "distillation": "DistillationConfig"}  # by our script
 
 
 def defaults(config):

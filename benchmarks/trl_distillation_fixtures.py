@@ -8,12 +8,14 @@ entropy, and the gradients of the sum by the student's hidden states, weight and
 gradient by the logits from IWOPDTrainer.generalized_jsd_loss with its top_k and tail, and from GKDTrainer's; and in
 float64 the loss and gradient of its IW-OPD objective, for two completions of other lengths, of GOLD's ULDLoss, for a
 teacher with seven of the nine tokens, of which three have names that the student has, and another tokenisation, and of
-SDFTTrainer's three modes, with the teacher's prompts that it composes.
+SDFTTrainer's three modes, with the teacher's prompts that it composes; and the same of SDPOTrainer, with a policy loss
+beside it and completions that nobody teaches, the prompts composed of rewards and feedback.
 """
 
 import json
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ import trl
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
+from trl.experimental.sdpo.sdpo_trainer import SDPOTrainer, SuccessfulRolloutTeacherContextBuilder
 from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder, DistillationLogits, SDFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -147,6 +150,78 @@ def sdft(inputs, mode, alpha):
     return case | {"loss": loss.item(), "d_logits": gradient[0].tolist()}
 
 
+def sdpo(inputs, mode, alpha, weight, taught):
+    """By its compute_loss, which is given the logits of both models in place of the models."""
+    student, teacher = logits_of(inputs)
+    student_logits, teacher_logits = two_completions(student, teacher)
+    tokens, mask = torch.tensor([[1, 5, 2, 7], [3, 0, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    advantages = [0.75, -0.5]
+    given = {
+        "prompt_ids": tokens[:, :0], "prompt_mask": mask[:, :0], "completion_ids": tokens, "completion_mask": mask,
+        "advantages": torch.tensor(advantages, dtype=torch.float64),
+    }  # fmt: skip
+    loss_mask = mask * torch.tensor(taught)[:, None]
+    both = SimpleNamespace(
+        completion_ids=tokens, completion_mask=mask, loss_mask=loss_mask, student_logits=student_logits,
+        teacher_logits=teacher_logits,
+    )  # fmt: skip
+    settings = SimpleNamespace(
+        distillation_mode=mode, distillation_alpha=alpha, distillation_topk=3, distillation_add_tail=False,
+        distillation_is_clip=2.0, distillation_weight=weight,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        args=settings, _log_self_distillation_metric=lambda *_: None, accelerator=SimpleNamespace(gather=lambda x: x),
+        model=SimpleNamespace(training=True), teacher_model=None, use_teacher_server=False, loss_type="dapo",
+        importance_sampling_level="token", epsilon_low=0.2, epsilon_high=0.2, current_gradient_accumulation_steps=1,
+        _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    trainer._forward_logits = lambda **_: student_logits
+    trainer._compute_teacher_student_logits = lambda *_: both
+    trainer._compute_policy_loss = partial(SDPOTrainer._compute_policy_loss, trainer)
+    trainer._compute_self_distillation_loss = partial(SDPOTrainer._compute_self_distillation_loss, trainer)
+    loss = SDPOTrainer.compute_loss(trainer, trainer.model, given)
+    (gradient,) = torch.autograd.grad(loss, student)
+    case = {"mode": mode, "alpha": alpha, "weight": weight, "taught": taught, "advantages": advantages, "top_k": 3}
+    case |= {"labels": [1, 5, 2, 7, 3, 0], "seq": [0, 0, 0, 0, 1, 1]}
+    return case | {"loss": loss.item(), "d_logits": gradient[0].tolist()}
+
+
+def solutions():
+    """What SDPOTrainer lets its teacher read of rewards and feedback, in groups of four completions, "0" to "3"."""
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(
+            device="cpu", process_index=0, gather=lambda x: x, pad_across_processes=lambda x, **_: x
+        ),
+        model=SimpleNamespace(training=True), num_generations=4, _tokenizer=SimpleNamespace(pad_token_id=9),
+        processing_class=SimpleNamespace(decode=lambda ids, **_: str(ids.item())),
+        args=SimpleNamespace(
+            success_reward_threshold=0.5, dont_reprompt_on_self_success=True, use_successful_as_teacher=True,
+            environment_feedback_only_without_solution=False, include_environment_feedback=True, max_reprompt_len=99,
+            remove_thinking_from_demonstration=False, solution_template="\nSolution: {successful_previous_attempt}",
+            feedback_template="\nFeedback: {feedback_raw}", reprompt_template="{prompt}{solution}{feedback}\nSolve it.",
+        ),
+    )  # fmt: skip
+    read = []
+
+    def tokenize(prompts):
+        read.extend(prompts)
+        return [[0] for _ in prompts]
+
+    trainer._tokenize_prompts_untruncated = tokenize
+    found = []
+    for rewards in ([0, 0, 0, 0], [0, 0.25, 0.75, 0], [1, 0, 0.5, 1], [0, 1, 1, 0], [1, 1, 1, 1]):
+        for feedback in ("", "no {carry}"):
+            for prompt in ("3+4=", [{"role": "system", "content": "Add."}, {"role": "user", "content": "3+4?"}]):
+                read.clear()
+                ids, mask = torch.arange(4)[:, None], torch.ones(4, 1, dtype=torch.long)
+                output = {"completion_ids": ids, "completion_mask": mask}
+                builder = SuccessfulRolloutTeacherContextBuilder(trainer)
+                made = builder.build(output, [prompt] * 4, torch.tensor(rewards, dtype=torch.float64), [feedback] * 4)
+                case = {"rewards": rewards, "privileged_context": feedback, "prompt": prompt, "teacher": list(read)}
+                found.append(case | {"taught": made["self_distillation_mask"].tolist()})
+    return found
+
+
 def teacher_prompts():
     """What SDFTTrainer makes of prompts and contexts, text and messages."""
     system, user = {"role": "system", "content": "Add."}, {"role": "user", "content": "3 + 4 {privileged_context}?"}
@@ -189,6 +264,12 @@ def main():
     found["sdft"] = [sdft(inputs, mode, a) for mode in ("topk_logits", "full_logits") for a in (0.0, 0.5, 1.0)]
     found["sdft"].append(sdft(inputs, "sampled_token", 1.0))
     found["teacher_prompts"] = teacher_prompts()
+    found["sdpo"] = []
+    for mode, alpha in (("topk_logits", 0.5), ("full_logits", 1.0), ("sampled_token", 1.0)):
+        for weight in (0.0, 0.25, 1.0):
+            for taught in ([1, 1], [0, 1], [0, 0]):
+                found["sdpo"].append(sdpo(inputs, mode, alpha, weight, taught))
+    found["solutions"] = solutions()
     TARGET.write_text(json.dumps(found) + "\n")
     print(f"{TARGET.name}: {len(found['cases'])} cases, {len(found['top_k'])} with top_k, {len(found['gkd'])} of GKD")
 

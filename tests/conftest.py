@@ -111,7 +111,7 @@ FAST = {
         *ONLINE, "--top_entropy_quantile", "0.2", "--entropy_coef", "0.01", "--use_adaptive_entropy",
         "--entropy_target", "0.035"]},
     # half of the steps learn from the data's completions; at 1.2 rare tokens round a gradient by 2e-5 of its norm
-    "experimental/distillation": {"data": "demonstrations", "micro": 60, "flags": [
+    "distillation": {"data": "demonstrations", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
         "--lmbda", "0.5", "--beta", "0.5"]},
     # the other half learns from completions that the teacher samples
@@ -129,6 +129,10 @@ FAST = {
     "experimental/opsd": {"data": "privileged", "micro": 60, "flags": [
         "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40",
         "--rename", "privileged_context:solution", "--teacher_prompt_template", "{solution}"]},
+    "experimental/sdpo": {"data": "prompts", "micro": 90, "flags": [
+        "--learning_rate", "5e-5", "--num_generations", "4", "--max_completion_length", "40", "--temperature", "1.2",
+        "--distillation_weight", "0.5", "--success_reward_threshold", "0.5", "--teacher_update_rate", "0.5",
+        "--teacher_sync_steps", "2"]},
     "experimental/iw_opd": {"data": "prompts", "micro": 60, "flags": [
         "--teacher", "tiny", "--learning_rate", "5e-5", "--num_generations", "3", "--max_completion_length", "40"]},
     "experimental/ssd": {"data": "prompts", "micro": 60, "flags": [

@@ -73,7 +73,8 @@ GOOD = {  # one row each, and columns that are not enough
     "kto": ({"prompt": "3+4=", "completion": "7", "label": True}, {"prompt": "3+4=", "completion": "7"}),
     "grpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "rloo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
-    "experimental/distillation": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
+    "distillation": ({"prompt": "3+4=", "completion": "7"}, {"prompt": "3+4="}),
+    "experimental/sdpo": ({"prompt": "3+4=", "answer": "7"}, {"question": "3+4=", "answer": "7"}),
     "experimental/sdft": ({"prompt": "3+4=", "privileged_context": "7"}, {"prompt": "3+4=", "answer": "7"}),
 }
 
@@ -141,7 +142,7 @@ def numbers(name):
         real = type(field.default) is float or "float |" in kind
         if field.name == "seed" or not real and type(field.default) is not int:
             continue
-        below = [] if field.name == "reward_bar" else ["-2"]  # rewards may be anything
+        below = [] if field.name in ("reward_bar", "success_reward_threshold") else ["-2"]  # rewards may be anything
         for value in (*below, *(["nan", "inf"] if real else ["0"])):
             if value != "0" or field.name not in ZERO:
                 yield f"--{field.name}", value

@@ -28,7 +28,7 @@ from common.divergence import Teacher
 from common.logprobs import Policy, ScoredHead
 from common.runtime import model
 
-NAME, TINY = "experimental/distillation", ROOT / "common" / "tiny"
+NAME, TINY = "distillation", ROOT / "common" / "tiny"
 FIXTURE = json.loads((ROOT / "tests" / "fixtures" / "trl_distillation.json").read_text())
 PLAIN = (1.0, 0.0, 1.0)  # scale, cap, temperature
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # fp32 log-probs of some -10 against float64

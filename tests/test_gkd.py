@@ -22,7 +22,7 @@ def first_step(folder):
 def test_the_loss_is_at_temperature_1(tmp_path):
     """On the data's completions, with a sampler at 0.6: transformers' loss and gradient at 1, in float64. At 0.6 both
     would be off by more than a tenth."""
-    data = tiny_rows("experimental/distillation", tmp_path / "rows.jsonl", 5)
+    data = tiny_rows("distillation", tmp_path / "rows.jsonl", 5)
     flags = ["--dataset", data, "--lmbda", 0, "--beta", 0.5, "--temperature", 0.6, "--no-seq_kd"]
     train(NAME, tmp_path / "run", *flags, *ONE_STEP, "--tokens_per_microbatch", 100)
     line = first_step(tmp_path / "run")

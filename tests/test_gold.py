@@ -129,7 +129,7 @@ def first_step(folder):
 def test_one_tokenizer_is_distillation(tmp_path):
     """With the hybrid loss: the generalised Jensen-Shannon divergence by transformers in float64, micro-batches and two
     ranks. The sorted distance alone would be another loss: by more than a tenth."""
-    data = tiny_rows("experimental/distillation", tmp_path / "rows.jsonl", 5)
+    data = tiny_rows("distillation", tmp_path / "rows.jsonl", 5)
     flags = ["--dataset", data, "--teacher", "tiny", "--lmbda", 0, "--beta", 0.5, *ONE_STEP]
     flags += ["--tokens_per_microbatch", 100]
     train(NAME, tmp_path / "run", *flags, "--uld_use_hybrid_loss", world=2)
@@ -143,7 +143,7 @@ def test_one_tokenizer_is_distillation(tmp_path):
 
 def test_a_step_with_another_tokenizer(tmp_path):
     """The whole step by transformers in float64, a row at a time; spans by the tokenizers' own offsets in the text."""
-    data = tiny_rows("experimental/distillation", tmp_path / "rows.jsonl", 5)
+    data = tiny_rows("distillation", tmp_path / "rows.jsonl", 5)
     flags = ["--dataset", data, "--lmbda", 0, *ONE_STEP, "--tokens_per_microbatch", 100, "--no-uld_use_hybrid_loss"]
     train(NAME, tmp_path / "run", *flags)
     names = "model", "other_teacher"

@@ -207,8 +207,8 @@ def test_families_and_parents(tree):
 
 
 def test_a_child_of_distillation_is_compared_with_it(tree):
-    (tree / "methods" / "experimental" / "distillation.py").write_text("Parent: none\n")
-    (tree / "methods" / "experimental" / "gkd.py").write_text("Parent: methods/experimental/distillation.py\n")
+    (tree / "methods" / "distillation.py").write_text("Parent: none\n")
+    (tree / "methods" / "experimental" / "gkd.py").write_text("Parent: methods/distillation.py\n")
     assert ladder.family("methods/experimental/gkd.py") == "distillation"
 
 

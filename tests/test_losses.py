@@ -522,7 +522,7 @@ def test_a_loss_does_not_ask_a_gpu(name):
         completions = []
         for k in range(counts):
             entries = {"role": float(k), "ref_logprob": -1.0, "desirable": float(k), "advantage": 1.0}
-            entries["density_ratio"] = 1.0
+            entries |= {"density_ratio": 1.0, "taught": 1.0}
             tokens = {x: torch.zeros(3) for x in ("old_logprobs", "sampler_logprobs", "ref_logprobs", "entropy")}
             ids = array("i", [5, 6, 7])
             completions.append({"ids": ids, "scored": None, "margin": 1.0} | entries | tokens)
@@ -534,7 +534,8 @@ def test_a_loss_does_not_ask_a_gpu(name):
     out["rewards"] = torch.zeros(batch["num_seqs"], device="meta", requires_grad=True)
     policy = lambda batch, want=(): out  # noqa: E731
     known = {"policy": policy, "reference": policy, "batch": batch, "args": args, "out": out, "logprobs": logprobs}
-    known |= {"num_tokens": 12, "num_seqs": 4, "num_spans": 12, "kl": 0.1, "delta": 0.1, "threshold": 0.5, "coef": 0.1}
+    known |= {"num_tokens": 12, "num_completions": 4}
+    known |= {"num_seqs": 4, "num_spans": 12, "kl": 0.1, "delta": 0.1, "threshold": 0.5, "coef": 0.1}
     known |= {"rewards": torch.zeros(2, 2, device="meta"), "step_logits": logprobs, "is_right": logprobs.detach()}
     batch["weight"] = 1.0
     loss = getattr(module, f"{name.split('/')[-1]}_loss", None)

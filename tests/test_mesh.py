@@ -173,6 +173,8 @@ def run(name, model, out, mesh, batch=BATCH):
         flags += ["--reward", f"{out.parent}/reward.py:digits"]
     if name in TAUGHT:  # by a model of random weights
         flags += ["--teacher", model.parent / "raw"]
+    if name == "experimental/sdpo":  # of the digits' reward that is a solution
+        flags += ["--success_reward_threshold", "0.4"]
     if name in SAMPLING:
         flags += ["--max_completion_length", 40, "--allow", "GRPO001", "GRPO002"]
     train(name, out, *flags, world=world)

@@ -95,7 +95,7 @@ def test_without_a_future_it_is_the_divergence():
     divergence = torch.tensor([0.5, 0.25, 1.0], requires_grad=True)
     out = {"logprobs": student, "teacher_logprobs": torch.tensor([-0.5, -3.0, -0.5]), "divergence": divergence}
     loss, _ = script(NAME).minillm_loss(out, {"seq": torch.tensor([0, 0, 1])}, settings(0.0, normalized=True))
-    assert loss.item() == script("experimental/distillation").distillation_loss(out).item() == 1.75
+    assert loss.item() == script("distillation").distillation_loss(out).item() == 1.75
     assert torch.autograd.grad(loss, student)[0].abs().max() == 0
 
 

@@ -18,7 +18,7 @@ IDS = ["adds", "7", "adds", "adds", "7"]
 
 def mixed(folder):
     """Five rows of the tiny lab, with completions, three of one teacher and two of another, whose id is a number."""
-    tiny_rows("experimental/distillation", folder / "plain.jsonl", 5)
+    tiny_rows("distillation", folder / "plain.jsonl", 5)
     rows = [json.loads(line) for line in open(folder / "plain.jsonl")]
     for row, name in zip(rows, IDS):
         row["teacher_id"] = 7 if name == "7" else name
@@ -63,10 +63,10 @@ def test_every_row_has_its_own_teacher(world, tmp_path):
 
 def test_one_teacher_is_its_parent(tmp_path):
     """On-policy, with and without an id: the same numbers."""
-    data = tiny_rows("experimental/distillation", tmp_path / "plain.jsonl", 5)
+    data = tiny_rows("distillation", tmp_path / "plain.jsonl", 5)
     named = write_rows(tmp_path, *[{**json.loads(line), "teacher_id": "a"} for line in open(data)])
     found = []
-    for name, rows, teacher in [("experimental/distillation", data, "tiny"), (NAME, data, "tiny"),
+    for name, rows, teacher in [("distillation", data, "tiny"), (NAME, data, "tiny"),
                                 (NAME, named, f"a={TINY / 'teacher'}")]:  # fmt: skip
         out = tmp_path / f"run{len(found)}"
         train(name, out, "--dataset", rows, "--teacher", teacher, "--lmbda", 1, "--eval_dataset", "", *STEP)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLOTS = runpy.run_path(str(ROOT / "benchmarks" / "plots.py"))
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*PLOTS["PAGES"], ROOT / "CHANGELOG.md"]}
 README, METHODS_PAGE, COMMON_PAGE = PAGES["README.md"], PAGES["methods/README.md"], PAGES["common/README.md"]
-SCRIPTS = "sft", "reward", "dpo", "kto", "grpo", "rloo"
+SCRIPTS = "sft", "reward", "dpo", "kto", "grpo", "rloo", "distillation"
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for folder in ("methods", "common", "benchmarks", "tests")
@@ -189,12 +189,12 @@ def test_the_commands_for_real_models_are_accepted_and_follow_from_each_other():
             if folder.startswith("runs/"):
                 assert folder.removesuffix("/final") in made, f"{path} uses {folder}, which nothing has written"
         made.append(args.output_dir)
-    assert len(made) == 6
+    assert len(made) == 7
 
 
 # ---- size and order --------------------------------------------------------------------------------------------------
 
-SECTIONS = ["The six scripts", "First run", "Data and rewards", "Real models", "Many GPUs", "What a run leaves"]
+SECTIONS = ["The seven scripts", "First run", "Data and rewards", "Real models", "Many GPUs", "What a run leaves"]
 SECTIONS += ["How to use the result", "A method is a diff", "Flat batches", "Fork it", "The files"]
 SECTIONS += ["Beside TRL, and limits"]
 
@@ -296,7 +296,7 @@ def test_names_of_trl_exist():
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0].split("`")[1])
 def test_flags_beside_a_name_of_trl_are_in_their_scripts(row):
-    """`--flag`: of all six scripts; "grpo, rloo: `--flag`": of these; "`methods/experimental/x.py`: `--flag`"."""
+    """`--flag`: of all seven scripts; "grpo, rloo: `--flag`": of these; "`methods/experimental/x.py`: `--flag`"."""
     _, here, differs = row
     assert "`" in here or here in ("always", "none"), here
     for part in here.split("; "):
@@ -313,7 +313,7 @@ def test_every_field_of_trl_is_here_in_the_table_or_left_out():
     names = PLOTS["trl_names"]()
     lost = {name: [field for field, (where, *_) in found.items() if not where] for name, found in names.items()}
     assert not any(lost.values()), f"say in the table what they are called, or in LEFT_OUT of plots.py: {lost}"
-    for name in SCRIPTS:  # every own field, or it is one that all six have
+    for name in SCRIPTS:  # every own field, or it is one that all seven have
         assert CONFIGS[name].keys() <= names[name].keys() | names["TrainingArguments"].keys()
         for field, (where, *_) in names[name].items():
             assert not where.startswith("methods/") or field in script_flags(where)

@@ -124,7 +124,7 @@ def test_both_batches_score_the_same_tokens(kind):
     torch.testing.assert_close(out["divergence"].double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(flat_batch(views)["labels"], batch["labels"])
     assert torch.equal(flat_batch(views)["seq"], batch["seq"])
-    parent = script("experimental/distillation").forward(policy, teacher, batch)["divergence"]
+    parent = script("distillation").forward(policy, teacher, batch)["divergence"]
     assert (parent - out["divergence"]).abs().max() > 0.01
 
 

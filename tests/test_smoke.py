@@ -93,17 +93,22 @@ def more_keys(metrics, before, *keys):
 
 METRICS["experimental/dapo"] = more_keys(METRICS["grpo"], "ratio_mean", "num_prompts", "epoch")
 METRICS["experimental/grpo_entropy"] = more_keys(PLAIN, "perf/rollout_seconds", "entropy_coef")
-METRICS["experimental/distillation"] = (
+METRICS["distillation"] = (
     ["step", "loss", "num_tokens", "on_policy", "truncated_frac", "completion_len", "entropy", "sampler_gap",
      "perf/rollout_seconds", "grad_norm", "lr", *PERF],
     ["step", "eval/accuracy", "eval/completion_len", "eval/divergence"],
 )  # fmt: skip
-METRICS["experimental/iw_opd"] = more_keys(METRICS["experimental/distillation"], "entropy", "sampled_kl")
-METRICS["experimental/gold"] = more_keys(METRICS["experimental/distillation"], "entropy", "num_spans", "lost_frac")
+METRICS["experimental/iw_opd"] = more_keys(METRICS["distillation"], "entropy", "sampled_kl")
+METRICS["experimental/gold"] = more_keys(METRICS["distillation"], "entropy", "num_spans", "lost_frac")
 METRICS["experimental/ssd"] = (
     ["step", "loss", "num_tokens", "truncated_frac", "completion_len", "blank_frac", "entropy", "sampler_gap",
      "perf/rollout_seconds", "grad_norm", "lr", *PERF],
     ["step", "eval/accuracy", "eval/completion_len"],
+)  # fmt: skip
+METRICS["experimental/sdpo"] = (
+    ["step", "loss", "num_tokens", "reward", "silent_frac", "no_reward_frac", "truncated_frac", "completion_len",
+     "success_frac", "reprompted_frac", "entropy", "sampler_gap", "perf/rollout_seconds", "grad_norm", "lr", *PERF],
+    ["step", "eval/accuracy", "eval/completion_len", "eval/no_reward_frac"],
 )  # fmt: skip
 SAMPLE = ["step", "row", "prompt", "completion", "reward", "advantage", "parts", "stop"]
 NOT_JUDGED = [key for key in SAMPLE if key not in ("reward", "advantage", "parts")]  # a teacher is no reward

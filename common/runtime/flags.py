@@ -21,6 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last one i
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
 # Counts that 0 turns off.
 MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps", "top_k", "loss_top_k")
+MAY_BE_NEGATIVE = ("seed", "reward_bar", "success_reward_threshold")  # the seed has a check of its own
 SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
 
 
@@ -69,9 +70,11 @@ class RunFlags:
         """Raise InputError for values that no run can mean. A script's Args add the rules of the method."""
         default = type(self)()
         for name, value in vars(self).items():
-            if type(value) not in (int, float) or name in ("seed", "reward_bar") or value == getattr(default, name):
+            if type(value) not in (int, float) or value == getattr(default, name):
                 continue
             least = 0 if type(value) is float or name in MAY_BE_ZERO else 1
+            if name in MAY_BE_NEGATIVE:
+                least = -(2**53)
             most = 2**20 if name in SIZES else 2**53
             if not least <= value <= most:  # false for nan, too
                 raise InputError(f"--{name} {value}: must be a number from {least} to {most}.")

@@ -3,12 +3,12 @@ GKD: distillation where some steps take the student's own completions and the ot
 
 Paper   Agarwal et al. 2023, https://arxiv.org/abs/2306.13649, algorithm 1 (not read: by TRL 1.16). --seq_kd: Kim and
         Rush 2016, https://arxiv.org/abs/1606.07947 (not read)
-Loss    as in methods/experimental/distillation.py, but at temperature 1: --temperature is the samplers' only
-Tokens  as in methods/experimental/distillation.py
-Norm    as in methods/experimental/distillation.py
-Models  as in methods/experimental/distillation.py; with --seq_kd an unsharded copy of the teacher samples, too
+Loss    as in methods/distillation.py, but at temperature 1: --temperature is the samplers' only
+Tokens  as in methods/distillation.py
+Norm    as in methods/distillation.py
+Models  as in methods/distillation.py; with --seq_kd an unsharded copy of the teacher samples, too
 Data    {prompt, completion}; with --lmbda 1 or --seq_kd {prompt}
-Parent: methods/experimental/distillation.py
+Parent: methods/distillation.py
 Delta:
   Args.method, parse_args: its defaults, --seq_kd, its preset
   load_groups: with --seq_kd no completions are needed

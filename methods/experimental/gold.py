@@ -8,15 +8,15 @@ Loss    l_g = sum over i of |P_(i) - Q_(i)|, of the masses that student and teac
         the next. P(v) = p(v | x, before g) * product of p(y_j | x, y_<j) over the span's tokens but its first; Q is the
         teacher's, who reads the same text as its own chat template and tokenizer write it
         --uld_token_merge_strategy bayesian: p is the distribution at the span's last token, the product over the others
-        --uld_use_hybrid_loss: w_m D(Q, P) over tokens that both have, D as in methods/experimental/distillation.py, and
+        --uld_use_hybrid_loss: w_m D(Q, P) over tokens that both have, D as in methods/distillation.py, and
         w_u times the sorted distance of the others; w_m is the share of the teacher's tokens that the student has,
         w_u = 1 - w_m. With one tokenizer that is distillation.py, exactly: a span is a token, and w_m is 1
         loss = uld_distillation_weight * mean of l + uld_crossentropy_weight * mean of - log p(y_t)
 Tokens  spans of the completion, the two stop tokens being one; a text's end that the teacher cannot encode has none
 Norm    sum of l / spans, cross-entropy / num_tokens, over the whole optimizer step, all micro-batches and ranks
-Models  as in methods/experimental/distillation.py
-Data    as in methods/experimental/distillation.py; completions of one turn
-Parent: methods/experimental/distillation.py
+Models  as in methods/distillation.py
+Data    as in methods/distillation.py; completions of one turn
+Parent: methods/distillation.py
 Delta:
   args, Args.method, parse_args: its flags and preset
   forward, teacher_states, attach_teacher, main.step: the teacher's tokens and the spans; means over spans

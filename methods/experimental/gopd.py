@@ -8,9 +8,9 @@ Loss    maximise E[lambda log teacher / ref] - KL(student || ref) over what the 
         a_t without gradient, which on average has the gradient of KL(student || q). With lambda (--reward_scale) 1, q
         is the teacher, ref cancels, and what is left is plain on-policy distillation. Above 1, q goes on beyond the
         teacher, in the direction in which it left ref (ExOPD). At 0, q is ref
-Tokens  as in methods/experimental/distillation.py
-Norm    as in methods/experimental/distillation.py
-Models  as in methods/experimental/distillation.py; and the reference (frozen), sharded with FSDP2
+Tokens  as in methods/distillation.py
+Norm    as in methods/distillation.py
+Models  as in methods/distillation.py; and the reference (frozen), sharded with FSDP2
 Data    {prompt}. A column answer or solution is for the evaluation only
 Parent: methods/experimental/iw_opd.py
 Delta:

@@ -6,11 +6,11 @@ Loss    l_t = - w_t a_t log student(y_t),  a_t = log teacher(y_t) - log sampler(
         w_t = 1 + gamma (1 - sum over j < t of |a_j| / sum over the completion of |a_j|): 1 + gamma at the first token,
         which both models see alike, and nearly 1 at the last, whose context the teacher would not have written
         With gamma 0 it is the policy gradient of KL(student || teacher) with one sample a token
-Tokens  as in methods/experimental/distillation.py
-Norm    as in methods/experimental/distillation.py
-Models  as in methods/experimental/distillation.py
+Tokens  as in methods/distillation.py
+Norm    as in methods/distillation.py
+Models  as in methods/distillation.py
 Data    {prompt}. A column answer or solution is for the evaluation only
-Parent: methods/experimental/distillation.py
+Parent: methods/distillation.py
 Delta:
   args, Args.method, parse_args: its defaults and preset; gamma; every step samples
   iw_opd_loss, main.step: the loss; the estimate of KL(student || teacher) by the sampled tokens is logged

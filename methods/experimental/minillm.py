@@ -8,16 +8,16 @@ Loss    r_t = log teacher(y_t) - log student(y_t), without gradient. KL(student 
         --single_step_decomposition False: l_t = - A_t log student(y_t) with k = t in the sum, one sample in place of
         the KL. --gamma weighs r_k by gamma^(k - t), and --length_normalization divides A_t by the sum of
         gamma^(k - t) over k = t and later tokens
-Tokens  as in methods/experimental/distillation.py
-Norm    as in methods/experimental/distillation.py
-Models  as in methods/experimental/distillation.py
+Tokens  as in methods/distillation.py
+Norm    as in methods/distillation.py
+Models  as in methods/distillation.py
 Data    {prompt}. A column answer or solution is for the evaluation only
 Parent: methods/experimental/iw_opd.py
 Delta:
   args, Args.method, parse_args: its flags and preset
   discounted, minillm_loss: the loss
 Paper differences
-  not known, as the paper was not read. With --gamma 0 this is methods/experimental/distillation.py --beta 1; TRL's
+  not known, as the paper was not read. With --gamma 0 this is methods/distillation.py --beta 1; TRL's
   default is 0, and it keeps r_t in A_t beside the KL, which counts the token twice. Nor was its r_t without gradient,
   and it did not leave padding out of the KL. TRL's is GRPO with A_t added to the advantage: here there is no --reward
 Expect  tiny lab, 2 CPU cores: held-out greedy accuracy 0.30 -> 1.00 in a minute or two, at 1.00 by step 10

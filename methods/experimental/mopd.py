@@ -2,14 +2,14 @@
 MOPD: on-policy distillation from several teachers, each of which judges the rows that name it.
 
 Paper   2026, https://arxiv.org/abs/2606.30406 (not read: by TRL 1.16, which asks a server for each teacher_id)
-Loss    as in methods/experimental/distillation.py, of each completion from the teacher that its row's teacher_id names
-Tokens  as in methods/experimental/distillation.py
+Loss    as in methods/distillation.py, of each completion from the teacher that its row's teacher_id names
+Tokens  as in methods/distillation.py
 Norm    sum of l / num_tokens, over the whole optimizer step: all teachers, micro-batches and ranks
-Models  as in methods/experimental/distillation.py, with all teachers in memory. A micro-batch has rows of one teacher
+Models  as in methods/distillation.py, with all teachers in memory. A micro-batch has rows of one teacher
         only. That costs up to one more micro-batch a teacher and step, none fuller than before, on every rank
 Data    {prompt, teacher_id}; with --lmbda below 1 {prompt, completion, teacher_id}. With one --teacher FOLDER no
         teacher_id is needed. A column answer or solution is for the evaluation only
-Parent: methods/experimental/distillation.py
+Parent: methods/distillation.py
 Delta:
   imports, Args.method, parse_args: --teacher takes ID=FOLDER for each; its preset
   teacher_batches, evaluate, main.step: micro-batches by teacher
@@ -17,7 +17,7 @@ Delta:
   load_teacher, check_teacher, main.setup, main.model, main.loop, main.eval: several teachers
 Paper differences
   not known, as the paper was not read
-Expect  tiny lab, which has one teacher: as methods/experimental/distillation.py
+Expect  tiny lab, which has one teacher: as methods/distillation.py
 Run     python methods/experimental/mopd.py --model DIR --teacher math=DIR1 code=DIR2 --dataset rows.jsonl
         python methods/experimental/mopd.py           (no flags: the tiny lab, with one teacher for all rows)
 """

@@ -101,8 +101,6 @@ class Args(RunFlags):
             raise InputError("a rollout must be at most a million completions, and --temperature above 0.")
         if self.num_remains > self.num_generations:
             raise InputError(f"--num_remains {self.num_remains}: must be at most --num_generations.")
-        if self.reward_bar is not None and not math.isfinite(self.reward_bar):
-            raise InputError(f"--reward_bar {self.reward_bar}: must be a number.")
 
 
 def parse_args(argv=None):

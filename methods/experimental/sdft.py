@@ -5,7 +5,7 @@ Paper   Shenfeld et al. 2026, https://arxiv.org/abs/2601.19897 (not read: by TRL
         https://arxiv.org/abs/2601.20802 (not read)
 Loss    l_t = D(teacher(. | x, c, y_<t), student(. | x, y_<t)) at each token of a completion y that the student sampled
         on the prompt x; c is the row's privileged context. --distillation_mode says what D is taken over:
-        full_logits    the whole vocabulary, --beta as in methods/experimental/distillation.py (TRL's alpha)
+        full_logits    the whole vocabulary, --beta as in methods/distillation.py (TRL's alpha)
         topk_logits    the student's --loss_top_k likeliest tokens alone, both models renormalised to these
         sampled_token  l_t = sg(log student(y_t) - log teacher(y_t)) log student(y_t), whose expected gradient is that
                        of KL(student || teacher). sg: no gradient flows through it
@@ -17,7 +17,7 @@ Models  the student (trained) and by --teacher_model_kind: base, the starting we
         unsharded copy of the student samples
 Data    {prompt, privileged_context}, text or messages. --teacher_prompt_template makes both the teacher's last turn,
         where the prompt is text all of its prompt. A column answer or solution is for the evaluation only
-Parent: methods/experimental/distillation.py
+Parent: methods/distillation.py
 Delta:
   args, Args.method, parse_args, imports: its flags, defaults and preset; every step samples, and no model is named
   teacher_states, teacher_groups, with_context, load_groups: the teacher reads another prompt, the same completions

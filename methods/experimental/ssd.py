@@ -9,7 +9,7 @@ Tokens  every token of a completion, the stop token included
 Norm    num_tokens: the tokens of the step's completions that are not blank, over all micro-batches and ranks
 Models  the student (trained), sharded with FSDP2; an unsharded copy that samples
 Data    {prompt}. A column answer or solution is for the evaluation only: nothing is verified
-Parent: methods/experimental/distillation.py
+Parent: methods/distillation.py
 Delta:
   args, Args.method, parse_args: its defaults and preset; no teacher
   forward, teacher_states, ssd_loss, evaluate: the log-likelihood of what was sampled; nothing to diverge from

@@ -17,8 +17,8 @@ Paper differences
   not known, as the paper was not read. As in TRL's DistillationTrainer every step samples (--lmbda 1),
   the mean is over the step's tokens, and there is no factor of temperature squared
 Expect  tiny lab, 2 CPU cores: held-out greedy accuracy 0.30 -> 1.00 in a minute or two (benchmarks/README.md)
-Run     torchrun --nproc_per_node=8 methods/experimental/distillation.py --model DIR --teacher DIR --dataset rows.jsonl
-        python methods/experimental/distillation.py            (no flags: the tiny lab, on any machine)
+Run     torchrun --nproc_per_node=8 methods/distillation.py --model DIR --teacher DIR --dataset rows.jsonl
+        python methods/distillation.py            (no flags: the tiny lab, on any machine)
 """
 
 import math
