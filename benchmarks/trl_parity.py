@@ -15,6 +15,9 @@ one batch        reference log-probs, over normalisers, KL, clipping, scaling an
 grpo, rloo,      TRL is given the completions and rewards of our run and must follow it, 20 updates long.
 a run
 
+orpo and distillation have no case here. tests/test_orpo_losses.py and tests/test_distillation.py hold losses and
+gradients to TRL's own values, and versus_trl.py the losses of three steps.
+
 Exit code 2, one line each, where a case cannot run or disagrees; the other cases still run. The result file is replaced
 only by a run in which nothing failed.
 """
@@ -41,9 +44,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "common" / "tiny"
-OURS = ("model", "dataset", "batch_size", "max_length", "tokens_per_microbatch", "allow")  # flags that TRL lacks
+OURS = ("model", "teacher", "dataset", "batch_size", "max_length", "tokens_per_microbatch", "allow",
+        "lmbda")  # flags that TRL lacks
 FILES = {"sft": "demonstrations.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl", "kto": "labelled.jsonl",
-         "grpo": "prompts.jsonl", "rloo": "prompts.jsonl"}  # fmt: skip
+         "grpo": "prompts.jsonl", "rloo": "prompts.jsonl", "orpo": "pairs.jsonl",
+         "distillation": "demonstrations.jsonl"}  # fmt: skip
 TRL, SEED, STEPS, BATCH = "1.16.0", 42, 20, 8
 WHOLE = 2**20  # --tokens_per_microbatch: a step in one micro-batch
 
@@ -134,18 +139,23 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def script_path(method):
+    """Our script: in methods/ or in methods/experimental/."""
+    (path,) = ROOT.glob(f"methods/**/{method}.py")
+    return path
+
+
 def ours(method, flags, options, via=()):
-    """One run of methods/<method>.py as anyone would run it, or by the command words `via`. -> what launch says, its
+    """One run of our script as anyone would run it, or by the command words `via`. -> what launch says, its
     metrics by step, its folder."""
     out = Path(tempfile.mkdtemp(dir=options.scratch)) / "run"
     fixed = {"output_dir": out, "seed": SEED, "eval_every": 0, "save_every": 0, "lr_scheduler_type": "linear"}
     fixed |= {"warmup_steps": 0, "weight_decay": 0, "max_grad_norm": 1.0, "tokens_per_microbatch": WHOLE}
     words = [w for name, value in (fixed | flags).items() for w in (f"--{name}", str(value))]
-    script = via or [ROOT / "methods" / f"{method}.py"]
-    run = launch([sys.executable, *script, *words], options, f"methods/{method}.py")
+    run = launch([sys.executable, *(via or [script_path(method)]), *words], options, f"our {method}.py")
     run["steps"] = [row for row in read(out / "metrics.jsonl") if "loss" in row]
     if len(run["steps"]) != flags["max_steps"] or len(run["at"]) < flags["max_steps"]:
-        raise Problem(f"methods/{method}.py logged {len(run['steps'])} steps and printed {len(run['at'])}, not "
+        raise Problem(f"our {method}.py logged {len(run['steps'])} steps and printed {len(run['at'])}, not "
                       f"{flags['max_steps']}")
     return run | {"folder": out}
 
@@ -224,7 +234,7 @@ def tokens(spec):
 def load_script(method):
     import importlib.util
 
-    module_spec = importlib.util.spec_from_file_location(method, ROOT / "methods" / f"{method}.py")
+    module_spec = importlib.util.spec_from_file_location(method, script_path(method))
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[method] = module
     module_spec.loader.exec_module(module)
@@ -610,8 +620,9 @@ def about(command, threads):
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.is_file() else "", re.M)
     device = f"{platform.machine()} {found[1] if found else ''}, {os.cpu_count()} logical CPUs"
-    patterns = ("methods/*.py", "common/**/*.py", "benchmarks/*trl*.py")
-    files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    patterns = ("common/**/*.py", "benchmarks/*trl*.py")
+    files = sorted(script_path(method) for method in FILES)
+    files += [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     sha = {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in files}
     result = {"command": command, "sha256": sha, "git": git("rev-parse", "HEAD")}
     result |= {"uncommitted": bool(git("status", "--porcelain", "methods", "common"))}
@@ -636,7 +647,8 @@ def read_options(parser, argv=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(FILES), help="these methods; the result file is not replaced")
+    only = "these methods; the result file is not replaced"
+    parser.add_argument("--only", nargs="*", choices=list(COMPARED), help=only)
     options = read_options(parser)
     if options.worker:
         return answer(options.worker, (prepare, classifier, tokens, online_batch, gradients))

@@ -3,11 +3,12 @@ environment:
 
     PYTHON benchmarks/trl_worker.py SPEC.json
 
-SPEC: method (sft, reward, dpo, kto, grpo, rloo), model (folder), data (.jsonl whose rows are used in that order),
-config (arguments of TRL's config class), result (file to write) and for grpo and rloo perhaps replay (a samples.jsonl:
-completions and rewards are taken from it instead of being sampled) or batch (a .json file with completions, rewards,
-old and reference log-probs: loss and gradients instead of a training run). search: a list of arguments to try one after
-the other, each on top of config. Prints a line "step N" after every optimizer step: what versus_trl.py times.
+SPEC: method (sft, reward, dpo, kto, grpo, rloo, orpo, distillation), model (folder), for distillation teacher (folder),
+data (.jsonl whose rows are used in that order), config (arguments of TRL's config class), result (file to write) and
+for grpo and rloo perhaps replay (a samples.jsonl: completions and rewards are taken from it instead of being sampled)
+or batch (a .json file with completions, rewards, old and reference log-probs: loss and gradients instead of a training
+run). search: a list of arguments to try one after the other, each on top of config. Prints a line "step N" after every
+optimizer step: what versus_trl.py times.
 
 Nothing but `even_digits` and `timed` may be needed by the other environment, so everything heavy is imported where it
 is used.
@@ -48,6 +49,8 @@ def timed(function, part, events, wanted=lambda: True):
 
 def make_trainer(spec, **kwargs):
     """The trainer of spec["method"], rows in the order of the file, with a record of every logged step."""
+    import importlib
+
     import transformers
     import trl
     from datasets import Dataset
@@ -66,12 +69,14 @@ def make_trainer(spec, **kwargs):
                 self.at[state.global_step] = time.perf_counter(), time.process_time()
                 print(f"step {state.global_step}", flush=True)
 
-    name = {"reward": "Reward"}.get(spec["method"], spec["method"].upper())
-    base = getattr(trl, f"{name}Trainer")
+    name = {"reward": "Reward", "distillation": "Distillation"}.get(spec["method"], spec["method"].upper())
+    package = importlib.import_module("trl.experimental.orpo") if spec["method"] == "orpo" else trl
+    base = getattr(package, f"{name}Trainer")
 
     class InOrder(base):
         def _get_train_sampler(self, dataset=None):
-            if spec["method"] in ONLINE:  # it has to repeat prompts; shuffle_dataset=False turns the shuffling off
+            if spec["method"] in (*ONLINE, "distillation"):
+                # It has to repeat prompts; shuffle_dataset=False turns the shuffling off.
                 return super()._get_train_sampler(dataset)
             return SequentialSampler(self.train_dataset if dataset is None else dataset)
 
@@ -89,7 +94,13 @@ def make_trainer(spec, **kwargs):
             return encoded if spec["method"] == "rloo" else (encoded, None)
 
     record = Record()
-    for function, part in PARTS.items():
+    rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
+    if spec["method"] == "distillation":
+        InOrder._generate_single_turn = given_completions(rows)
+        kwargs["teacher_model"] = spec["teacher"]
+    if spec["method"] == "orpo":
+        InOrder.concatenated_forward = with_our_first_term(base.concatenated_forward)
+    for function, part in PARTS.items() if spec["method"] != "distillation" else ():
         if hasattr(base, function):  # the pass with gradients is part of the update
             only = (lambda: not is_grad_enabled()) if part == "logprobs" else (lambda: True)
             setattr(InOrder, function, timed(getattr(InOrder, function), part, record.events, only))
@@ -99,13 +110,12 @@ def make_trainer(spec, **kwargs):
         kwargs["reward_funcs"] = lambda prompts, completions, **_: trainer.rewards
     elif spec["method"] in ONLINE:
         kwargs.setdefault("reward_funcs", even_digits)
-    rows = [json.loads(line) for line in Path(spec["data"]).read_text().splitlines()]
     common = {  # both sides: fp32, linear decay from the first step, no warmup, no weight decay, clipping at 1
         "output_dir": spec["scratch"], "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "bf16": False, "save_strategy": "no", "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0,
         "max_grad_norm": 1.0, "optim": "adamw_torch_fused", "seed": 42,
     }  # fmt: skip
-    config = getattr(trl, f"{name}Config")(**common | spec["config"])
+    config = getattr(package, f"{name}Config")(**common | spec["config"])
     dataset = Dataset.from_list(rows)
     fresh = f"candidate{spec.get('number', 0)}"  # or a candidate would find what the one before it precomputed
     dataset = dataset.map(lambda row: row, new_fingerprint=fresh)
@@ -113,6 +123,32 @@ def make_trainer(spec, **kwargs):
     if reference := getattr(trainer, "ref_model", None) if spec["method"] in ("dpo", "kto") else None:
         reference.forward = timed(reference.forward, "logprobs", record.events)
     return trainer, record
+
+
+def given_completions(rows):
+    """What stands for DistillationTrainer's sampling: the completions of the next rows, as its chat template has
+    them."""
+    remaining = iter(rows)
+
+    def next_completions(trainer, prompt_ids, *_, **__):
+        completions = []
+        for prompt, row in zip(prompt_ids, remaining):  # in this order, or zip would take a row too many
+            chat = row["prompt"] + row["completion"]
+            ids = trainer._tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+            assert ids[: len(prompt)] == prompt, "the prompt is not how the whole row begins"
+            completions.append(ids[len(prompt) :])
+        return completions
+
+    return next_completions
+
+
+def with_our_first_term(concatenated_forward):
+    """ORPOTrainer's forward, but what it returns last, the first term of the loss, is our script's: the mean over pairs
+    of -log P(chosen), which it returns first. Its own is over the tokens of the prompt, too."""
+    def forward(trainer, model, batch):
+        chosen, *others, _ = concatenated_forward(trainer, model, batch)
+        return chosen, *others, -chosen.mean()
+    return forward
 
 
 def search(spec, result):

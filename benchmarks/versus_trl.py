@@ -15,6 +15,13 @@ A case (CASES) is some work: a model, rows, their order, the optimizer, fp32 wei
    first three steps must agree in every round; grpo and rloo sample anew on each side, so there TRL first takes three
    updates on the completions of our run. Where they differ there is one line, and no ratio.
 
+distillation takes the data's completions on both sides (--lmbda 0 here; TRL, which always samples, is handed them where
+it would). Completions that each side samples differ, and with them the work, and TRL can only follow a run of ours by
+leaving its sampling out: what is left is this. The cost of sampling is in the cases of grpo. The teacher is a model of
+random weights, too, of other ones, with twice the layers. orpo: the first term of TRL's loss is over the tokens of the
+prompt, too. For the same work it is replaced by ours, from log-probs that TRL has (trl_worker.py). It still computes
+its own, but takes no gradient of it, which is in its favour.
+
 Useful tokens   what a user trains on: of every sequence the prompt and the completion, without padding, whatever is
                 shared, recomputed or scored twice, and without kto's mismatched pairs. The same number for both sides
                 (grpo, rloo: each its own completions).
@@ -22,10 +29,13 @@ Time            per optimizer step after the warm-up, from the arrival of the li
                 per useful token is the one to trust on a machine that others use, too. A pass over all rows before
                 the first step (of a reference) is charged to the steps: one epoch, the dearest case for it.
 Memory          peak resident size up to the last step (then we save, which TRL is told not to); "above": less 16 bytes
-                a parameter (weights, gradients, Adam's two moments), less what importing torch and transformers takes.
+                a parameter (weights, gradients, Adam's two moments), less 4 bytes a parameter of a teacher (weights),
+                which is a model that both sides need, less what importing torch and transformers takes. Our copy of the
+                student, which samples where --lmbda is above 0 and is made in any case, counts as ours.
 Limit           time of the useful floating-point operations at the measured rate, over the measured time: 2 a weight
                 and token forwards, twice that backwards, 4 a head width and pair of positions in attention; a prompt
-                once per group, the head for completion tokens only (reward: no head). Sampling: the weights read once
+                once per group, the head for completion tokens only (reward: no head); distillation: a forward of the
+                teacher, of its own size. Sampling: the weights read once
                 per token of a completion of mean length, if that takes longer.
 Parts           grpo, rloo: the seconds inside sampling and inside passes without gradients, of the same runs.
 
@@ -54,7 +64,7 @@ import time
 from pathlib import Path
 
 import trl_parity as parity
-from trl_parity import FILES, OURS, RESULTS, ROOT, TINY, Problem, read, write
+from trl_parity import FILES, OURS, RESULTS, TINY, Problem, read, write
 from trl_worker import ONLINE, timed
 
 FILE, LEAN = RESULTS / "versus_trl.jsonl", "ours, lean"
@@ -67,8 +77,8 @@ ROWS = {
     "prompts": (160, 48, 0.4, 320, 128),
 }  # fmt: skip
 # passes: forwards that a step needs besides sampling: a backward is two, dpo has a reference, kto the policy's kl
-# (`measure` adds kto's reference, and grpo's and rloo's where there is one). parts: functions that are timed, of our
-# script or of common/, and under which name: see `timed_function`
+# (`measure` adds kto's reference, grpo's and rloo's where there is one, and a teacher, which has another size). parts:
+# functions that are timed, of our script or of common/, and under which name: see `timed_function`
 SAMPLING = {"common.sampling.Sampler.sample": "rollout", "refresh": "rollout",
             "common.rewards.reward_groups": "reward", "attach_logprobs": "logprobs"}  # fmt: skip
 METHODS = {
@@ -76,6 +86,8 @@ METHODS = {
     "reward": {"passes": 3, "flags": {"learning_rate": 1e-5}, "parts": {}},
     "dpo": {"passes": 4, "flags": {"learning_rate": 1e-5, "beta": 0.1}, "parts": {"attach_reference": "precompute"}},
     "kto": {"passes": 4, "flags": {"learning_rate": 1e-5, "beta": 0.1}, "parts": {"attach_reference": "precompute"}},
+    "orpo": {"passes": 3, "flags": {"learning_rate": 1e-5, "beta": 0.1}, "parts": {}},
+    "distillation": {"passes": 3, "flags": {"learning_rate": 1e-5, "lmbda": 0}, "parts": {}},
     "grpo": {"passes": 3, "flags": parity.GRPO | {"learning_rate": 1e-6, "max_completion_length": 96},
              "parts": SAMPLING},
     "rloo": {"passes": 3, "flags": parity.RLOO | {"learning_rate": 1e-6, "max_completion_length": 96},
@@ -92,6 +104,8 @@ CASES = {
     "dpo-short": LAB | {"method": "dpo", "rows": "short", "batch": 4},
     "dpo-prompts": LAB | {"method": "dpo", "rows": "prompts", "batch": 2},
     "kto": LAB | {"method": "kto", "rows": "short", "batch": 8},
+    "orpo": LAB | {"method": "orpo", "rows": "short", "batch": 4},
+    "distillation": LAB | {"method": "distillation", "rows": "short", "batch": 8},
     "grpo-4": LAB | {"method": "grpo", "rows": "short", "batch": 4, "flags": {"num_generations": 4}},
     "grpo-8": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 8}},
     "grpo-16": LAB | {"method": "grpo", "rows": "short", "batch": 2, "flags": {"num_generations": 16}},
@@ -132,6 +146,9 @@ def config_of(case):
     else:
         config = {name: value for name, value in flags.items() if name not in OURS}
         config["max_length"] = flags["max_length"]
+    if case["method"] == "distillation":  # its own loader, as grpo's; no row is too long
+        del config["max_length"]
+        config["shuffle_dataset"] = False
     return config | cut(case, 8 if size % 8 == 0 else size)
 
 
@@ -141,6 +158,8 @@ def candidates(case, compiled=False):
     pieces = [off | cut(case, size // k) for k in (1, 2, 4, 8) if size % k == 0 and size // k]
     pieces = pieces[:1] if case["method"] == "kto" else pieces
     eager = pieces[0] | {"model_init_kwargs": {"attn_implementation": "eager"}}
+    if case["method"] == "distillation":
+        eager["teacher_model_init_kwargs"] = eager["model_init_kwargs"]
     sides = {"TRL best": [*pieces, eager], "TRL lean": [{k: v for k, v in pieces[-1].items() if k not in off}]}
     if case["method"] == "sft":
         sides["TRL best"] += [piece | {"padding_free": True, "max_length": None} for piece in pieces[:2]]
@@ -206,6 +225,9 @@ def measure(run, case, lengths, shape, machine):
         if case["method"] == "kto":  # a prompt with its own completion and a neighbour's
             pairs = [(prompt, own + groups[i - 1][1]) for i, (prompt, own) in enumerate(groups)]
             bounds.append([a + b for a, b in zip(bounds.pop(), limits(pairs, 1, False, shape, machine))])
+        if "teacher" in shape:
+            forward = limits(groups, 1, False, shape["teacher"], machine)
+            bounds.append([a + b for a, b in zip(bounds.pop(), forward)])
     once = parts.get("precompute", (0, 0))
     row = {"seconds_per_step": (end - begin) / count + once[0]}
     row |= {"cpu_seconds_per_step": (busy_end - busy) / count + once[1], "tokens_per_step": tokens / count}
@@ -279,7 +301,8 @@ def words(setting):
     short = {"gradient_checkpointing": "checkpointing", "per_device_train_batch_size": "batch",
              "gradient_accumulation_steps": "accumulation", "precompute_ref_log_probs": "precomputed",
              "use_transformers_continuous_batching": "continuous batching"}  # fmt: skip
-    rest = {"model_init_kwargs": "eager attention", "max_length": "", "transformers_continuous_batching_config": ""}
+    rest = {"model_init_kwargs": "eager attention", "teacher_model_init_kwargs": "", "max_length": "",
+            "transformers_continuous_batching_config": ""}  # fmt: skip
     parts = [rest[k] if k in rest else short.get(k, k) + ("" if v is True else f" {v}") for k, v in setting.items()
              if v is not False]  # fmt: skip
     return ", ".join(filter(None, ["no checkpointing"] * (False in setting.values()) + parts)) or "defaults"
@@ -311,7 +334,9 @@ def table(rows):
 
 def lab(spec):
     """A model with random weights, 12.9M of them, 30 % of the matrices in the head (Qwen3-0.6B: 26 %), and data. One
-    word in 48 is a stop token, and no row has one: the lengths of completions are geometric, as if it had learned."""
+    word in 48 is a stop token, and no row has one: the lengths of completions are geometric, as if it had learned.
+    teacher/: another with twice the layers and opinions: five times the spread of its weights, or both would find all
+    tokens nearly equally likely, and the loss would hardly depend on which tokens count."""
     import random
 
     import torch
@@ -338,6 +363,12 @@ def lab(spec):
     ids = [fast.eos_token_id, *fast.convert_tokens_to_ids(stops)]
     lm.generation_config = GenerationConfig(**ends | {"eos_token_id": ids})
     lm.save_pretrained(folder)
+    torch.manual_seed(1)
+    config.num_hidden_layers, config.initializer_range = 16, 0.1
+    teacher = LlamaForCausalLM(config)
+    teacher.generation_config = lm.generation_config
+    for part in teacher, fast:
+        part.save_pretrained(folder / "teacher")
     usual = sorted({*texts} - {*stops})
 
     def text(median, spread, most):
@@ -422,7 +453,10 @@ def machine(spec):
 
 def facts(spec):
     """All three, of the machine first: nothing else is in memory then."""
-    return {"machine": machine(spec), "shape": shape(spec), "lengths": lengths(spec)}
+    found = {"machine": machine(spec), "shape": shape(spec), "lengths": lengths(spec)}
+    if "teacher" in spec:
+        found["shape"]["teacher"] = shape({"model": spec["teacher"]})
+    return found
 
 
 def head(spec):
@@ -476,13 +510,13 @@ def timed_function(module, function):
 
 
 def script(argv):
-    """Our script as `python methods/<method>.py FLAGS` runs it, with timers around some of its functions."""
+    """Our script as `python methods/METHOD.py FLAGS` runs it, with timers around some of its functions."""
     method, events_path, *words = argv
     module, events = parity.load_script(method), []
     for function, part in METHODS[method]["parts"].items():
         owner, name = timed_function(module, function)
         setattr(owner, name, timed(getattr(owner, name), part, events))
-    sys.argv = [str(ROOT / "methods" / f"{method}.py"), *words]
+    sys.argv = [str(parity.script_path(method)), *words]
     module.launch(module.main, module.parse_args(), module.__file__)  # leaves with the exit code where it is not 0
     Path(events_path).write_text(json.dumps(events))
     return 0
@@ -519,7 +553,11 @@ def prepare(case, options):
         parity.here("classifier", {"model": str(model), "to": str(work / "classifier")}, options)
         model = work / "classifier"
     flags = flags_of(case) | {"model": model, "dataset": work / "rows.jsonl"}
-    return flags, {"model": str(model), "data": spec["to"], "config": config_of(case)}
+    for_trl = {"model": str(model), "data": spec["to"], "config": config_of(case)}
+    if method == "distillation":
+        flags["teacher"] = folder / "teacher"
+        for_trl["teacher"] = str(folder / "teacher")
+    return flags, for_trl
 
 
 def loss_gap(mine, theirs):
@@ -591,12 +629,15 @@ def choose(case, flags, spec, work, options):
 def training(name, case, options):
     """A case of a script. -> rows."""
     flags, spec = prepare(case, options)
-    known = here("facts", {"model": spec["model"], "data": spec["data"]}, options)
+    known = here("facts", {key: spec[key] for key in ("model", "teacher", "data") if key in spec}, options)
     work = known["lengths"], known["shape"], known["machine"]
     longest = max(prompt + max(completions, default=0) for prompt, completions in known["lengths"])
     assert longest <= flags["max_length"], "we would drop a row"
     chosen, found = choose(case, flags, spec, work, options)
-    own = 16 * known["shape"]["parameters"] / 2**20 + known["machine"]["imports_mb"]
+    weights = 16 * known["shape"]["parameters"]
+    if "teacher" in known["shape"]:
+        weights += 4 * known["shape"]["teacher"]["parameters"]
+    own = weights / 2**20 + known["machine"]["imports_mb"]
     for number in range(1, options.rounds + 1):
         runs = {"ours": run_ours(case["method"], flags, options)}
         runs[LEAN] = run_ours(case["method"], flags | {"activation_checkpointing": "on"}, options)
