@@ -40,7 +40,7 @@ class Preempted(Exception):
 
 
 class PlanOnly(Exception):
-    exit_code = 0  # --max_steps 0: the plan was shown
+    """--max_steps 0: the plan was shown, and the run is done."""
 
 
 @dataclass
