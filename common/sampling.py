@@ -302,9 +302,7 @@ def gather_groups(prompts, groups, group):
     """Return the groups of all ranks of `group`, a process group, in the order of their places. Every rank passes the
     prompts of the whole rollout, and groups of the same form or none."""
     parts = gather_tensors(to_tensors(groups), group)
-    joined = {}
-    for name in parts[0]:
-        joined[name] = torch.cat([part[name] for part in parts])
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return from_tensors(prompts, joined)
 
 

@@ -63,11 +63,10 @@ def check_data(run, groups, counts, tokenizer, generation_config, stops):
     those of `fit`, stops the ids that end a turn in training, generation_config is the one that the model came with."""
     rows = counts["rows"]
     check_share(run, "DATA001", counts["unscored"], rows, "rows have no scored token", warn=0, error=0.01)
-    first_groups = groups[:100]
-    wrong = [group for group in first_groups if starts_wrong(group, tokenizer)]
+    wrong = [group for group in groups[:100] if starts_wrong(group, tokenizer)]
     show_groups(run, "DATA002", wrong[:1], tokenizer)
     text = "rows begin with two BOS tokens or lack theirs: mend --chat_template, or add_bos_token of the tokenizer"
-    check_share(run, "DATA002", len(wrong), len(first_groups), text, error=0)
+    check_share(run, "DATA002", len(wrong), len(groups[:100]), text, error=0)
     wrong = [group for group in groups if ends_wrong(group, stops)]
     show_groups(run, "DATA003", wrong[:1], tokenizer)
     text = "rows have a completion that ends in no stop token: mend --chat_template, or eos_token_id of the model"
@@ -160,8 +159,7 @@ def check_update(run, step, policy, groups, metrics):
             run.watched = (weights, local(weights).detach().clone())
     if step == 5 and run.watched and finite and norm > 0 and metrics["lr"] > 0:
         weights, before = run.watched
-        num_moved = (local(weights) != before).sum()
-        moved, count = all_sum(run, num_moved, before.numel())
+        moved, count = all_sum(run, (local(weights) != before).sum(), before.numel())
         still = 1 - moved / count
         run.watched = ()
     text = "the weights do not move: all frozen, or the learning rate too small for their precision?"
