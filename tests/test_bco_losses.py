@@ -3,13 +3,16 @@ prompts against a logistic regression of our own on the model's own hidden state
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, newest, read_jsonl, script, tiny_rows, train
 from test_bad_input import attempt, refused
 from test_dpo_losses import close, f64
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5Model
 
 from common.runtime.flags import InputError
 from common.tokenization import load_tokenizer
@@ -131,8 +134,8 @@ def kept_ratios(folder, *flags, world=1):
     def patch(module):
         attach_ratios = module.attach_ratios
 
-        def kept(policy, train, heldout, args, run):
-            line = attach_ratios(policy, train, heldout, args, run)
+        def kept(policy, tokenizer, train, heldout, args, run):
+            line = attach_ratios(policy, tokenizer, train, heldout, args, run)
             ratios = [group["completions"][0]["density_ratio"] for group in train]
             (folder / f"ratios{run.rank}.json").write_text(json.dumps(ratios))
             return line
@@ -169,6 +172,100 @@ def test_a_run_with_density_ratios(tmp_path):
     close(f64(two), f64(ratios), rtol=1e-4, atol=1e-5)
     without, line = kept_ratios(tmp_path / "without", "--no-udm")
     assert without == [1.0] * 9 and line["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+# ---- another model for the prompts -----------------------------------------------------------------------------------
+
+
+def save_bert(folder):
+    """Save an encoder that looks both ways, with a tokenizer of characters that reads 7 of them,
+    and writes a control token before them if it may."""
+    letters = "0123456789+=What isSyno?"
+    vocabulary = {letter: number for number, letter in enumerate(["?!", *dict.fromkeys(letters)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing("?! $0", special_tokens=[("?!", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?!", model_max_length=7).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=7, initializer_range=0.5, **sizes)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_decoder(folder):
+    """Save another causal model for the tokens that the policy has."""
+    tokenizer = load_tokenizer(str(MODEL))
+    config = AutoModelForCausalLM.from_pretrained(MODEL).config
+    config.hidden_size, config.num_hidden_layers, config.initializer_range = 32, 1, 0.5
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def other_ratios(folder):
+    """Return what the undesirable rows of PROMPTS count by the embeddings of the model in the folder, unlimited."""
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float64)
+    embeddings = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if folder.name == "bert":
+            ids = ids[:, :7]
+        with torch.no_grad():
+            mean = lm(input_ids=ids).last_hidden_state[0].mean(0)
+        embeddings.append(torch.cat([mean, f64([1.0])]))
+    embeddings = torch.stack(embeddings)
+    return (embeddings[4:] @ regression(embeddings[:4], embeddings[4:])).exp()
+
+
+@pytest.mark.parametrize("save", (save_bert, save_decoder))
+def test_another_models_embeddings(save, tmp_path):
+    """One after the other they are what transformers says; ranks share them, and a resumed run has them again."""
+    folder = save(tmp_path / save.__name__.removeprefix("save_"))
+    expected = other_ratios(folder)
+    flags = ["--embedding_model", folder, "--min_density_ratio", 0.0, "--max_density_ratio", 1e9]
+    ratios, line = kept_ratios(tmp_path / "one", *flags)
+    close(f64(ratios[4:]), expected, rtol=1e-4, atol=1e-5)  # the minimum is found to 1e-5, the states are fp32
+    assert ratios[:4] == [1.0] * 4 and line["loss"] == pytest.approx(math.log(2) * sum(ratios) / 9, rel=1e-5)
+    two, _ = kept_ratios(tmp_path / "two", *flags, world=2)
+    close(f64(two), f64(ratios), rtol=1e-4, atol=1e-5)
+    policys, _ = kept_ratios(tmp_path / "policy", *flags[2:])
+    with pytest.raises(AssertionError):
+        close(f64(policys), f64(ratios), rtol=1e-2, atol=1e-2)
+
+
+def test_a_resumed_run_reads_the_same_embeddings(tmp_path):
+    bert = save_bert(tmp_path / "bert")
+    rows = tiny_rows("experimental/bco", tmp_path / "rows.jsonl", 16)
+    flags = ["--dataset", rows, "--eval_dataset", "", "--udm", "--embedding_model", bert, "--batch_size", 4]
+    flags += ["--max_steps", 4, "--save_every", 2, "--learning_rate", "1e-3"]
+    train("experimental/bco", tmp_path / "whole", *flags)
+    train("experimental/bco", tmp_path / "cut", *flags)
+    shutil.rmtree(newest(tmp_path / "cut"))
+    shutil.rmtree(tmp_path / "cut" / "final")
+    train("experimental/bco", tmp_path / "cut", *flags, "--resume", "auto")
+    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_a_model_that_cannot_embed(tmp_path):
+    """Nothing there, no tokenizer, no weights, weights of another shape, and an encoder with a decoder."""
+    bert = save_bert(tmp_path / "bert")
+    untold, empty, torn, halves = (tmp_path / name for name in ("untold", "empty", "torn", "halves"))
+    BertModel.from_pretrained(bert).save_pretrained(untold)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(empty)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(torn)
+    lm = BertModel.from_pretrained(bert)
+    lm.save_pretrained(torn)
+    config = json.loads((torn / "config.json").read_text())
+    (torn / "config.json").write_text(json.dumps(config | {"hidden_size": 26}))
+    AutoTokenizer.from_pretrained(bert).save_pretrained(halves)
+    T5Model(T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(halves)
+    for folder in tmp_path / "absent", untold, empty, torn, halves:
+        place = tmp_path / f"run-{folder.name}"
+        result = attempt("experimental/bco", place, "--udm", "--embedding_model", folder)
+        refused(result, place, folder.name)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import trl_parity as parity  # noqa: E402
+import trl_worker as worker  # noqa: E402
 import versus_trl as versus  # noqa: E402
 
 SHAPE = {"body": 10, "head": 7, "layers": 2, "width": 3, "parameters": 2**20}
@@ -65,6 +67,16 @@ def test_the_reference_of_kto_sees_two_completions_of_a_prompt():
     row = versus.measure(run, case, [(9, [9]), (9, [9]), (2, [1]), (3, [2])], SHAPE, MACHINE)
     assert row["limit_seconds"] == [pytest.approx((4 * (218 + 488) + 454 + 618) / 100), 0]
     assert row["tokens_per_step"] == 2 + 1 + 3 + 2  # mismatched pairs train nothing
+
+
+def test_the_teacher_of_distillation_goes_forward_once():
+    """Rows of 218 and 488 operations, three times; the teacher's layers are twice as many, of twice as many weights."""
+    case = {"method": "distillation", "steps": 2, "warm": 1, "batch": 2}
+    run = {"at": {1: (0.0, 0.0), 2: (1.0, 1.0)}, "steps": [{}] * 2, "events": []}
+    shape = SHAPE | {"teacher": {"body": 20, "head": 7, "layers": 4, "width": 3, "parameters": 2**21}}
+    row = versus.measure(run, case, [(9, [9]), (9, [9]), (2, [1]), (3, [2])], shape, MACHINE)
+    teacher = 2 * 20 * (3 + 5) + 2 * 7 * (1 + 2) + 4 * 4 * 3 * (1 + 2 + 3 + 1 + 2 + 3 + 4 + 5)
+    assert row["limit_seconds"] == [pytest.approx((3 * (218 + 488) + teacher) / 100), 0]
 
 
 def test_a_reward_model_has_no_head(tmp_path):
@@ -280,6 +292,53 @@ def test_reward_models_begin_with_one_head(fake):
     assert made["model"] == str(parity.TINY / "model")
     assert {spec["model"] for spec in fake.specs} == {made["to"]}
     assert all(command[command.index("--model") + 1] == made["to"] for command in fake.ours)
+
+
+def test_distillation_has_a_teacher_on_both_sides(fake, monkeypatch):
+    """Its weights are no memory above the models: 16 bytes for each of 1 Mi parameters, and 4 for each of its 3 Mi."""
+    case = {"method": "distillation", "rows": "long", "micro": 64, "batch": 2, "steps": 4, "warm": 1}
+    versus.CASES["first"] |= case
+    teacher = SHAPE | {"parameters": 3 * 2**20}
+    play = versus.here
+
+    def here(mode, spec, options, **more):
+        if mode == "lab":
+            folder = parity.Path(spec["to"])
+            (folder / "long").mkdir(parents=True)
+            return parity.write(folder / "long" / "demonstrations.jsonl", [{}] * 128)
+        answer = play(mode, spec, options, **more)
+        fake.teachers.append(spec["teacher"])
+        return answer | {"shape": answer["shape"] | {"teacher": teacher}}
+
+    fake.teachers = []
+    monkeypatch.setattr(versus, "here", here)
+    assert versus.main(["--only", "first", "--rounds", "1"]) == 0
+    row = next(row for row in parity.read(fake.file) if row.get("side") == "ours")
+    assert row["above_mb"] == 900 - 16 - 4 * 3 - MACHINE["imports_mb"]
+    fake.teachers += [spec["teacher"] for spec in fake.specs]
+    for command in fake.ours:
+        assert command[command.index("--lmbda") + 1] == "0"
+        fake.teachers.append(command[command.index("--teacher") + 1])
+    assert len(fake.teachers) > 5 and len(set(fake.teachers)) == 1
+    assert all(not {"lmbda", "teacher", "max_length"} & spec["config"].keys() for spec in fake.specs)
+
+
+def test_the_completions_that_trl_is_handed():
+    """Of the next rows, as the template has them after the prompt."""
+    tokenizer = SimpleNamespace(apply_chat_template=lambda chat, return_dict: {"input_ids": [*"".join(chat)]})
+    rows = [{"prompt": [prompt], "completion": [text]} for prompt, text in (("ab", "cd"), ("e", "fgh"), ("i", "j"))]
+    written, trainer = worker.given_completions(rows), SimpleNamespace(_tokenizer=tokenizer)
+    assert written(trainer, [["a", "b"], ["e"]], None, {}) == [["c", "d"], ["f", "g", "h"]]
+    assert written(trainer, [["i"]], None, {}) == [["j"]]
+    with pytest.raises(AssertionError, match="how the whole row begins"):
+        worker.given_completions(rows)(trainer, [["x"]], None, {})
+
+
+def test_orpos_first_term():
+    """The mean over pairs of - log P(chosen), whatever TRL's was."""
+    found = torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -3.0]), "logits", "logits", 9.0
+    answer = worker.with_our_first_term(lambda trainer, model, batch: found)(None, None, {})
+    assert answer[:4] == found[:4] and answer[4].item() == 2.5
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

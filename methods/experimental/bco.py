@@ -5,7 +5,8 @@ Paper   Jung et al. 2024, https://arxiv.org/abs/2404.04656
 Loss    L = - log sigmoid( +-[ r(x, y) - delta ] ),   r = beta * [ log pi(y|x) - log ref(y|x) ],   + desirable, - not
         delta: the mean of r over all rows of the run so far, those of the step too; no gradient
         --udm: undesirable rows count w(x) = p(x) / (1 - p(x)) times, p the probability that a prompt like x is a
-        desirable row's, by a logistic regression on the means of the starting policy's last hidden states over x
+        desirable row's, by a logistic regression on the means of the starting policy's last hidden states over x, or
+        those of --embedding_model
 Tokens  completions only; log pi(y|x) is the SUM over the completion's tokens, its end-of-turn token included
 Norm    mean over the rows of the optimizer step, over all micro-batches and ranks; delta too
 Models  the policy (trained), sharded with FSDP2. The reference is the policy before its first step: its log-probs are
@@ -13,12 +14,12 @@ Models  the policy (trained), sharded with FSDP2. The reference is the policy be
 Data    {prompt, completion, label}, label true or false | {prompt, chosen, rejected}, which become two rows
 Parent: methods/kto.py
 Delta:
-  args: prompt_embeddings
+  imports, args: prompt_embeddings, and a model of any kind for them
   Args.method, parse_args: beta and the density ratio, and the preset
   bco_loss, means, forward, evaluate: delta instead of the KL term
   estimate_kl, mismatched, with_one, label_balance, running_mean: no mismatched pairs; a step's rewards, for delta
   attach_reference, main.reference: one completion a row; density ratios
-  fit_classifier, attach_ratios: which undesirable rows count how much; rows of both labels
+  Embedder, fit_classifier, attach_ratios: which undesirable rows count how much; rows of both labels
   labelled: rows count alike
   main.step: delta
 Paper differences
@@ -33,7 +34,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +80,7 @@ class Args(RunFlags):
     batch_size: int = 8  # rows per optimizer step, all ranks together (TRL: 8)
     beta: float = 0.1  # pull towards the reference: larger stays closer (TRL: 0.1)
     udm: bool = False  # undesirable rows count by the density ratio of their prompts (BCO-UDM)
+    embedding_model: str = ""  # folder or hub id of another model for the prompts of --udm; none: the policy
     prompt_sample_size: int = 1024  # prompts of each label from which the density ratio is learnt (TRL: 1024)
     min_density_ratio: float = 0.5  # of a row (TRL: 0.5)
     max_density_ratio: float = 10.0  # of a row (TRL: 10)
@@ -100,7 +102,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.batches import count_scored, fit, micro_batches, order, seq_sums, share
@@ -185,6 +187,32 @@ def attach_reference(policy, groups, name, args, run):
             completion["ref_logprob"] = value
 
 
+class Embedder(torch.nn.Module):
+    """--embedding_model, any encoder or decoder of transformers, called as `prompt_embeddings` calls a policy. It is
+    whole on every rank and reads one prompt after another, with a tokenizer of its own."""
+
+    auto_class, head_config, new = AutoModel, {}, frozenset()
+
+    def __init__(self, tokenizer, args):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.reader, self.lm = load_model(AutoModel, replace(args, chat_template=""), flag="embedding_model")
+        if self.lm.config.is_encoder_decoder or len(self.reader) == len(self.reader.all_special_tokens):
+            wanted = "an encoder or a decoder, with the files of its tokenizer"  # without them it has no others
+            raise InputError(f"--embedding_model {args.embedding_model}: wanted is {wanted}.")
+
+    def forward(self, batch, want):
+        """Return (M, D): for every token of a prompt the mean of the last hidden states over the prompt's text, which
+        is in the policy's chat template, cut at the most that the model reads, and without further control tokens."""
+        means = []
+        for ids in batch["input_ids"].split(batch["cu_seqlens_q"].diff().tolist()):
+            text = self.tokenizer.decode(ids[:-1])  # the last is only predicted
+            own_ids = self.reader.encode(text, add_special_tokens=False)[: self.reader.model_max_length]
+            hidden = self.lm(ids.new_tensor([own_ids])).last_hidden_state
+            means.append(hidden.mean(1).expand(len(ids) - 1, -1))
+        return {"hidden": torch.cat(means)}
+
+
 def fit_classifier(desirable, undesirable):
     """desirable, undesirable (rows, D + 1): embeddings. Returns the weights (D + 1,) of a logistic regression in which
     both labels count as half of the rows, with half the squared norm of all weights but the last added to its loss."""
@@ -203,7 +231,7 @@ def fit_classifier(desirable, undesirable):
     return weights.detach()
 
 
-def attach_ratios(policy, train, heldout, args, run):
+def attach_ratios(policy, tokenizer, train, heldout, args, run):
     """With --udm, set the completion["density_ratio"] of undesirable rows to e to the log-odds of their prompts. Return
     a line for the plan."""
     desirable = [group for group in train if group["label"]]
@@ -211,15 +239,18 @@ def attach_ratios(policy, train, heldout, args, run):
     if not desirable or not undesirable:
         raise InputError(f"--dataset {args.dataset}: all rows have one label. Give rows of both.")
     if args.udm:
+        embedder = policy
+        if args.embedding_model:
+            embedder = load_weights(run, Embedder(tokenizer, args), flag="embedding_model")
         embeddings = []
         for rows in desirable, undesirable:
             places = order(len(rows), args.seed, 0, min(len(rows), args.prompt_sample_size))
-            embeddings.append(prompt_embeddings(run, policy, [rows[place] for place in places]))
+            embeddings.append(prompt_embeddings(run, embedder, [rows[place] for place in places]))
         weights = fit_classifier(*embeddings)
         undesirable += [group for group in heldout if not group["label"]]
         for start in range(0, len(undesirable), 1024):  # embeddings take more memory than rows
             part = undesirable[start : start + 1024]
-            ratios = (prompt_embeddings(run, policy, part) @ weights).exp()  # p / (1 - p)
+            ratios = (prompt_embeddings(run, embedder, part) @ weights).exp()  # p / (1 - p)
             for group, ratio in zip(part, ratios.clamp(args.min_density_ratio, args.max_density_ratio).tolist()):
                 group["completions"][0]["density_ratio"] = ratio
     return f"labels    {len(desirable)} of {len(train)} are true"
@@ -321,12 +352,12 @@ def main(args, run):
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=betas, eps=1e-8, fused=True)
     # ---- reference -------------------------------------------------------------------------------
+    balance = attach_ratios(policy, tokenizer, train, heldout, args, run)
     used = set(order(len(train), args.seed, 0, min(len(train), steps * args.batch_size)))
     groups_by_name = {"train": [train[row] for row in sorted(used)], "heldout": heldout}
     for name, groups in groups_by_name.items():
         if groups:
             attach_reference(policy, groups, name, args, run)  # before a checkpoint is loaded
-    balance = attach_ratios(policy, train, heldout, args, run)
     # ---- resume ----------------------------------------------------------------------------------
     models, optimizers = {"policy": policy}, {"policy": optimizer}
     resume(run, models, optimizers, tokenizer)
