@@ -206,8 +206,8 @@ class Embedder(torch.nn.Module):
         is in the policy's chat template, cut at the most that the model reads, and without further control tokens."""
         means = []
         for ids in batch["input_ids"].split(batch["cu_seqlens_q"].diff().tolist()):
-            text = self.tokenizer.decode(ids[:-1])  # the last is only predicted
-            own_ids = self.reader.encode(text, add_special_tokens=False)[: self.reader.model_max_length]
+            # The last id is only predicted.
+            own_ids = self.reader.encode(self.tokenizer.decode(ids[:-1]), add_special_tokens=False, truncation=True)
             hidden = self.lm(ids.new_tensor([own_ids])).last_hidden_state
             means.append(hidden.mean(1).expand(len(ids) - 1, -1))
         return {"hidden": torch.cat(means)}
