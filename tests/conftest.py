@@ -2,6 +2,11 @@
 
 Scripts are used as their users use them: the command line, `parse_args`, `main`, and the files that a run leaves. Each
 training run lives in a forked child, so that a kill, a signal or a patched function touches nobody else.
+
+What is shared is tested on one script, or on those that could differ; `--slow` takes all of them. It adds: kills and
+saved models of scripts without a state of their own, ten steps instead of five in their splits and other ways to cut,
+every mesh with every model, every numeric flag of every script, smoke runs as processes, signals, leftovers and
+refusals on every script, the second half of the hostile cases, all of the GPU benchmark's cases, and whole forks.
 """
 import gc
 import importlib.util

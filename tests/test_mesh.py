@@ -157,13 +157,13 @@ def make_model(kind, folder):
     (folder.parent / "trained" / "final").rename(folder)
 
 
-def run(name, model, out, mesh, batch=BATCH):
+def run(name, model, out, mesh, batch=BATCH, steps=STEPS):
     """-> the run's folder; (1, 1, 1) is one process."""
     world, replicate, tp = mesh
     out.parent.mkdir(parents=True, exist_ok=True)
     test = (ROOT / "common" / "tiny" / "test.jsonl").read_text().splitlines(keepends=True)
     (out.parent / "heldout.jsonl").write_text("".join(test[:3]))
-    flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", STEPS]
+    flags = ["--model", model, "--dataset", tiny_rows(name, out.parent / "rows.jsonl", ROWS), "--max_steps", steps]
     flags += ["--eval_dataset", out.parent / "heldout.jsonl", "--batch_size", batch, "--eval_every", 0]
     flags += ["--save_every", 0, "--learning_rate", LR[name], "--replicate_size", replicate, "--tp_size", tp]
     if name == "reward":  # of the head that 42 draws a weight strays, and every reward with it
@@ -242,9 +242,10 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
 
 
 def test_fewer_prompts_than_ranks(single, tmp_path):
-    """Two prompts a step and four ranks: one of each pair has nothing to sample, and no reward to ask for."""
+    """Two prompts a step and four ranks: one of each pair has nothing to sample, and no reward to ask for. Over five
+    steps, a rollout and the first step of the next."""
     model, _ = single("grpo", "Qwen3 tied")
-    outs = [run("grpo", model, tmp_path / name, mesh, batch=2)
+    outs = [run("grpo", model, tmp_path / name, mesh, batch=2, steps=5)
             for name, mesh in (("single", (1, 1, 1)), ("mesh", (4, 1, 2)))]
     assert not metric_differences(*(read_jsonl(out / "metrics.jsonl") for out in outs))
     assert len({json.dumps(read_jsonl(out / "samples.jsonl")) for out in outs}) == 1
