@@ -8,8 +8,10 @@ saved models of scripts without a state of their own, ten steps instead of five 
 every mesh with every model, every numeric flag of every script, smoke runs as processes, signals, leftovers and
 refusals on every script, the second half of the hostile cases, all of the GPU benchmark's cases, and whole forks.
 """
+import contextlib
 import gc
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -183,7 +185,7 @@ FAST |= {name: FAST[with_row(FAST, name)] for name in SCRIPTS}
 
 def tiny_flags(name):
     """Fast flags of a script. Four held-out rows, not its preset's 200: a test that looks at more says so."""
-    usual = ["--lr_scheduler_type", "constant", "--save_minutes", "999", "--eval_dataset", "tiny:test[:4]"]
+    usual = ["--lr_scheduler_type", "constant", "--save_minutes", "999", "--eval_rows", "4"]
     return [*usual, *FAST[name]["flags"]]
 
 
@@ -200,9 +202,8 @@ def warm_up():
     tiny = ROOT / "common" / "tiny" / "model"
     tyro.cli(int, args=["1"])
     AutoTokenizer.from_pretrained(tiny)
-    lm = AutoModelForCausalLM.from_pretrained(tiny)
-    with tempfile.TemporaryDirectory() as folder:
-        lm.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder)
 
 
 @cache

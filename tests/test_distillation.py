@@ -362,7 +362,7 @@ def test_samples_are_the_students(tmp_path):
     data = write_rows(tmp_path, *[{"prompt": json.loads(line)["prompt"]} for line in open(TINY / "prompts.jsonl")][:40])
     flags = ["--dataset", data, "--eval_dataset", f"{data}[32:]", "--max_steps", 8, "--batch_size", 8, "--lmbda", 1]
     flags += ["--beta", 1, "--learning_rate", 1e-4, "--eval_every", 0, "--save_every", 0, "--top_k", 3, "--top_p", 0.9]
-    train(NAME, tmp_path / "run", *flags)
+    train(NAME, tmp_path / "run", *flags, "--eval_rows", 8)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[0]["eval/accuracy"] is None and lines[-1]["eval/divergence"] < 0.5 * lines[0]["eval/divergence"]
     assert all(line["on_policy"] == 1 and line["sampler_gap"] < 1e-5 for line in lines[1:-1])

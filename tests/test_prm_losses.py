@@ -211,7 +211,7 @@ def test_a_model_without_such_a_head_is_refused():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 HELDOUT = 5
-FLAGS = ["--max_steps", 3, "--batch_size", 4, "--eval_every", 0, "--save_every", 0]
+FLAGS = ["--max_steps", 3, "--batch_size", 4, "--eval_every", 0, "--save_every", 0, "--eval_rows", 200]
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,8 @@ def heldout(folder, count=5):
 
 def run(folder, model, out="out", **more):
     flags = {"model": model, "dataset": tiny_rows("reward", folder / "rows.jsonl", 12), "batch_size": 4, "max_steps": 3,
-             "eval_dataset": folder / "heldout.jsonl", "eval_every": 0, "save_every": 0, "max_length": 200, **more}
+             "eval_dataset": folder / "heldout.jsonl", "eval_every": 0, "eval_rows": 200, "save_every": 0,
+             "max_length": 200, **more}
     train("reward", folder / out, *(x for name, value in flags.items() for x in (f"--{name}", value)))
     return read_jsonl(folder / out / "metrics.jsonl")
 

@@ -209,7 +209,7 @@ def test_the_student_learns_what_the_context_says(tmp_path):
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 80)
     flags = ["--dataset", f"{data}[:64]", "--eval_dataset", f"{data}[64:]", "--max_steps", 16, "--batch_size", 8]
     flags += ["--learning_rate", 2e-4, "--eval_every", 0, "--save_every", 0, "--distillation_mode", "sampled_token"]
-    train(NAME, tmp_path / "run", *flags, "--beta", 1)
+    train(NAME, tmp_path / "run", *flags, "--beta", 1, "--eval_rows", 16)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["eval/divergence"] < 0.67 * lines[0]["eval/divergence"]
     assert all(line["on_policy"] == 1 and line["sampler_gap"] < 1e-5 for line in lines[1:-1])
