@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNGS, SEEDS = ("tiny", "hard"), (0, 1, 2)
 FLOORS = {  # set before the runs
     "sft": 0.9, "dpo": 0.85, "reward": 0.9, "kto": 0.85, "grpo": 0.9, "rloo": 0.9, "distillation": 0.9,
-    "sdft": 0.2, "opsd": 0.2, "sdpo": 0.2,  # of 0.30 that its teacher has, the starting model, on the words that it knows
+    "sdft": 0.2, "opsd": 0.2, "sdpo": 0.2,  # of the 0.30 of their teacher, the starting model
 }  # fmt: skip
 SECONDS = 180  # CPU seconds of a whole run
 VERIFIED = 5  # steps that must be the same, besides the evaluation before them

@@ -19,6 +19,7 @@ from common.batches import scored_flags
 from common.divergence import divergence, divergence_slope
 from common.head import HeadGradients, row_log_probs, row_pieces
 from common.runtime.flags import InputError
+from common.runtime.model import check_config, stored_tensors
 from common.runtime.parallel import local
 
 # fp32 logits in a chunk, in numbers: 64 MiB on a CPU; 1 GiB on a GPU, enough rows to keep its matrix units busy.
@@ -262,6 +263,7 @@ class Scorer(Policy):
     """A sequence classifier of one label as a function from a flat batch to {"rewards": (S,)}, fp32. Its head `score`
     reads the last token of each completion, its end-of-turn token, as the classifier itself does."""
 
+    kind = "sequence classifier with one label"
     output = "rewards"
     new = frozenset({"score.weight"})
     auto_class = AutoModelForSequenceClassification
@@ -282,6 +284,21 @@ class Scorer(Policy):
     def plain_answer(self, lm, groups):
         """Return lm's scores (S,) of the groups, one sequence at a time."""
         return torch.cat([logits for *_, logits in plain_logits(lm, groups)])
+
+
+def load_judge(policy_class, folder, dtype):
+    """Return a policy of this class, a trained classifier's, in a folder: all of it on this rank's device. It judges,
+    and is not trained."""
+    check_config(folder, stored_tensors(folder))
+    lm, info = policy_class.auto_class.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if info["missing_keys"] or lm.config.num_labels != policy_class.head_config["num_labels"]:
+        raise ValueError(f"it is no {policy_class.kind}")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
+        device = torch.device("cuda", torch.cuda.current_device())
+    return policy_class(lm.to(device))
 
 
 def plain_logits(lm, groups):

@@ -11,16 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from common.answers import NUMBER, final_number, gold_number, last_text
 from common.batches import flat_batch, pack
 from common.data import Row, columns_of, problem
-from common.logprobs import Scorer
+from common.logprobs import Scorer, load_judge
 from common.reward_files import RewardFile
 from common.runtime.flags import HealthError, InputError, printable
 from common.runtime.health import check, streak
-from common.runtime.model import check_config, stored_tensors
 from common.runtime.parallel import agree, all_most, all_sum, layer_dtype
 from common.runtime.run import first_line, write
 from common.step_rewards import StepRewardModel, is_step_model
@@ -256,28 +254,19 @@ class RewardModel:
     def __init__(self, folder, tokens_per_microbatch, dtype, tokenizer):
         self.folder = folder
         self.budget = tokens_per_microbatch
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        check_config(folder, stored_tensors(folder))
-        lm, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if info["missing_keys"] or lm.config.num_labels != 1:
-            raise ValueError("it is no sequence classifier with one label")
+        self.model = load_judge(Scorer, folder, dtype)
         self.tokenizer = load_tokenizer(folder)
         self.stops = stop_ids(self.tokenizer)
         self.reads_ids = tokenizer.get_vocab().items() <= self.tokenizer.get_vocab().items()
         if self.reads_ids:  # the same tokens; one tokenizer may still write them otherwise
             probe = ids_of(tokenizer, "Is 3 + 4 = 7?\nYes.")
             self.reads_ids = tokenizer.decode(probe) == self.tokenizer.decode(probe)
-        self.model = Scorer(lm.to(self.device))
 
     @torch.no_grad()
     def __call__(self, prompts, completions, completion_ids, **_):
         groups = row_by_row(self.folder, self.encode, prompts, completions, completion_ids)
         for members in pack([group for group in groups if group], self.budget):
-            batch = flat_batch(members, self.device)
+            batch = flat_batch(members, self.model.lm.device)
             for completion, reward in zip(batch["completions"], self.model(batch)["rewards"].tolist()):
                 completion["reward"] = reward
         rewards = []
@@ -310,9 +299,8 @@ class RewardModel:
         if isinstance(prompt, str):
             eos = self.tokenizer.eos_token_id
             return encode_text(self.tokenizer, prompt), "", [self.stops[0] if eos is None else eos]
-        stop_pattern = "|".join(re.escape(self.tokenizer.decode([stop])) for stop in self.stops)
         messages = [*prompt, {"role": "assistant", "content": "ANSWER"}]
-        opening, turn, _ = write_turn(row, self.tokenizer, stop_pattern, None, messages, len(prompt))
+        opening, turn, _ = write_turn(row, self.tokenizer, self.stops, None, messages, len(prompt))
         lead, found, ending = turn.partition("ANSWER")
         if not found or not ending:
             raise problem(row, "the chat template writes no answer with an end", turn, "Use another reward model")

@@ -9,7 +9,7 @@ import logging
 import math
 from array import array
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +62,11 @@ class Sampler:
         else:
             sequences = []
             size = self.prompts_at_once(prompts, copies)
+            cut = {"top_k": self.top_k, "top_p": self.top_p}
             for first in range(0, len(groups), size):
                 part = slice(first, first + size)
                 noise = None if greedy else self.noise(groups[part], copies, place)
-                sequences += generate(self.lm, prompts[part], copies, noise, self.stops, args, self.top_k, self.top_p)
+                sequences += generate(self.lm, prompts[part], copies, noise, self.stops, args, **cut)
         for group in groups:
             group["completions"] = []
         for i, (ids, logprobs) in enumerate(sequences):
@@ -77,8 +78,10 @@ class Sampler:
         """Return uniform numbers (groups * copies, max_completion_length), the same however prompts are cut up."""
         args = self.run.args
         rows = []
-        for group, k in product(groups, range(copies)):
-            rows.append(uniforms((*place, group["place"], k), args.seed, args.max_completion_length))
+        for group in groups:
+            for k in range(copies):
+                of_completion = (*place, group["place"], k)
+                rows.append(uniforms(of_completion, args.seed, args.max_completion_length))
         return torch.stack(rows).to(self.run.device)
 
     def prompts_at_once(self, prompts, copies):
@@ -90,7 +93,9 @@ class Sampler:
         token_bytes = 2 * config.num_hidden_layers * heads * head_size * self.run.dtype.itemsize
         length = max(map(len, prompts)) + self.run.args.max_completion_length
         room = length + max(ROOM, length // 2)  # by which a full buffer grows
-        return int(max(1, min(len(prompts), free_bytes() / 2 / (copies * room * token_bytes))))
+        prompt_bytes = copies * room * token_bytes
+        most = free_bytes() / 2 / prompt_bytes
+        return int(max(1, min(len(prompts), most)))
 
     def start_engine(self):
         """Prepare transformers' continuous batching if --engine wants it. The script calls this when the policy is
@@ -173,14 +178,16 @@ def sample_scores(top_k, top_p, scores, output_ids):
 
 def fp32_head(head, hidden):
     """What the linear head of a model returns for hidden states (..., D), in fp32."""
-    logits = fp32_product(hidden.flatten(0, -2), head.weight).unflatten(0, hidden.shape[:-1])
+    rows = hidden.flatten(0, -2)
+    logits = fp32_product(rows, head.weight).unflatten(0, hidden.shape[:-1])
     return logits if head.bias is None else logits + head.bias
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 def uniforms(place, seed, count):
     """Return `count` float64 numbers from 0 to 1, the same for a seed and place (a tuple) on any rank, in any batch."""
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    name = repr((seed, *place))
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits are what torch takes
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
@@ -195,10 +202,11 @@ def draw(p, noise):
     target = noise[:, None] * block_sums[:, -1:]
     block = torch.searchsorted(block_sums, target).clamp(max=block_sums.shape[1] - 1)
     target = target - F.pad(block_sums, (1, 0)).gather(1, block)  # what the blocks before it leave
-    sums = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)
+    inside_block = blocks.take_along_dim(block[..., None], 1)[:, 0]
+    sums = inside_block.double().cumsum(-1)
     target = target.minimum(sums[:, -1:])
-    inside = torch.searchsorted(sums, target).clamp(max=width - 1)
-    return (block * width + inside)[:, 0]
+    place = torch.searchsorted(sums, target).clamp(max=width - 1)
+    return (block * width + place)[:, 0]
 
 
 def truncated(p, top_k, top_p):
@@ -228,9 +236,13 @@ def generate(lm, prompts, copies, noise, stops, args, top_k=0, top_p=1.0):
     logprobs = torch.zeros(ids.shape, device=lm.device)
     for t in range(args.max_completion_length):
         p = (decoding.logits.float() / args.temperature).softmax(-1)
-        tokens = p.argmax(-1) if noise is None else draw(truncated(p, top_k, top_p), noise[live, t])
+        if noise is None:
+            tokens = p.argmax(-1)
+        else:
+            tokens = draw(truncated(p, top_k, top_p), noise[live, t])
         ids[live, t] = tokens
-        logprobs[live, t] = p.gather(1, tokens[:, None])[:, 0].log()
+        token_p = p.gather(1, tokens[:, None])[:, 0]
+        logprobs[live, t] = token_p.log()
         ended = torch.isin(tokens, stop_tokens)
         if ended.all() or t + 1 == args.max_completion_length:
             break
@@ -249,13 +261,15 @@ def to_tensors(groups):
     """Return groups as a dict of tensors of one dimension: their `place` in the rollout, `lengths` of all completions,
     and ROLLOUT_FIELDS, empty where completions lack it. 8 to 16 bytes a token: its id and one to three log-probs."""
     completions = list(chain.from_iterable(group["completions"] for group in groups))
-    tensors = {
-        "place": torch.tensor([group["place"] for group in groups]).long(),
-        "lengths": torch.tensor([len(c["ids"]) for c in completions]).long(),
-    }
+    places = [group["place"] for group in groups]
+    lengths = [len(completion["ids"]) for completion in completions]
+    tensors = {"place": torch.tensor(places).long(), "lengths": torch.tensor(lengths).long()}
     for name, dtype in ROLLOUT_FIELDS.items():
-        values = [torch.as_tensor(c[name], dtype=dtype).flatten() for c in completions if name in c]
-        tensors[name] = torch.cat([torch.empty(0, dtype=dtype), *values])
+        parts = [torch.empty(0, dtype=dtype)]
+        for completion in completions:
+            if name in completion:
+                parts.append(torch.as_tensor(completion[name], dtype=dtype).flatten())
+        tensors[name] = torch.cat(parts)
     return tensors
 
 

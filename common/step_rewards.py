@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification
 from common.answers import last_text
 from common.batches import flat_batch, pack, predicted_flags
 from common.data import TEXT, Row, problem
-from common.logprobs import Policy, plain_logits
+from common.logprobs import Policy, load_judge, plain_logits
 from common.runtime.run import read_json
 from common.tokenization import control_pattern, encode_prompt, ids_of, load_tokenizer, make_group
 
@@ -55,6 +55,7 @@ class StepScorer(Policy):
     """A token classifier with two labels as a function from a flat batch to {"step_logits": (M,)}, fp32: the logit of
     label 1 minus that of label 0 at each scored token, so that the probability of label 1 is their sigmoid."""
 
+    kind = "token classifier with two labels"
     output = "step_logits"
     new = frozenset({"score.weight", "score.bias", "classifier.weight", "classifier.bias"})
     auto_class = AutoModelForTokenClassification
@@ -105,20 +106,12 @@ class StepRewardModel:
         folder = name.removesuffix(MEAN)
         self.takes_mean = name.endswith(MEAN)
         self.budget = tokens_per_microbatch
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():  # with its number: the thread that judges has a current device of its own, 0
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        lm, info = AutoModelForTokenClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        if info["missing_keys"] or lm.config.num_labels != 2:
-            raise ValueError("it is no token classifier with two labels")
-        self.separator = getattr(lm.config, "step_separator", None)
+        self.model = load_judge(StepScorer, folder, dtype)
+        self.separator = getattr(self.model.lm.config, "step_separator", None)
         if not isinstance(self.separator, str):
             raise ValueError('its config.json does not say what parts steps, "step_separator": "\\n" for one')
         self.tokenizer = load_tokenizer(folder)
         self.separator_ids = separator_ids(self.tokenizer, self.separator)
-        self.model = StepScorer(lm.eval().to(self.device))
 
     def steps_of(self, text):
         """Return the steps of a completion's text."""
@@ -132,7 +125,7 @@ class StepRewardModel:
             row = Row(prompt=prompt, completions=self.steps_of(last_text(completion)))
             groups.append(encode_steps(row, self.tokenizer, (), self.separator_ids))
         for members in pack(groups, self.budget):
-            batch = flat_batch(members, self.device)
+            batch = flat_batch(members, self.model.lm.device)
             counts = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).tolist()
             probabilities = self.model(batch)["step_logits"].sigmoid().split(counts)
             for completion, steps in zip(batch["completions"], probabilities):

@@ -100,10 +100,11 @@ def end_of_turn(message, text, stop_pattern):
     return stop.end() if stop else None
 
 
-def write_turn(row, tokenizer, stop_pattern, options, messages, turn):
+def write_turn(row, tokenizer, stops, options, messages, turn):
     """Return the text before messages[turn], the text of this turn to its stop token, and facts about them. The first
     is what inference renders; where the template writes a turn otherwise than it opens one (with reasoning in a block
     that the opening has closed), it ends where the two differ."""
+    stop_pattern = "|".join(re.escape(tokenizer.decode([stop])) for stop in stops)
     earlier, message = messages[:turn], messages[turn]
     before = render(row, tokenizer, options, earlier, True)
     whole = render(row, tokenizer, options, messages[: turn + 1], False)

@@ -5,12 +5,13 @@ from array import array
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
+from operator import itemgetter
 from os.path import commonprefix, isfile  # Path's own raises where a name is too long
 from pathlib import Path
 
 from common.batches import predicted_flags
 from common.data import Row, columns_of, problem
-from common.runtime.flags import COMMON, InputError
+from common.runtime.flags import COMMON, InputError, spelled_out
 from common.templates import render, write_turn
 
 
@@ -73,7 +74,9 @@ def stop_ids(tokenizer, generation_config=None):
         control = {added.content: token for token, added in tokenizer.added_tokens_decoder.items()}
         pattern = "|".join(re.escape(text) for text in control if text.strip())
         ending = re.search(f"(?:{pattern})+", after_answer if answer else "")  # some write no content that is a string
-        ids = [control[text] for text in re.findall(pattern, ending.group())] if pattern and ending else []
+        ids = []
+        if pattern and ending:
+            ids = [control[text] for text in re.findall(pattern, ending.group())]
         if not stops.intersection(ids):  # Command ends an answer, then the turn, and its eos is the second
             stops.update(ids[:1])
     if not stops:
@@ -114,11 +117,12 @@ def encode_apart(tokenizer, ids, text):
     """Return ids of the text that decode to it behind the ids, which stay as they are. SentencePiece writes a blank
     before a text that is encoded alone, so the text is encoded behind a lead, too, which is taken off again."""
     alone = ids_of(tokenizer, text)
-    shown = "".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, alone))
+    as_it_is = {"clean_up_tokenization_spaces": False}
+    shown = tokenizer.decode(ids, **as_it_is) + tokenizer.decode(alone, **as_it_is)
     for lead in ("", "\n", ".", "a"):
         begin, found = ids_of(tokenizer, lead), ids_of(tokenizer, lead + text)
         rest = found[len(begin) :]
-        both = tokenizer.decode(ids + rest, clean_up_tokenization_spaces=False)
+        both = tokenizer.decode(ids + rest, **as_it_is)
         if found[: len(begin)] == begin and both == shown:
             return rest
     return alone  # from a tokenizer that joins texts by blanks, as WordPiece
@@ -157,7 +161,9 @@ def control_pattern(tokenizer):
 def text_facts(tokenizer, prompt, answer=""):
     """Return {"spelled"} if a control token stands in the text, save BOS before it and EOS after it; else {"plain"} if
     there is a prompt that the tokenizer's chat template could write."""
-    text = (prompt + answer).removeprefix(tokenizer.bos_token or "").removesuffix(tokenizer.eos_token or "")
+    text = prompt + answer
+    text = text.removeprefix(tokenizer.bos_token or "")
+    text = text.removesuffix(tokenizer.eos_token or "")
     if control_pattern(tokenizer).search(text):
         return {"spelled"}
     return {"plain"} if prompt and tokenizer.chat_template else set()
@@ -189,16 +195,17 @@ def encode_chat(row, prompt, answer, tokenizer, stops, options, scope):
     group if the template only ever appends, else one a turn, as it is at inference, marked "split". A message with
     weight 0 or train false is not scored."""
     messages = answer if answer[: len(prompt)] == prompt else prompt + answer  # some data repeat the prompt
-    turns = [k for k in range(max(len(prompt), 1), len(messages)) if messages[k]["role"] == "assistant"]
+    first = max(len(prompt), 1)
+    turns = [k for k in range(first, len(messages)) if messages[k]["role"] == "assistant"]
     if not turns or (prompt and turns[0] != len(prompt)):
         raise problem(row, "no assistant turn after the prompt", messages, "Let an assistant's message follow a user's")
-    turns = [k for k in turns if messages[k].get("weight") != 0 and messages[k].get("train") is not False]
+    turns = [k for k in turns if messages[k].get("weight") != 0]
+    turns = [k for k in turns if messages[k].get("train") is not False]
     if not turns:
         return [make_group(row, [], [])]  # without a scored token: dropped and counted
     if scope == "last":
         turns = turns[-1:]
-    stop_pattern = "|".join(re.escape(tokenizer.decode([stop])) for stop in stops)
-    parts = [write_turn(row, tokenizer, stop_pattern, options, messages, turn) for turn in turns]
+    parts = [write_turn(row, tokenizer, stops, options, messages, turn) for turn in turns]
     last_opening, last_text, _ = parts[-1]
     whole = last_opening + last_text
     facts = chat_facts(tokenizer, messages)
@@ -257,8 +264,10 @@ def encode_preference(row, tokenizer, stops, template_kwargs=None):
         length, shorter = 0, min(len(chosen), len(rejected))
         while length < shorter and chosen[length] == rejected[length]:
             length += 1
-        # A completion needs a message; a space goes with the word after it.
-        length = min(length, shorter - 1) if isinstance(chosen, list) else len(chosen[:length].removesuffix(" "))
+        if isinstance(chosen, list):
+            length = min(length, shorter - 1)  # a completion needs a message
+        else:
+            length = len(chosen[:length].removesuffix(" "))  # a space goes with the word after it
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
         if prompt == []:
             raise problem(row, "chosen and rejected begin with no common message", chosen, "Add a column prompt")
@@ -306,7 +315,7 @@ def visible_text(tokenizer, ids, limit):
     text = tokenizer.decode(list(ids), skip_special_tokens=False)
     if len(text) > limit:
         text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return spelled_out(text)
 
 
 def token_picture(group, tokenizer, color=True):
@@ -318,8 +327,8 @@ def token_picture(group, tokenizer, color=True):
     for completion in group["completions"]:
         if len(group["completions"]) > 1:
             picture += "\n  "
-        flags = predicted_flags(group, completion)
-        for is_scored, pairs in groupby(zip(completion["ids"], flags), key=lambda pair: pair[1]):
+        tokens = zip(completion["ids"], predicted_flags(group, completion))
+        for is_scored, pairs in groupby(tokens, key=itemgetter(1)):
             text = visible_text(tokenizer, [token for token, _ in pairs], limit=1600)
             picture += (green if is_scored else plain).format(text)
     return picture

@@ -35,8 +35,10 @@ else:
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import tyro
 from test_copies import load
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.runtime.launch import setup
@@ -62,6 +64,23 @@ def changes_the_loop(name):
 # smoke test show that the loss fits it; the other cases would only test the parent again.
 LOOPS = [name for name in SCRIPTS if changes_the_loop(name)]
 STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same text in all (test_copies), and slow
+
+
+def lines_of_state(path):
+    """The lines of a script that say what a checkpoint holds: models and run.state."""
+    lines = [line.strip() for line in (ROOT / path).read_text().splitlines()]
+    return {line for line in lines if "run.state" in line or "models[" in line or line.startswith("models")}
+
+
+def keeps_state(name):
+    """Does a script save anything that its parent does not, a second model or a number of its own?"""
+    path = f"methods/{name}.py"
+    parent = PARSED[path].parent
+    return parent == "none" or not lines_of_state(path) <= lines_of_state(parent)
+
+
+# Killed and resumed at every turn; of the others one resume is compared (test_smoke), and with --slow they are, too.
+STATEFUL = [name for name in SCRIPTS if name in STABLE or keeps_state(name)]
 
 # Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
 # visits every branch that splits, saves or resumes (grpo: two optimizer steps from each of two prompts' halves of a
@@ -158,8 +177,9 @@ FAST |= {name: FAST[with_row(FAST, name)] for name in SCRIPTS}
 
 
 def tiny_flags(name):
-    """Fast flags of a script."""
-    return ["--lr_scheduler_type", "constant", "--save_minutes", "999", *FAST[name]["flags"]]
+    """Fast flags of a script. Four held-out rows, not its preset's 200: a test that looks at more says so."""
+    usual = ["--lr_scheduler_type", "constant", "--save_minutes", "999", "--eval_dataset", "tiny:test[:4]"]
+    return [*usual, *FAST[name]["flags"]]
 
 
 def tiny_rows(name, path, count, start=0):
@@ -170,8 +190,20 @@ def tiny_rows(name, path, count, start=0):
 
 
 @cache
+def warm_up():
+    """What tyro and transformers build and import at their first use, done here once and not in every fork."""
+    tiny = ROOT / "common" / "tiny" / "model"
+    tyro.cli(int, args=["1"])
+    AutoTokenizer.from_pretrained(tiny)
+    lm = AutoModelForCausalLM.from_pretrained(tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        lm.save_pretrained(folder)
+
+
+@cache
 def script(name):
     """The module of methods/<name>.py under a name of its own. Importing one parses no flags."""
+    warm_up()
     spec = importlib.util.spec_from_file_location("script_" + name.replace("/", "_"), METHODS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -186,9 +218,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only")
+    config.option.loadscopereorder = False  # xdist would start with the files of most tests, which are not the longest
+
+
+LONGEST = ["test_split", "test_resume", "test_smoke", "test_mesh", "test_alerts", "test_bad_input", "test_hangs",
+           "test_faults", "test_hostile", "test_rewards"]  # first, so that no worker is left alone with one
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)

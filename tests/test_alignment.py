@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common.alignment import Aligner, equal_spans, teacher_batch, token_bytes
 from common.batches import flat_batch
+from common.experimental.alignment import Aligner, equal_spans, teacher_batch, token_bytes
 
 TINY = ROOT / "common" / "tiny"
 

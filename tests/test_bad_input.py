@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, try_train
+from conftest import PARSED, ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, try_train
 
 from common.runtime import checkpoint, launch
 from common.runtime.flags import STOP
@@ -149,10 +149,15 @@ def numbers(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_numbers_that_make_no_sense(name):
-    """All of them in one child: parsing is all it takes."""
+def test_numbers_that_make_no_sense(name, request):
+    """All of them in one child: parsing is all it takes. Of an experimental script those that its parent has not, and
+    with --slow the others, too."""
     tried, accepted = list(numbers(name)), []
     assert len(tried) > 30
+    if name not in STABLE and not request.config.getoption("--slow"):
+        parent = PARSED[f"methods/{name}.py"].parent.removeprefix("methods/").removesuffix(".py")
+        inherited = [] if parent == "none" else list(numbers(parent))
+        tried = [number for number in tried if number not in inherited]
 
     def patch(module):
         for flag, value in tried:

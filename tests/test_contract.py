@@ -148,7 +148,8 @@ def contract(name):
     """What methods/NAME.py promises, found out from its code and from a run of three steps."""
     module = script(name)
     codes = set()
-    for path in METHODS / f"{name}.py", *(ROOT / "common").rglob("*.py"):
+    shared = (path for path in (ROOT / "common").rglob("*.py") if path.parent.name != "experimental")
+    for path in METHODS / f"{name}.py", *shared:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and re.fullmatch(r"[A-Z]+\d{3}", str(node.value)):
                 codes.add(node.value)

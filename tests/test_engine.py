@@ -91,9 +91,9 @@ def test_the_loop_fits_into_the_free_memory(greedy, monkeypatch):
         peaks[-1] = max(peaks[-1], sum(buffer.nbytes for cohort in self.cohorts for buffer in cohort.cache.values()))
         return found
 
-    def begun(*rest):
+    def begun(*rest, **cut):
         peaks.append(0)
-        return generate(*rest)
+        return generate(*rest, **cut)
 
     monkeypatch.setattr(decoding.FlatDecoder, "remember", counted)
     monkeypatch.setattr(sampling, "generate", begun)

@@ -14,9 +14,9 @@ from test_distillation import BETAS, CLOSE, FIXTURE, PLAIN, TINY, expected_norm,
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import spans as subject
-from common.alignment import span_rows
-from common.spans import OtherTeacher, SpanPolicy
+from common.experimental import spans as subject
+from common.experimental.alignment import span_rows
+from common.experimental.spans import OtherTeacher, SpanPolicy
 
 NAME = "experimental/gold"
 ONE_STEP = ["--max_steps", 1, "--batch_size", 5, "--eval_every", 0, "--save_every", 0, "--eval_dataset", ""]
@@ -181,6 +181,7 @@ def test_the_student_comes_nearer(tmp_path):
     """On its own samples, from a teacher with other tokens."""
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 64)
     flags = ["--dataset", data, "--max_steps", 12, "--batch_size", 16, "--learning_rate", 2e-4, "--lmbda", 1]
+    flags += ["--eval_dataset", "tiny:test[:64]"]
     train(NAME, tmp_path / "run", *flags, "--eval_every", 0, "--save_every", 0, "--num_generations", 1)
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["eval/divergence"] < 0.9 * lines[0]["eval/divergence"]

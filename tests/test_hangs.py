@@ -82,9 +82,9 @@ def test_a_dead_rank_is_named_after_a_signal(tmp_path, monkeypatch):
             module.clip_grad_norm = signalled
 
     flags = ["--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 6), "--batch_size", 2, "--max_steps", 4]
-    results = try_train("sft", tmp_path / "run", *flags, "--ddp_timeout", 20, world=2, patch=patch)
+    results = try_train("sft", tmp_path / "run", *flags, "--ddp_timeout", LIMIT, world=2, patch=patch)
     lines = [line for line in results[0].log.splitlines() if line.startswith("error: step 2: no progress for")]
-    assert len(lines) == 2 and "1 s since a signal to stop" in lines[0] and "20 s" in lines[1]
+    assert len(lines) == 2 and "1 s since a signal to stop" in lines[0] and f"{LIMIT} s" in lines[1]
     for line in lines:
         assert "rank 1 does not answer" in line and "rank 0 is in" in line
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import METHODS, ROOT
 
-SEED, ROUNDS = 11, 4  # of one case per family and round; the scripts take turns
+SEED, ROUNDS = 11, 4  # of one case per family and round, half of them with --slow; the scripts take turns
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,10 @@ LATER = "pipes links neighbours strangers failing spellings teachers experimenta
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *LATER])
-def test_a_slice_ends_as_asked(hostile, family):
+def test_a_slice_ends_as_asked(hostile, family, request):
     assert list(hostile.FAMILIES) == [*FAMILIES, *LATER]
-    for turn in range(2 if family in LATER else ROUNDS):
+    rounds = 2 if family in LATER else ROUNDS
+    for turn in range(rounds if request.config.getoption("--slow") else rounds // 2):
         row, _ = hostile.attempt(number(hostile, family, turn), SEED, hostile.root, via="fork")
         assert row["family"] == family
         assert row["ok"], row

@@ -62,7 +62,7 @@ def test_the_student_comes_nearer(tmp_path):
     """Twelve steps from samples alone: the divergence from the teacher falls, and the estimate of it is one."""
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 64)
     flags = ["--dataset", data, "--max_steps", 12, "--batch_size", 16, "--learning_rate", 2e-4, "--top_p", 1]
-    train(NAME, tmp_path / "run", *flags, "--eval_every", 0, "--save_every", 0)
+    train(NAME, tmp_path / "run", *flags, "--eval_every", 0, "--save_every", 0, "--eval_dataset", "tiny:test[:64]")
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["eval/divergence"] < 0.8 * lines[0]["eval/divergence"]
     first = lines[1]

@@ -102,7 +102,7 @@ def test_without_a_future_it_is_the_divergence():
 def test_the_student_comes_nearer(tmp_path):
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 32)
     flags = ["--dataset", data, "--max_steps", 8, "--batch_size", 8, "--learning_rate", 2e-4]
-    train(NAME, tmp_path / "run", *flags, "--eval_every", 0, "--save_every", 0, "--eval_rows", 16)
+    train(NAME, tmp_path / "run", *flags, "--eval_every", 0, "--save_every", 0, "--eval_dataset", "tiny:test[:16]")
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["eval/divergence"] < 0.8 * lines[0]["eval/divergence"]
 

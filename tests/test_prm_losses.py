@@ -339,6 +339,7 @@ def test_folders_that_are_no_step_models(trained, tmp_path):
         three: "two labels",
         edited(trained.final, tmp_path / "mute", step_separator=None): "step_separator",
         edited(trained.final, tmp_path / "odd", step_separator="\u00e9"): "--step_separator",
+        edited(trained.final, tmp_path / "deep", num_hidden_layers=10**9): "num_hidden_layers",  # never built
         f"{TINY}:mean": "reward model",
     }
     for number, (folder, needle) in enumerate(cases.items()):

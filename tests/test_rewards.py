@@ -889,28 +889,29 @@ def test_a_reward_process_has_one_thread(monkeypatch, tmp_path):
 # ---- what a function may return --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def evaluates(tmp_path_factory):
+    """One process of a reward file for all expressions: its imports take a second."""
+    path = tmp_path_factory.mktemp("evaluates") / "mine.py"
+    path.write_text("import numpy as np, torch\ndef reward(prompts, completions, text, **_):\n    return eval(text)")
+    one = RewardFile(f"{path}:reward", 60, 0)
+    yield one
+    one.stop()
+
+
 @pytest.mark.parametrize("values", [
     "np.array([0.5, 2])", "np.array([0.5, 2], np.float32)", "[np.float32(0.5), np.int64(2)]", "torch.tensor([0.5, 2])",
     "[torch.tensor(0.5), torch.tensor([2])]", "torch.tensor([0.5, 2.0], dtype=torch.bfloat16)", "(0.5, 2)",
     "[np.array(0.5), 2]", "[np.float64(0.5), None]", "np.array([0.5, np.nan])",
 ])  # fmt: skip
-def test_numbers_of_numpy_and_torch(values, tmp_path):
+def test_numbers_of_numpy_and_torch(values, evaluates):
     """As TRL allows them, also where the function runs in a process of its own."""
-    path = tmp_path / "mine.py"
-    head = "import numpy as np, torch\ndef reward(prompts, completions, **_):\n    return "
-    path.write_text(head + values)
-    one = RewardFile(f"{path}:reward", 60, 0)
-    assert repr(one(**TWO)) in ("[0.5, 2.0]", "[0.5, None]", "[0.5, nan]")
-    one.stop()
+    assert repr(evaluates(**TWO, text=values)) in ("[0.5, 2.0]", "[0.5, None]", "[0.5, nan]")
 
 
 @pytest.mark.parametrize("values", ["np.ones((2, 1))", "np.ones(3)", "np.float32(1)", "torch.ones(2, 2)"])
-def test_arrays_of_another_shape(values, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(f"import numpy as np, torch\ndef reward(prompts, completions, **_):\n    return {values}")
-    one = RewardFile(f"{path}:reward", 60, 0)
-    assert one(**TWO) is None
-    one.stop()
+def test_arrays_of_another_shape(values, evaluates):
+    assert evaluates(**TWO, text=values) is None
 
 
 LENGTHS = {"completions": ["#### 1"] * 3 + ["#### 2"] * 4 + ["#### 1"], "max_completion_length": 20}

@@ -188,7 +188,7 @@ def test_three_teachers(tmp_path):
         torch.testing.assert_close(saved[3][name].double(), fourth, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ("live", "ema"))
+@pytest.mark.parametrize("kind", ("live", pytest.param("ema", marks=pytest.mark.slow)))  # ema's split is test_split's
 def test_ranks_and_micro_batches_change_nothing(kind, tmp_path):
     """The head is whole on every rank, and moves: two ranks in small pieces against one process in one."""
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 8)

@@ -12,9 +12,10 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SCRIPTS, once, script, tiny_flags, tiny_rows, with_row
+from conftest import METHODS, ROOT, SCRIPTS, STATEFUL, once, script, tiny_flags, tiny_rows, train, with_row
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
+from test_resume import assert_equal, interrupted
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
     GenerationConfig,
@@ -164,16 +165,20 @@ def test_help(name, tmp_path):
 # ---- three steps ---------------------------------------------------------------------------------
 
 
+def three_steps(name, folder):
+    data = tiny_rows(name, folder / "rows.jsonl", 12)
+    flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
+    return [*flags, "--max_steps", 3, "--save_every", 1, "--keep_last", 2]
+
+
 @pytest.fixture(scope="module", params=SCRIPTS)
 def ran(request, tmp_path_factory):
     """`python methods/x.py`: three steps, an evaluation after the second, two checkpoints kept, in an empty folder."""
     name, folder = request.param, tmp_path_factory.mktemp("smoke")
-    data = tiny_rows(name, folder / "rows.jsonl", 12)
-    flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
-    flags += ["--max_steps", 3, "--save_every", 1, "--keep_last", 2]
+    flags = three_steps(name, folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     argv = command(name, *tiny_flags(name), *flags)
-    if name in ("sft", "grpo") or request.config.getoption("--slow"):
+    if name == "sft" or request.config.getoption("--slow"):
         result = subprocess.run(argv, capture_output=True, text=True, cwd=folder, env=environment, timeout=180)
         assert (result.returncode, result.stderr) == (0, "")
         return name, folder / "runs" / name.rpartition("/")[2], result.stdout
@@ -185,6 +190,17 @@ def ran(request, tmp_path_factory):
     result = leave(name, *argv[2:], patch=as_typed)  # in a fork, which saves the seconds of the imports
     assert (result.code, result.err) == (0, "")
     return name, folder / "runs" / name.rpartition("/")[2], result.out
+
+
+def test_a_resumed_run_ends_alike(ran, tmp_path):
+    """Step 3 once more, from the checkpoint of step 2, to the same bytes: what steps leave behind in the script's own
+    variables is saved, or is not needed. Scripts that keep a state are killed at every turn (test_resume)."""
+    name, out, _ = ran
+    if name in STATEFUL:
+        return
+    again = interrupted(out, tmp_path / "run", 2)
+    train(name, again, *three_steps(name, out.parents[1]), "--resume", "auto")
+    assert_equal(again, out, steps=[3])
 
 
 def test_the_files_of_a_run(ran):
@@ -314,7 +330,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     """The real process, interrupted in its first step; a second Ctrl-C leaves at once."""
     for signals, code in (1, 4), (2, 130):
         out = tmp_path / str(code)
-        flags = ["--max_steps", 500, "--eval_dataset", "", "--output_dir", out, "--batch_size", 256]
+        flags = ["--max_steps", 500, "--eval_dataset", "", "--output_dir", out, "--batch_size", 128]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command("sft", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                    env=environment, cwd=tmp_path)  # fmt: skip
@@ -348,7 +364,9 @@ FORBIDDEN = {
 
 
 def sources():
-    return [*METHODS.rglob("*.py"), *sorted((ROOT / "common").glob("*.py")), *(ROOT / "common/runtime").glob("*.py")]
+    folders = "common", "common/runtime", "common/experimental"
+    shared = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return [*METHODS.rglob("*.py"), *shared]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.stem)
@@ -398,24 +416,32 @@ def test_importing_a_script_runs_nothing(name, tmp_path):
 # ---- python -O and -OO -----------------------------------------------------------------------------------------------
 
 
-def run_python(level, name, *flags):
-    command = [sys.executable, level, METHODS / f"{name}.py", *flags]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture(scope="module")
+def run_python(tmp_path_factory):
+    """`python -OO methods/x.py`: no asserts and no docstrings. Bytecode is kept: compiling torch takes ten seconds."""
+    environment = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path_factory.mktemp("bytecode"))}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def run(name, *flags):
+        argv = [sys.executable, "-OO", METHODS / f"{name}.py", *flags]
+        return subprocess.run([*map(str, argv)], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    return run
 
 
-def test_without_docstrings(tmp_path):
+def test_without_docstrings(run_python, tmp_path):
     """-OO removes them, and transformers stops at a class that has none; --help has only the flags to show."""
     flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 8), "--eval_rows", 2]
-    done = run_python("-OO", "sft", *flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    done = run_python("sft", *flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
-    shown = run_python("-OO", "sft", "--help")
+    shown = run_python("sft", "--help")
     assert shown.returncode == 0 and "--learning-rate" in shown.stdout.replace("_", "-"), shown.stderr
 
 
-def test_a_language_model_is_no_reward_model_under_o(tmp_path):
+def test_a_language_model_is_no_reward_model_under_o(run_python, tmp_path):
     """What guards must be there where asserts are gone."""
     model = ROOT / "common" / "tiny" / "model"
-    done = run_python("-O", "grpo", "--reward", model, "--max_steps", 1, "--output_dir", tmp_path / "out")
+    done = run_python("grpo", "--reward", model, "--max_steps", 1, "--output_dir", tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert f"error: --reward {model}: it is no sequence classifier with one label" in done.stderr

@@ -21,7 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last one i
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
 # Counts that 0 turns off.
 MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps", "top_k", "loss_top_k")
-MAY_BE_NEGATIVE = ("seed", "reward_bar", "success_reward_threshold")  # the seed has a check of its own
+MAY_BE_NEGATIVE = ("seed", "reward_bar", "success_reward_threshold")
 SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
 
 
@@ -40,7 +40,7 @@ class Preempted(Exception):
 
 
 class PlanOnly(Exception):
-    exit_code = 0  # --max_steps 0: the plan was shown
+    """--max_steps 0: the plan was shown, and the run is done."""
 
 
 @dataclass
@@ -79,9 +79,8 @@ class RunFlags:
             if not least <= value <= most:  # false for nan, too
                 raise InputError(f"--{name} {value}: must be a number from {least} to {most}.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            text = "Its gradients vanish without loss scaling; bfloat16 has the range of float32."
-            reason = text if self.dtype in ("float16", "fp16") else "Give auto, float32 or bfloat16."
-            raise InputError(f"--dtype {self.dtype}: {reason}")
+            fix = "Give auto, float32 or bfloat16: float16's gradients vanish without loss scaling."
+            raise InputError(f"--dtype {self.dtype}: {fix}")
         try:
             dict(**json.loads(getattr(self, "chat_template_kwargs", "{}")))  # a TypeError for all but an object
         except (TypeError, ValueError, RecursionError):

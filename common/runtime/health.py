@@ -52,7 +52,8 @@ def streak(counts, name, holds):
 def spread_gap(values, expected):
     """Return the mean difference of two tensors over the standard deviation of what is expected: a gap that means the
     same for every model. The floor is for models whose outputs are all but equal."""
-    gap = (values - expected).abs().mean() / expected.std().clamp(min=1e-2)
+    spread = expected.std().clamp(min=1e-2)
+    gap = (values - expected).abs().mean() / spread
     return gap.item()
 
 
@@ -74,7 +75,9 @@ def check_data(run, groups, counts, tokenizer, generation_config, stops):
     fix = ("--max_length", run.args.max_length, counts["longest"])
     check_share(run, "DATA005", counts["overlong"], rows, "rows exceed --max_length", warn=0.01, error=0.2, fix=fix)
     known = generation_config.eos_token_id
-    new = set(stops).difference(known if isinstance(known, list) else [known])
+    if not isinstance(known, list):
+        known = [known]
+    new = set(stops).difference(known)
     check(run, "DATA006", 0, "tokens", len(new), "stop tokens the generation config lacks: saved ones get them", warn=0)
     text = "rows are plain text, and this model has a chat template, which they do not go through"
     check_marks(run, "DATA007", groups, "plain", text, warn=0, fix=("--as_chat", False, True))
@@ -96,8 +99,9 @@ def check_share(run, code, part, whole, message, **limits):
 
 def check_marks(run, code, groups, mark, message, **limits):
     """Check the share of rows with a group that encoding has marked."""
+    rows = {group["row"] for group in groups}
     marked = {group["row"] for group in groups if mark in group}
-    check_share(run, code, len(marked), len({group["row"] for group in groups}), message, **limits)
+    check_share(run, code, len(marked), len(rows), message, **limits)
 
 
 def starts_wrong(group, tokenizer):
@@ -169,6 +173,7 @@ def check_counts(run, step, policy, groups, num_tokens):
     norm = gradient_norm(run, policy.parameters())
     check(run, "TRAIN003", step, "clipped norm", norm, "clipping did not clip", error=limit)
     packs = pack(groups, run.args.tokens_per_microbatch)
-    (scored,) = all_sum(run, sum(len(flat_batch(members)["labels"]) for members in packs))
+    num_labels = sum(len(flat_batch(members)["labels"]) for members in packs)
+    (scored,) = all_sum(run, num_labels)
     text = "the denominator is not the number of scored tokens"
     check(run, "TRAIN003", step, "tokens too many", abs(scored - num_tokens), text, error=0)

@@ -221,9 +221,8 @@ def launch(main, args, script):
         run = setup(args, script)
         for number in STOP_SIGNALS:
             signal.signal(number, partial(on_stop, run, os.getpid()))
-        main(args, run)
-        code = 0
-    except PlanOnly:
+        with suppress(PlanOnly):
+            main(args, run)
         code = 0
     except (MemoryError, RuntimeError, OSError, InputError, HealthError, Preempted) as e:
         if run and run.bar:

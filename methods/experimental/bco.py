@@ -105,8 +105,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.batches import count_scored, fit, micro_batches, order, prompt_embeddings, seq_sums, share
+from common.batches import count_scored, fit, micro_batches, order, seq_sums, share
 from common.data import fingerprint, load_rows, problem
+from common.experimental.embeddings import prompt_embeddings
 from common.logprobs import Policy
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop, uncached
 from common.runtime.encoding import encode_rows
@@ -205,8 +206,8 @@ class Embedder(torch.nn.Module):
         is in the policy's chat template, cut at the most that the model reads, and without further control tokens."""
         means = []
         for ids in batch["input_ids"].split(batch["cu_seqlens_q"].diff().tolist()):
-            text = self.tokenizer.decode(ids[:-1])  # the last is only predicted
-            own_ids = self.reader.encode(text, add_special_tokens=False)[: self.reader.model_max_length]
+            # The last id is only predicted.
+            own_ids = self.reader.encode(self.tokenizer.decode(ids[:-1]), add_special_tokens=False, truncation=True)
             hidden = self.lm(ids.new_tensor([own_ids])).last_hidden_state
             means.append(hidden.mean(1).expand(len(ids) - 1, -1))
         return {"hidden": torch.cat(means)}

@@ -137,9 +137,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common.alignment import Aligner, check_lost, teacher_batch
 from common.batches import count_scored, fit, micro_batches, order, share
 from common.data import fingerprint, load_rows, problem
+from common.experimental.alignment import Aligner, check_lost, teacher_batch
+from common.experimental.spans import OtherTeacher, SpanPolicy
 from common.logprobs import Policy
 from common.rewards import accuracy, heldout_metrics, sample_and_judge, write_samples
 from common.runtime.checkpoint import check_resume, finish, resume, save_or_stop
@@ -151,7 +152,6 @@ from common.runtime.parallel import all_sum, clip_grad_norm, full, local, param_
 from common.runtime.parallel import tensor_parallel
 from common.runtime.run import is_due, log, log_eval, performance, print_plan, schedule, show_groups
 from common.sampling import Sampler, gather_groups, uniforms
-from common.spans import OtherTeacher, SpanPolicy
 from common.tokenization import encode_demonstration, encode_prompt, stop_ids
 
 

@@ -1,4 +1,4 @@
-"""How far a student is from a teacher with another tokenizer, at spans of tokens (common/alignment.py), chunk by chunk.
+"""How far a student is from a teacher with another tokenizer, at spans of tokens (alignment.py), chunk by chunk.
 
 A span of the student's tokens y_1 .. y_n has the masses P(v) = p(v) prod_j p(y_j), v all tokens of its vocabulary: p(v)
 is the distribution at one place, the base, and the product is over the conditional probabilities of the tokens at the
