@@ -3425,7 +3425,8 @@ MODULES, WHOLE = {}, {}
 
 def source(name):
     """The path of a script, relative to the repository."""
-    return f"methods/experimental/{name}.py" if name in LATER_SCRIPTS else f"methods/{name}.py"
+    path = f"methods/{name}.py"
+    return path if (ROOT / path).is_file() else f"methods/experimental/{name}.py"
 
 
 def load(name):

@@ -9,10 +9,10 @@ The scripts on a real model and real data, on the CPU: SmolLM2-135M-Instruct and
 
 Parts: sft, dpo, cold, grpo, grpo_gsm8k, reward and kto run one script each and leave run.json and metrics.jsonl in
 benchmarks/results/smollm2-<part>/. A part that was stopped goes on where it was; one that is finished is skipped.
-orpo, simpo and distillation are experimental scripts: the first two take dpo's pairs, steps and learning rate; in the
-last a student of every second layer of SmolLM2 (made here, in DIR/half of --work) learns from SmolLM2 on its own
-completions of GSM8K questions. It writes no stop token at first, so --allow GRPO002. GSM8K accuracy is 0 throughout and
-says nothing; the held-out divergence does.
+orpo and simpo, experimental scripts, take dpo's pairs, steps and learning rate. In distillation a student of every
+second layer of SmolLM2 (made here, in DIR/half of --work) learns from SmolLM2 on its own completions of GSM8K
+questions. It writes no stop token at first, so --allow GRPO002. GSM8K accuracy is 0 throughout and says nothing; the
+held-out divergence does.
 SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT on the tiny
 lab's demonstrations: groups then hold right and wrong answers.
 
