@@ -85,7 +85,7 @@ def test_layers_are_bfloat16_and_all_else_is_float32(world, tmp_path):
         assert seen["beyond bfloat16"]
 
 
-@pytest.mark.parametrize("world", (1, 2))
+@pytest.mark.parametrize("world", (pytest.param(1, marks=pytest.mark.slow), 2))
 @pytest.mark.parametrize("name", STABLE)
 def test_healthy_run(name, world, tmp_path):
     """Exit code 0 (train sees to it) and no alert. The weights move in steps that bfloat16 would lose."""
