@@ -237,10 +237,15 @@ def test_results(path):
 
 @pytest.mark.parametrize("rung", ladder.RUNGS)
 def test_all_start_from_the_same_model(rung):
-    """But for scores, whose heads are drawn by the seed. 0.01: two of 200 answers may turn on a rounding."""
-    starts = [row["curve"][0][4] for (at, script, _), row in ladder.read_results().items()
-              if at == rung and Path(script).stem not in PLOTS["JUDGED"]]  # fmt: skip
-    assert max(starts) - min(starts) <= 0.01
+    """But for scores, whose heads are drawn by the seed; rows with a privileged context ask in words that the model
+    does not know. 0.01: two of 200 answers may turn on a rounding."""
+    starts, privileged = [], []
+    for (at, script, _), row in ladder.read_results().items():
+        if at == rung and Path(script).stem not in PLOTS["JUDGED"]:
+            found = privileged if "tiny:privileged" in row["command"] else starts
+            found.append(row["curve"][0][4])
+    assert max(starts) - min(starts) <= 0.01 and min(starts) > 0
+    assert privileged and max(privileged) <= 0.01
 
 
 # ---- real runs -------------------------------------------------------------------------------------------------------

@@ -393,8 +393,8 @@ def test_everything_is_loaded_from_safetensors_and_runs_no_code():
     for path in sources():
         for node, given in calls(path, "from_pretrained"):
             what, where = ast.unparse(node.func), f"{path.name}:{node.lineno}"
-            # By name, so that the next lines see it; policy.auto_class is AutoModelFor...
-            assert what.startswith(("Auto", "GenerationConfig", "policy.auto_class")), where
+            # By name, so that the next lines see it; a policy's auto_class is AutoModelFor...
+            assert what.startswith(("Auto", "GenerationConfig", "policy.auto_class", "policy_class.auto_class")), where
             if what.startswith("Generation"):
                 continue
             assert "trust_remote_code" in given and ast.literal_eval(given["trust_remote_code"]) is False, where
