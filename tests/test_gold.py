@@ -48,20 +48,27 @@ def by_hand(student, teacher, tokens, spans, beta, matched, weights):
     p, q = [(h @ w.T + b).softmax(-1) for h, w, b in (student, teacher)]
     total = 0.0
     for first, second in spans:
-        mine, theirs = masses(p, tokens[0], first), masses(q, tokens[1], second)
-        if matched:
-            own, other = [mine[v] for v, _ in matched], [theirs[v] for _, v in matched]
-            mine = torch.stack([x for v, x in enumerate(mine) if v not in dict(matched)])
-            theirs = torch.stack([x for v, x in enumerate(theirs) if v not in {u for _, u in matched}])
-            for a, b in zip(own, other):
-                m = beta * b + (1 - beta) * a
-                part = beta * b * (b / m).log() + (1 - beta) * a * (a / m).log()
-                if beta in (0, 1):
-                    part = b * (b / a).log() if beta == 0 else a * (a / b).log()
-                total = total + weights[0] * part
-        ranked = [sorted(part, reverse=True) + [0.0] * 20 for part in (mine, theirs)]
-        total = total + weights[1] * sum(abs(a - b) for a, b in zip(*ranked))
+        total = total + distance(masses(p, tokens[0], first), masses(q, tokens[1], second), beta, matched, weights)
     return total
+
+
+def distance(mine, theirs, beta, matched, weights):
+    """Of a span's masses, (V,) and (V',)."""
+    total = 0.0
+    if matched:
+        own, other = [list(ids) for ids in zip(*matched)]
+        a, b = mine[own], theirs[other]
+        m = beta * b + (1 - beta) * a
+        parts = beta * b * (b / m).log() + (1 - beta) * a * (a / m).log()
+        if beta in (0, 1):
+            parts = b * (b / a).log() if beta == 0 else a * (a / b).log()
+        total = weights[0] * parts.sum()
+        mine = mine[[v for v in range(len(mine)) if v not in own]]
+        theirs = theirs[[v for v in range(len(theirs)) if v not in other]]
+    ranked = [part.sort(descending=True).values for part in (mine, theirs)]
+    width = max(len(mine), len(theirs))
+    a, b = [nn.functional.pad(part, (0, width - len(part))) for part in ranked]
+    return total + weights[1] * (a - b).abs().sum()
 
 
 @pytest.mark.parametrize("chunk", [2**24, 8 * 20 * 2], ids=["whole", "chunks"])
@@ -141,15 +148,36 @@ def test_one_tokenizer_is_distillation(tmp_path):
     assert abs(first_step(tmp_path / "sorted")["loss"] / loss - 1) > 0.1
 
 
-def test_a_step_with_another_tokenizer(tmp_path):
-    """The whole step by transformers in float64, a row at a time; spans by the tokenizers' own offsets in the text."""
+SORTED, HYBRID = "--no-uld_use_hybrid_loss", "--uld_use_hybrid_loss"
+
+
+@pytest.mark.parametrize("flags, world", [
+    ([SORTED], 1),
+    ([HYBRID, "--beta", 0.3, "--temperature", 0.8, "--uld_crossentropy_weight", 0.3,
+      "--uld_distillation_weight", 2], 2),
+    ([HYBRID, "--beta", 1, "--uld_hybrid_matched_weight", 0.3, "--uld_hybrid_unmatched_weight", 2,
+      "--no-use_extended_uld"], 1),
+    ([SORTED, "--uld_token_merge_strategy", "bayesian", "--uld_skip_eos"], 1),
+], ids=["sorted", "hybrid", "weights", "bayesian"])  # fmt: skip
+def test_a_step_with_another_tokenizer(flags, world, tmp_path):
+    """The whole step by transformers in float64, a row at a time; spans by the tokenizers' own offsets in the text;
+    tokens that both have by their names, which here are what they spell."""
     data = tiny_rows("distillation", tmp_path / "rows.jsonl", 5)
-    flags = ["--dataset", data, "--lmbda", 0, *ONE_STEP, "--tokens_per_microbatch", 100, "--no-uld_use_hybrid_loss"]
-    train(NAME, tmp_path / "run", *flags)
+    args = script(NAME).parse_args(["--model", "a", "--teacher", "b", "--dataset", "c", *map(str, flags)])
+    train(NAME, tmp_path / "run", "--dataset", data, "--lmbda", 0, *ONE_STEP, "--tokens_per_microbatch", 100, *flags,
+          world=world)  # fmt: skip
     names = "model", "other_teacher"
     tokenizers = [AutoTokenizer.from_pretrained(TINY / name) for name in names]
     student, teacher = [AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float64) for name in names]
-    total, count = 0.0, 0
+    matched, weights = None, (0.0, 1.0)
+    if args.uld_use_hybrid_loss:
+        own, theirs = [tokenizer.get_vocab() for tokenizer in tokenizers]
+        matched = [(number, theirs[token]) for token, number in own.items() if token in theirs]
+        assert 2 < len(matched) < len(theirs)
+        weights = len(matched) / len(theirs), 1 - len(matched) / len(theirs)
+        if args.uld_hybrid_matched_weight is not None:
+            weights = args.uld_hybrid_matched_weight, args.uld_hybrid_unmatched_weight
+    total, cross_entropy, num_spans, num_tokens, covered = 0.0, 0.0, 0, 0, 0
     for row in map(json.loads, open(data)):
         text, sides = row["completion"][0]["content"], []
         for tokenizer, lm in zip(tokenizers, (student, teacher)):
@@ -157,24 +185,59 @@ def test_a_step_with_another_tokenizer(tmp_path):
             found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids = [*found["input_ids"], tokenizer.eos_token_id]
             ends = [end for _, end in found["offset_mapping"]] + [len(text) + 1]
-            p = lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].softmax(-1)
-            sides.append((p, ids, ends))
-        start = [0, 0]
-        for end in sorted(set(sides[0][2]) & set(sides[1][2])):
-            parts = []
-            for k, (p, ids, ends) in enumerate(sides):
-                stop = ends.index(end) + 1
-                parts.append(masses(p, ids, range(start[k], stop)))
-                start[k] = stop
-            p, q = [part.sort(descending=True).values for part in parts]
-            total = total + (p - q.detach()[: len(p)]).abs().sum() + q.detach()[len(p) :].sum()
-            count += 1
-    (total / count).backward()
+            logits = lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / args.temperature
+            sides.append((logits.softmax(-1), ids, ends))
+        (p, ids, ends), (q, teacher_ids, teacher_ends) = sides
+        spans, start, teacher_start = [], 0, 0
+        for end in sorted(set(ends) & set(teacher_ends)):
+            stop, teacher_stop = ends.index(end) + 1, teacher_ends.index(end) + 1
+            spans.append((list(range(start, stop)), list(range(teacher_start, teacher_stop))))
+            start, teacher_start = stop, teacher_stop
+        if not args.use_extended_uld:
+            spans = [([k], [k]) for k in range(min(len(ids), len(teacher_ids)) - 1)]
+            spans.append(([len(ids) - 1], [len(teacher_ids) - 1]))
+        if args.uld_skip_eos:
+            spans.pop()
+        for first, second in spans:
+            covered += len(first)
+            if args.uld_token_merge_strategy == "bayesian":
+                first, second = first[::-1], second[::-1]  # a product: the order of all but the base is nothing
+            mine, theirs = masses(p, ids, first), masses(q.detach(), teacher_ids, second)
+            total = total + distance(mine, theirs, args.beta, matched, weights)
+        cross_entropy = cross_entropy - p[range(len(ids)), ids].log().sum()
+        num_spans += len(spans)
+        num_tokens += len(ids)
+    loss = args.uld_distillation_weight * total / num_spans + args.uld_crossentropy_weight * cross_entropy / num_tokens
+    loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
     line = first_step(tmp_path / "run")
-    assert line["num_spans"] == count < line["num_tokens"]
-    assert line["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert line["num_spans"] == num_spans < line["num_tokens"] == num_tokens
+    assert line["lost_frac"] == pytest.approx(1 - covered / num_tokens, abs=1e-6)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)  # where two masses nearly tie, fp32 ranks otherwise
+
+
+def test_what_is_evaluated_is_what_is_trained(tmp_path):
+    """On the same samples of the same rows: the mean over spans, not over tokens."""
+
+    def patch(module):
+        rollout = module.rollout
+        module.rollout = lambda sampler, prompts, copies, _, *rest: rollout(sampler, prompts, 1, ("eval",), *rest)
+        module.order = lambda count, seed, start, size: list(range(size))
+
+    data = tiny_rows("distillation", tmp_path / "rows.jsonl", 5)
+    flags = ["--dataset", data, "--lmbda", 1, *ONE_STEP, "--tokens_per_microbatch", 100, "--eval_dataset", data]
+    flags += ["--eval_rows", 5]
+    train(NAME, tmp_path / "run", *flags, world=2, patch=patch)
+    before = read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]
+    line = first_step(tmp_path / "run")
+    assert line["loss"] == pytest.approx(before["eval/divergence"], rel=1e-6) and line["num_spans"] < line["num_tokens"]
+
+
+def test_the_defaults_are_the_form_that_is_described():
+    args = script(NAME).parse_args(["--model", "a", "--teacher", "b", "--dataset", "c"])
+    assert (args.uld_distillation_weight, args.uld_crossentropy_weight, args.use_extended_uld) == (1.0, 0.0, True)
+    assert (args.uld_token_merge_strategy, args.uld_skip_eos) == ("observed", False)
 
 
 def test_the_student_comes_nearer(tmp_path):

@@ -69,32 +69,53 @@ def test_at_a_scale_of_1_the_reference_cancels():
 
 @pytest.mark.parametrize("reference, world", [("", 2), (str(TINY / "teacher"), 1)], ids=["start", "folder"])
 def test_a_step(reference, world, tmp_path):
-    """The loss of a step, cut into micro-batches and over ranks, by transformers in float64 on what was sampled. Before
-    the first step the starting policy is its own reference: a is the scale times log teacher - log student."""
+    """The loss of a step, cut into micro-batches and over ranks, by transformers in float64 on what was sampled, all
+    three models at a temperature. Before the first step the starting policy is its own reference: a is the scale times
+    log teacher - log student."""
     data = tiny_rows(NAME, tmp_path / "rows.jsonl", 3)
     flags = ["--dataset", data, "--reference", reference, "--reward_scale", 2, "--num_generations", 3, *STEP]
+    flags += ["--temperature", 0.8]
     train(NAME, tmp_path / "run", *flags, "--max_steps", 1, "--tokens_per_microbatch", 100, world=world)
     (line,) = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     load = AutoModelForCausalLM.from_pretrained
     student, teacher = (load(TINY / name, dtype=torch.float64) for name in ("model", "teacher"))
-    total, count = 0.0, 0
+    total, sampled_kl, count = 0.0, 0.0, 0
     for sample in read_jsonl(tmp_path / "run" / "samples.jsonl"):
         prompt, answer = [tokenizer(sample[name], add_special_tokens=False)["input_ids"]
                           for name in ("prompt", "completion")]  # fmt: skip
         values = []
         for lm in (student, teacher):
-            logits = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            logits = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.8
             values.append(logits.log_softmax(-1)[range(len(answer)), answer])
         logp, logq = values
         log_ref = logq if reference else logp.detach()
         advantage = 2 * (logq - log_ref) - (logp - log_ref)
         total = total - (advantage.detach() * logp).sum()
+        sampled_kl += (logp - logq).sum().item()
         count += len(answer)
     (total / count).backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in student.parameters()))
     assert line["loss"] == pytest.approx((total / count).item(), rel=1e-4)  # fp32: log-probs near 0 of a sure model
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line["sampled_kl"] == pytest.approx(sampled_kl / count, rel=1e-4) and line["num_tokens"] == count
+
+
+def test_what_is_logged_is_the_divergence_of_student_from_teacher(tmp_path):
+    """On the same held-out samples: the number of distillation.py --beta 1, whatever the loss."""
+    data = tiny_rows(NAME, tmp_path / "rows.jsonl", 3)
+    found = []
+    for name, flags in [(NAME, []), ("distillation", ["--lmbda", 1, "--beta", 1])]:
+        out = tmp_path / f"run{len(found)}"
+        flags = [*flags, "--dataset", data, *STEP, "--eval_dataset", data, "--max_steps", 1, "--top_p", 1]
+        train(name, out, *flags, "--temperature", 1, "--max_completion_length", 40)
+        found.append(read_jsonl(out / "metrics.jsonl")[0]["eval/divergence"])
+    assert found[0] == found[1] > 0.01
+
+
+def test_by_default_it_goes_beyond_the_teacher():
+    """ExOPD: what the paper's title is about."""
+    assert script(NAME).parse_args(["--model", "a", "--teacher", "b", "--dataset", "c"]).reward_scale == 1.25
 
 
 def test_references_that_are_refused(tmp_path):
@@ -103,5 +124,10 @@ def test_references_that_are_refused(tmp_path):
         folder = teacher_folder(tmp_path / name, tokenizer=change, vocab_size=size)
         place = tmp_path / f"run_{name}"
         refused(attempt(NAME, place, "--reference", folder), place, f"--reference {folder}", needle)
+    folder = teacher_folder(tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    place = tmp_path / "run_cut"
+    refused(attempt(NAME, place, "--reference", folder), place, f"--reference {folder}")
     place = tmp_path / "missing"
     refused(attempt(NAME, place, "--reference", ROOT / "nowhere"), place, f"--reference {ROOT / 'nowhere'}")

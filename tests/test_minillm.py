@@ -2,6 +2,7 @@
 there are few enough to add them all up. TRL 1.16.0 has no MiniLLM any more."""
 
 import itertools
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from conftest import read_jsonl, script, tiny_rows, train
 from test_bad_input import attempt, refused
+from test_distillation import TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NAME = "experimental/minillm"
 
@@ -97,6 +100,52 @@ def test_without_a_future_it_is_the_divergence():
     loss, _ = script(NAME).minillm_loss(out, {"seq": torch.tensor([0, 0, 1])}, settings(0.0, normalized=True))
     assert loss.item() == script("distillation").distillation_loss(out).item() == 1.75
     assert torch.autograd.grad(loss, student)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("world, options", [(2, ["--gamma", 0.9]), (1, ["--no-single_step_decomposition"])],
+                         ids=["usual", "sampled"])  # fmt: skip
+def test_a_step(world, options, tmp_path):
+    """The loss of a step at a temperature, cut into micro-batches and over ranks, by transformers in float64 on what
+    was sampled. The divergence is KL(student || teacher) over the vocabulary."""
+    data = tiny_rows(NAME, tmp_path / "rows.jsonl", 3)
+    flags = ["--dataset", data, "--num_generations", 3, "--temperature", 0.8, "--max_steps", 1, "--batch_size", 3]
+    flags += ["--eval_every", 0, "--save_every", 0, "--eval_dataset", "", "--tokens_per_microbatch", 100, *options]
+    train(NAME, tmp_path / "run", *flags, world=world)
+    (line,) = [line for line in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
+    args = settings(0.9, normalized=True) if world == 2 else settings(1.0, normalized=True, single_step=False)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    load = AutoModelForCausalLM.from_pretrained
+    models = [load(TINY / name, dtype=torch.float64) for name in ("model", "teacher")]
+    total, sampled_kl, count = 0.0, 0.0, 0
+    for sample in read_jsonl(tmp_path / "run" / "samples.jsonl"):
+        prompt, answer = [tokenizer(sample[name], add_special_tokens=False)["input_ids"]
+                          for name in ("prompt", "completion")]  # fmt: skip
+        logp, logq = [(lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+                      for lm in models]  # fmt: skip
+        logq = logq.detach()
+        divergences = (logp.exp() * (logp - logq)).sum(-1)
+        of_student, of_teacher = [values[range(len(answer)), answer] for values in (logp, logq)]
+        gaps = (of_teacher - of_student).tolist()
+        for t in range(len(answer)):
+            weights = [args.gamma ** (k - t) for k in range(t, len(answer))]
+            parts = [weight * gap for weight, gap in zip(weights, gaps[t:])]
+            if args.single_step_decomposition:
+                parts = parts[1:]
+                total = total + divergences[t]
+            total = total - sum(parts) / sum(weights) * of_student[t]
+        sampled_kl -= sum(gaps)
+        count += len(answer)
+    (total / count).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in models[0].parameters()))
+    assert line["loss"] == pytest.approx((total / count).item(), rel=1e-4)  # fp32: log-probs near 0 of a sure model
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line["sampled_kl"] == pytest.approx(sampled_kl / count, rel=1e-4) and line["num_tokens"] == count
+
+
+def test_the_defaults_are_the_form_that_is_described():
+    """A discount of 1, where TRL has 0, means over later tokens, and the token's own part over the vocabulary."""
+    args = script(NAME).parse_args(["--model", "a", "--teacher", "b", "--dataset", "c"])
+    assert (args.gamma, args.length_normalization, args.single_step_decomposition) == (1.0, True, True)
 
 
 def test_the_student_comes_nearer(tmp_path):

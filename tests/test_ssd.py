@@ -15,18 +15,22 @@ ONE_STEP = ["--max_steps", 1, "--batch_size", 3, "--eval_every", 0, "--save_ever
 
 
 def expected(samples, temperature):
-    """The mean over the samples' tokens of - log p at a temperature, and the norm of its gradient."""
+    """The mean over the samples' tokens of - log p at a temperature, how many there are, the norm of the mean's
+    gradient and the mean entropy."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     lm = AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float64)
-    total, count = 0.0, 0
+    total, entropy, count = 0.0, 0.0, 0
     for sample in samples:
         prompt, answer = [tokenizer(sample[name], add_special_tokens=False)["input_ids"]
                           for name in ("prompt", "completion")]  # fmt: skip
         logits = lm(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
-        total = total - logits.log_softmax(-1)[range(len(answer)), answer].sum()
+        logp = logits.log_softmax(-1)
+        total = total - logp[range(len(answer)), answer].sum()
+        entropy -= (logp.exp() * logp).sum().item()
         count += len(answer)
     (total / count).backward()
-    return (total / count).item(), count, math.sqrt(sum(p.grad.square().sum().item() for p in lm.parameters()))
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in lm.parameters()))
+    return (total / count).item(), count, norm, entropy / count
 
 
 def first_is_blank(module):
@@ -54,12 +58,33 @@ def test_a_step_learns_at_temperature_1_from_what_is_not_blank(world, tmp_path):
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     written = [sample for sample in samples if sample["completion"].replace("<|end|>", "").strip()]
     assert len(samples) == 9 and len(written) == 6
-    loss, count, norm = expected(written, 1.0)
+    loss, count, norm, entropy = expected(written, 1.0)
     assert line["num_tokens"] == count and line["blank_frac"] == pytest.approx(1 / 3)
     assert line["loss"] == pytest.approx(loss, rel=1e-4)  # fp32; a confident model's loss is small
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert line["entropy"] == pytest.approx(entropy, rel=1e-4)
     for other in (expected(samples, 1.0), expected(written, 0.7)):
         assert abs(other[0] / loss - 1) > 0.02  # with the blank ones, or at the sampler's temperature
+
+
+@pytest.mark.parametrize("few", [["--top_k", 1], ["--top_k", 0, "--top_p", 0.01]], ids=["top_k", "top_p"])
+def test_it_samples_from_the_likeliest(few, tmp_path):
+    """However hot, of one token alone there is one completion of a prompt. At that heat all tokens give several."""
+    data = tiny_rows(NAME, tmp_path / "rows.jsonl", 3)
+    flags = ["--dataset", data, "--temperature", 3, "--num_generations", 3, *ONE_STEP, "--allow", "GRPO002"]
+    for name, options, different in [("few", few, 1), ("all", ["--top_k", 0, "--top_p", 1], 3)]:
+        train(NAME, tmp_path / name, *flags, *options)
+        samples = read_jsonl(tmp_path / name / "samples.jsonl")
+        prompts = {sample["prompt"] for sample in samples}
+        assert len(prompts) == 3
+        for prompt in prompts:
+            assert len({sample["completion"] for sample in samples if sample["prompt"] == prompt}) == different
+
+
+def test_by_default_it_samples_cooler():
+    """As TRL's recipe did."""
+    args = script(NAME).parse_args(["--model", "a", "--dataset", "b"])
+    assert (args.temperature, args.top_k, args.top_p) == (0.6, 20, 0.95)
 
 
 def test_blank_is_what_has_no_text():
