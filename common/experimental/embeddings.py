@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.batches import micro_batches, seq_sums, share
+from common.batches import micro_batches, share
 
 
 @torch.no_grad()
@@ -22,9 +22,9 @@ def prompt_embeddings(run, policy, groups):
     embeddings = torch.zeros(len(groups), size, dtype=torch.float64, device=run.device)
     for batch in micro_batches(run, share(run, prompts), spare=prompts[0]):
         hidden = policy(batch, ["hidden"])["hidden"].double()
-        sums = hidden.new_zeros(batch["num_seqs"], size).index_add_(0, batch["seq"], hidden)
-        ones = torch.ones_like(hidden[:, 0])
-        lengths = seq_sums(ones, batch).clamp(min=1)
+        sums = hidden.new_zeros(batch["num_seqs"], size)
+        sums.index_add_(0, batch["seq"], hidden)
+        lengths = torch.bincount(batch["seq"], minlength=batch["num_seqs"]).clamp(min=1)
         numbers = [group["number"] for group in batch["groups"]]
         embeddings[numbers] += batch["weight"] * sums / lengths[:, None]
     dist.all_reduce(embeddings, group=run.group)

@@ -21,7 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last one i
 STOP = {"signal": 0}  # the number of the signal that told this process to stop; read where a step ends
 # Counts that 0 turns off.
 MAY_BE_ZERO = ("eval_every", "save_every", "warmup_steps", "eval_samples", "max_steps", "top_k", "loss_top_k")
-MAY_BE_NEGATIVE = ("seed", "reward_bar", "success_reward_threshold")
+MAY_BE_NEGATIVE = ("seed", "reward_bar", "success_reward_threshold")  # the seed has a check of its own below
 SIZES = ("batch_size", "num_generations", "max_completion_length")  # counts that take memory: at most 2**20
 
 
