@@ -349,8 +349,8 @@ class Events:
         return True
 
     def tear(self):
-        """At the first sign that the file was written."""
-        if self.torn:
+        """At the first sign that the file was written. An opener is an event of its own, before there is a file."""
+        if self.torn and self.torn[0].is_file():
             file, base = self.torn
             os.truncate(file, base + (file.stat().st_size - base) // 2)
             self.die()

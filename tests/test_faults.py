@@ -70,6 +70,16 @@ def test_points(case, surveys):
         assert row["equal"] and row["what"].startswith(start.split(" ")[0]), row
 
 
+def test_rank_0_dies_before_there_is_a_run_json(surveys):
+    """The other rank writes none, which would not say whose the folder is: the folder would be refused ever after."""
+    about = surveys(2)
+    events = [" ".join(event) for event in about.events["fresh", 0]]
+    for side in "before", "after":
+        number = events.index("os.remove .run.json") + 1
+        row = faults.crash(about, "fresh", 0, number, side)
+        assert row["equal"], row
+
+
 def test_points_are_all(surveys):
     """Each file of a checkpoint is an event, whoever writes it; and each event is a point on every side."""
     about = surveys(1)

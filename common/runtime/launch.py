@@ -90,15 +90,14 @@ def setup(args, script):
         mesh_shape=mesh_shape, versions=versions, command=command_line(args, script),
     )
     if rank == 0:
-        about = {"status": "running", "exit_code": None, "pid": os.getpid()}
-        about.update(command=run.command, versions=versions)
+        about = {"status": "running", "exit_code": None, "pid": os.getpid(), "command": run.command}
         if args.report_to != "none" and args.max_steps != 0:
             about["tracker_id"] = start_tracker(run)
-        record(run.out, **about)
         source = b"".join(path.read_bytes() for path in [run.script, *sorted(COMMON.rglob("*.py"))])
         failed, git = subprocess.getstatusoutput(f"git -C {shlex.quote(str(COMMON))} rev-parse HEAD")
-        digest = hashlib.sha256(source).hexdigest()
-        record(run.out, flags=vars(args), script_sha256=digest, git=None if failed else git)
+        about |= {"script_sha256": hashlib.sha256(source).hexdigest(), "git": None if failed else git}
+        record(out, **about, versions=versions, flags=vars(args))
+    exchange("", device, dist.group.WORLD)  # before a rank may write that it failed, run.json says whose the folder is
     threading.Thread(target=watch, args=[run, signals_heard()], daemon=True).start()
     return run
 
