@@ -289,6 +289,8 @@ def test_delta_is_the_mean_of_all_rewards(tmp_path):
 def test_flags_without_a_meaning(tmp_path):
     with pytest.raises(InputError, match="--min_density_ratio"):
         bco.Args(min_density_ratio=2.0, max_density_ratio=1.0).check()
+    with pytest.raises(InputError, match="--embedding_model: needs --udm"):
+        bco.Args(embedding_model="folder").check()
 
 
 def test_rows_of_one_label_stop_before_step_1(tmp_path):

@@ -89,6 +89,8 @@ class Args(RunFlags):
         super().check()
         if self.min_density_ratio > self.max_density_ratio:
             raise InputError("--min_density_ratio must not be above --max_density_ratio.")
+        if self.embedding_model and not self.udm:
+            raise InputError("--embedding_model: needs --udm.")
 
 
 def parse_args(argv=None):
@@ -160,9 +162,10 @@ def running_mean(policy, groups, step, args, run):
         seq_logprobs = seq_sums(policy(batch)["logprobs"], batch)
         total += batch["weight"] * (seq_logprobs - batch["ref_logprob"]).sum()
     (total,) = all_sum(run, total)
-    before = run.state.get("delta", 0.0) * step * len(groups)  # the sum over all steps before, which had as many rows
-    run.state["delta"] = (before + args.beta * total) / (step * len(groups) + len(groups))
-    return run.state["delta"]
+    delta = run.state.get("delta", 0.0)  # the mean over all steps before, which had as many rows
+    delta += (args.beta * total / len(groups) - delta) / (step + 1)
+    run.state["delta"] = delta
+    return delta
 
 
 def forward(policy, batch, delta, args, want=()):
@@ -189,7 +192,7 @@ def attach_reference(policy, groups, name, args, run):
 
 class Embedder(torch.nn.Module):
     """--embedding_model, any encoder or decoder of transformers, called as `prompt_embeddings` calls a policy. It is
-    whole on every rank and reads one prompt after another, with a tokenizer of its own."""
+    whole on every rank and reads one prompt at a time, by a tokenizer that without files has only special tokens."""
 
     auto_class, head_config, new = AutoModel, {}, frozenset()
 
@@ -198,8 +201,7 @@ class Embedder(torch.nn.Module):
         self.tokenizer = tokenizer
         self.reader, self.lm = load_model(AutoModel, replace(args, chat_template=""), flag="embedding_model")
         if self.lm.config.is_encoder_decoder or len(self.reader) == len(self.reader.all_special_tokens):
-            wanted = "an encoder or a decoder, with the files of its tokenizer"  # without them it has no others
-            raise InputError(f"--embedding_model {args.embedding_model}: wanted is {wanted}.")
+            raise InputError(f"--embedding_model {args.embedding_model}: is no encoder or decoder with a tokenizer.")
 
     def forward(self, batch, want):
         """Return (M, D): for every token of a prompt the mean of the last hidden states over the prompt's text, which
