@@ -4,9 +4,9 @@ Scripts are used as their users use them: the command line, `parse_args`, `main`
 training run lives in a forked child, so that a kill, a signal or a patched function touches nobody else.
 
 What is shared is tested on one script, or on those that could differ; `--slow` takes all of them. It adds: kills and
-saved models of scripts without a state of their own, ten steps instead of five in their splits and other ways to cut,
-every mesh with every model, every numeric flag of every script, smoke runs as processes, signals, leftovers and
-refusals on every script, the second half of the hostile cases, all of the GPU benchmark's cases, and whole forks.
+saved models of experimental scripts, ten steps instead of three in their splits, other ways to cut a step, every mesh
+with every model, every numeric flag of every script, smoke runs as processes, signals, leftovers and refusals on every
+script, the second half of the hostile cases, all of the GPU benchmark's cases, python -OO, and whole forks.
 """
 import contextlib
 import gc
@@ -71,23 +71,6 @@ def changes_the_loop(name):
 # smoke test show that the loss fits it; the other cases would only test the parent again.
 LOOPS = [name for name in SCRIPTS if changes_the_loop(name)]
 STABLE = [name for name in SCRIPTS if "/" not in name]  # for what is the same text in all (test_copies), and slow
-
-
-def lines_of_state(path):
-    """The lines of a script that say what a checkpoint holds: models and run.state."""
-    lines = [line.strip() for line in (ROOT / path).read_text().splitlines()]
-    return {line for line in lines if "run.state" in line or "models[" in line or line.startswith("models")}
-
-
-def keeps_state(name):
-    """Does a script save anything that its parent does not, a second model or a number of its own?"""
-    path = f"methods/{name}.py"
-    parent = PARSED[path].parent
-    return parent == "none" or not lines_of_state(path) <= lines_of_state(parent)
-
-
-# Killed and resumed at every turn; of the others one resume is compared (test_smoke), and with --slow they are, too.
-STATEFUL = [name for name in SCRIPTS if name in STABLE or keeps_state(name)]
 
 # Per script: the file of common/tiny that it reads, and flags with which a step takes a tenth of a second and still
 # visits every branch that splits, saves or resumes (grpo: two optimizer steps from each of two prompts' halves of a

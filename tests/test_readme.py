@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,12 @@ OTHER_FLAGS = """nproc_per_node nnodes max_restarts local_addr rdzv_id rdzv_back
 kill_on_bad_exit signal nodes ntasks_per_node gpus_per_node cpus_per_task requeue dist help""".split()
 
 
+@cache
 def script_flags(path):
     return set(PLOTS["script_flags"](path))
 
 
+@cache
 def known_flags():
     """Flags of scripts (fields of Args and their aliases) and of tools (argparse), with underscores."""
     names = set(OTHER_FLAGS)

@@ -82,8 +82,7 @@ def test_the_key_has_the_model_and_the_settings():
     assert len({*keys}) == len(keys) and keys[0] == key_of(groups, make_policy(), 1024)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name, world", [*((name, 1) for name in SCRIPTS), ("dpo", 2)])
 def test_a_killed_pass_goes_on(name, world, tmp_path):
     """It ends when half of the rows are written; the run after it computes the rest only, to the same bytes."""
     data = tiny_rows(name.rpartition("/")[2].removesuffix("_batch"), tmp_path / "rows.jsonl", 16)

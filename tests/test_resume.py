@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LOOPS, ROOT, STATEFUL, TIMEOUT, command, ended, newest, once, read_jsonl, script, tiny_flags
+from conftest import LOOPS, ROOT, STABLE, TIMEOUT, command, ended, newest, once, read_jsonl, script, tiny_flags
 from conftest import tiny_rows, train, trainer_tensors, try_ranks, try_train
 from safetensors.torch import load_file
 from test_split import metric_differences, weight_differences
@@ -167,12 +167,12 @@ USUAL = {("sft", "saves"), ("grpo", "saves"), ("grpo", "rollouts"), ("experiment
 
 
 def chains():
-    """Scripts that keep a state of their own, killed in their steps; the other chains are about what is shared."""
+    """Stable scripts, killed in their steps; the other chains are about what is shared."""
     for name in LOOPS:
         for chain in CHAINS:
             if chain == "rollouts" and "reward" not in script(name).Args.__dataclass_fields__:
                 continue
-            usual = (name in STATEFUL and chain == "steps") or (name, chain) in USUAL
+            usual = (name in STABLE and chain == "steps") or (name, chain) in USUAL
             yield pytest.param(name, chain, marks=[] if usual else [pytest.mark.slow])
 
 
@@ -462,7 +462,7 @@ def assert_export(folder, checkpoint, dtype, tied):
     assert end in torch.tensor(stops).flatten().tolist() and end == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("name", once(*STATEFUL))
+@pytest.mark.parametrize("name", once(*STABLE))
 def test_saved_model(name, runs):
     flags, whole = runs(name)
     for folder in (whole / "final", whole / "checkpoint-000008"):

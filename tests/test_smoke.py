@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SCRIPTS, STATEFUL, once, script, tiny_flags, tiny_rows, train, with_row
+from conftest import METHODS, ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, train, with_row
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
 from test_resume import assert_equal, interrupted
@@ -194,9 +194,9 @@ def ran(request, tmp_path_factory):
 
 def test_a_resumed_run_ends_alike(ran, tmp_path):
     """Step 3 once more, from the checkpoint of step 2, to the same bytes: what steps leave behind in the script's own
-    variables is saved, or is not needed. Scripts that keep a state are killed at every turn (test_resume)."""
+    variables is saved, or is not needed. Stable scripts are killed at every turn (test_resume)."""
     name, out, _ = ran
-    if name in STATEFUL:
+    if name in STABLE:
         pytest.skip("killed at every turn in test_resume")
     again = interrupted(out, tmp_path / "run", 2)
     train(name, again, *three_steps(name, out.parents[1]), "--resume", "auto")
@@ -429,16 +429,28 @@ def run_python(tmp_path_factory):
     return run
 
 
-def test_without_docstrings(run_python, tmp_path):
-    """-OO removes them, and transformers stops at a class that has none; --help has only the flags to show."""
-    flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 8), "--eval_rows", 2]
-    done = run_python("sft", *flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+def test_help_without_docstrings(run_python):
+    """-OO removes them: --help has only the flags to show."""
     shown = run_python("sft", "--help")
     assert shown.returncode == 0 and "--learning-rate" in shown.stdout.replace("_", "-"), shown.stderr
 
 
+@pytest.mark.slow
+def test_without_docstrings(run_python, tmp_path):
+    """transformers stops at a class that has none, so ours are written where -OO cannot remove them."""
+    flags = [*tiny_flags("sft"), "--dataset", tiny_rows("sft", tmp_path / "rows.jsonl", 8), "--eval_rows", 2]
+    done = run_python("sft", *flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+
+
+def test_nothing_is_guarded_by_an_assert():
+    """-O removes asserts."""
+    for path in [*METHODS.rglob("*.py"), *(ROOT / "common").rglob("*.py")]:
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
+
+
+@pytest.mark.slow
 def test_a_language_model_is_no_reward_model_under_o(run_python, tmp_path):
     """What guards must be there where asserts are gone."""
     model = ROOT / "common" / "tiny" / "model"
