@@ -468,7 +468,9 @@ REAL = {  # part of real_runs.py: what it is
     "sft": "GSM8K demonstrations", "dpo": "pairs of right and wrong GSM8K solutions",
     "reward": "a right and a wrong GSM8K solution of each question", "kto": "the same solutions, each with a label",
     "cold": "tiny lab's demonstrations: a cold start", "grpo": "tiny lab's prompts, from the cold start",
-    "grpo_gsm8k": "GSM8K prompts, from the SFT model",
+    "grpo_gsm8k": "GSM8K prompts, from the SFT model", "sft_bfloat16": "GSM8K demonstrations, layers in bfloat16",
+    "distillation": "GSM8K prompts: half of the layers learn from all of them, on their own completions",
+    "orpo": "DPO's pairs", "simpo": "DPO's pairs: SimPO",
 }
 
 def part_real():
@@ -483,7 +485,8 @@ def part_real():
         key = "reward" if "reward" in steps[0] else "loss"
         few = max(1, len(steps) // 5)  # single steps are noisy: the first and the last fifth
         shown = [f"{key} of a step {mean(m[key] for m in steps[:few]):.3f} -> {mean(m[key] for m in steps[-few:]):.3f}"]
-        known = ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/reward_margin", "eval/reward_acc")
+        known = ("eval/loss", "eval/token_accuracy", "eval/accuracy", "eval/reward_margin", "eval/reward_acc",
+                 "eval/divergence")
         last = run.get("last") or {}
         held = [f"{k.removeprefix('eval/')} {run['before'][k]:.3f} -> {last[k]:.3f}" for k in known if k in last]
         held = [h.replace("accuracy", "pair accuracy") for h in held] if script == "reward.py" else held
@@ -497,6 +500,22 @@ def part_real():
         text += (f"\nDPO's held-out margin: mean {i['mean_margin']:.4f}, 95 % interval {i['interval_95'][0]:.4f} to "
                  f"{i['interval_95'][1]:.4f} over {i['questions']} questions ({i['bootstrap_draws']} bootstrap draws); "
                  f"{i['pairs_right']:.0%} of pairs the right way round.\n")
+    moved = []
+    for part, name in ("orpo", "ORPO"), ("simpo", "SimPO"):
+        path = RESULTS / f"smollm2-{part}" / "interval.json"
+        if path.is_file():
+            i = json.loads(path.read_text())
+            moved.append([name, f"{i['mean_nats']:.2f}", "{:.2f} to {:.2f}".format(*i["interval_95"]),
+                          f"{i['pairs_moved_apart']:.0%}"])
+    if moved:
+        i = json.loads((RESULTS / "smollm2-dpo" / "interval.json").read_text())
+        beta = json.loads((RESULTS / "smollm2-dpo" / "run.json").read_text())["flags"]["beta"]
+        low, high = (end / beta for end in i["interval_95"])
+        nats = i["mean_margin"] / beta
+        moved.insert(0, ["DPO", f"{nats:.2f}", f"{low:.2f} to {high:.2f}", f"{i['pairs_right']:.0%}"])
+        text += ("\nBy how many nats training has moved the two log-likelihoods of a held-out pair apart, in as many "
+                 "steps on the same pairs:\n\n")
+        text += table(("method", "nats:", "95 % interval", "pairs moved apart:"), moved)
     path = RESULTS / "smollm2-reward" / "interval.json"
     if rows and path.is_file():
         i = json.loads(path.read_text())
