@@ -478,7 +478,7 @@ def part_real():
     rows = []
     for name, run, metrics in results("smollm2-*"):
         part, flags = name.removeprefix("smollm2-"), run["flags"]
-        script = re.search(r"(\w+\.py)", run["command"])[1]
+        script = re.search(r"methods/((experimental/)?\w+\.py)", run["command"])[1]
         steps = [m for m in metrics if "loss" in m]
         if run["status"] != "finished" or not steps:
             continue
