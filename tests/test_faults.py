@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,21 @@ def test_each_rank_sums_and_syncs_its_own_files(tmp_path):
         shards = {name[:11] for name in synced if name.startswith("shard-")}
         assert shards == {f"shard-{rank + 1:05}"}
         assert ("model.safetensors" in synced) == (rank == 0)
+
+
+def test_checksums_of_large_files_take_little_memory(tmp_path):
+    """Eight are read at a time: in large pieces they would be the peak of a small run."""
+    wanted = {}
+    for number in range(8):
+        content = os.urandom(2**24)
+        (tmp_path / str(number)).write_bytes(content)
+        wanted[str(number)] = zlib.crc32(content)
+    del content
+    tracemalloc.start()
+    assert dict(folders.checksums(tmp_path, sorted(tmp_path.iterdir()))) == wanted
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 # ---- damaged ---------------------------------------------------------------------------------------------------------
