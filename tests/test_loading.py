@@ -270,11 +270,12 @@ def test_rows_beyond_a_position_table_are_refused(name, change, tmp_path):
     for file in "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
         (path / file).write_bytes((ROOT / "common/tiny/model" / file).read_bytes())
     short, long = rows_of(1, tmp_path / "short.jsonl"), rows_of(20, tmp_path / "long.jsonl")
-    for flags in (["--dataset", long], ["--dataset", short, "--eval_dataset", long]):
+    for flags in (["--dataset", long, "--eval_dataset", ""], ["--dataset", short, "--eval_dataset", long]):
         line = refusal(path, *flags, "--max_steps", "1", "--batch_size", "1")
         assert "40 positions" in line and "--max_length 40" in line
-    (result,) = try_ranks(1, starts, ["--model", str(path), "--dataset", short, "--max_steps", "1", "--batch_size", "1",
-                                      "--output_dir", str(tmp_path / "run"), "--max_length", "1024"])  # fmt: skip
+    flags = ["--model", str(path), "--dataset", short, "--eval_dataset", "", "--max_steps", "1", "--batch_size", "1",
+             "--output_dir", str(tmp_path / "run"), "--max_length", "1024"]  # fmt: skip
+    (result,) = try_ranks(1, starts, flags)
     assert result.code == 0 and (tmp_path / "run" / "final").is_dir(), result.log
 
 
@@ -284,8 +285,8 @@ def test_rows_beyond_max_position_embeddings_are_said(tmp_path):
     (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 50}))
     for count, alerts in (20, ["MODEL002"]), (2, []):
         out = tmp_path / f"run{count}"
-        flags = ["--dataset", rows_of(count, tmp_path / "rows.jsonl"), "--max_steps", 1, "--batch_size", 1]
-        train("sft", out, "--model", path, *flags, "--max_length", 1000)
+        flags = ["--dataset", rows_of(count, tmp_path / "rows.jsonl"), "--eval_dataset", "", "--max_steps", 1]
+        train("sft", out, "--model", path, *flags, "--batch_size", 1, "--max_length", 1000)
         found = [(alert["code"], alert["level"], alert["limit"]) for alert in read_jsonl(out / "alerts.jsonl")]
         assert [alert for alert in found if alert[0] == "MODEL002"] == [(code, "warn", 50) for code in alerts]
 

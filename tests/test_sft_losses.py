@@ -380,6 +380,7 @@ def expert_run(folder, out, *flags, world=1):
     """The metrics of two steps of five rows by a random model with experts, folder/model, on the lab's tokens."""
     common = ["--model", folder / "model", "--dataset", folder / "rows.jsonl", "--batch_size", 5, "--max_steps", 2]
     common += ["--save_every", 0, "--learning_rate", "1e-3", "--router_aux_loss_coef", 0.5, "--max_length", 200]
+    common += ["--eval_dataset", ""]
     train("experimental/sft_moe", folder / out, *common, "--label_smoothing_factor", 0, *flags, world=world)
     return read_jsonl(folder / out / "metrics.jsonl")
 

@@ -12,10 +12,11 @@ import time
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, train, with_row
+from conftest import FAST, METHODS, ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, train, with_row
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
 from test_resume import assert_equal, interrupted
+from test_split import BATCH, BIG, HELDOUT, IN_FLOAT64, ROWS, differences
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer,
     GenerationConfig,
@@ -166,14 +167,22 @@ def test_help(name, tmp_path):
 
 
 def three_steps(name, folder):
-    data = tiny_rows(name, folder / "rows.jsonl", 12)
-    flags = ["--dataset", data, "--eval_dataset", "tiny:test", "--eval_rows", 4, "--eval_every", 2, "--batch_size", 2]
-    return [*flags, "--max_steps", 3, "--save_every", 1, "--keep_last", 2]
+    """Five rows a step in one micro-batch, and three held-out ones."""
+    data = tiny_rows(name, folder / "rows.jsonl", ROWS)
+    flags = ["--dataset", data, "--eval_dataset", f"tiny:test[:{HELDOUT}]", "--eval_every", 2, "--batch_size", BATCH]
+    flags += ["--tokens_per_microbatch", BIG, "--max_steps", 3, "--save_every", 1, "--keep_last", 3]
+    return [*flags, *two_rollouts(name)]
+
+
+def two_rollouts(name):
+    """Flags with which three steps of grpo's children are two of one rollout and one of the next."""
+    has_rollouts = "steps_per_generation" in script(name).Args.__dataclass_fields__
+    return ["--steps_per_generation", 1] if has_rollouts else []
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
 def ran(request, tmp_path_factory):
-    """`python methods/x.py`: three steps, an evaluation after the second, two checkpoints kept, in an empty folder."""
+    """`python methods/x.py`: three steps, an evaluation after the second, three checkpoints, in an empty folder."""
     name, folder = request.param, tmp_path_factory.mktemp("smoke")
     flags = three_steps(name, folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -193,14 +202,26 @@ def ran(request, tmp_path_factory):
 
 
 def test_a_resumed_run_ends_alike(ran, tmp_path):
-    """Step 3 once more, from the checkpoint of step 2, to the same bytes: what steps leave behind in the script's own
+    """From the checkpoint of step 1, within a rollout, to the same bytes: what steps leave behind in the script's own
     variables is saved, or is not needed. Stable scripts are killed at every turn (test_resume)."""
     name, out, _ = ran
     if name in STABLE:
         pytest.skip("killed at every turn in test_resume")
-    again = interrupted(out, tmp_path / "run", 2)
+    again = interrupted(out, tmp_path / "run", 1)
     train(name, again, *three_steps(name, out.parents[1]), "--resume", "auto")
-    assert_equal(again, out, steps=[3])
+    assert_equal(again, out, steps=[2, 3])
+
+
+def test_two_ranks_end_alike(ran, tmp_path):
+    """On two ranks with every row a micro-batch of its own, by the measure of test_split, where stable scripts are cut
+    in more ways, over more steps."""
+    name, out, _ = ran
+    if name in STABLE + IN_FLOAT64:
+        pytest.skip("compared in test_split")
+    flags = three_steps(name, out.parents[1])
+    train(name, tmp_path / "run", *flags, "--tokens_per_microbatch", FAST[name]["micro"], world=2)
+    wrong = differences(name, out, tmp_path / "run", two_rollouts(name))
+    assert not wrong, "\n".join(wrong[:20])
 
 
 def test_the_files_of_a_run(ran):
@@ -210,10 +231,10 @@ def test_the_files_of_a_run(ran):
     shards = {path for path in found if SHARD.fullmatch(path)}
     wanted = {"run.json", "run.lock", "metrics.jsonl", *EXTRA.get(name, [])}
     wanted |= {f"final/{file}" for file in [*EXPORT, "README.md"]}
-    for step in 2, 3:
+    for step in 1, 2, 3:
         wanted |= {f"checkpoint-{step:06d}/{file}" for file in EXPORT + TRAINER}
     assert found - shards - {"alerts.jsonl"} == wanted
-    assert len(shards) == 2
+    assert len(shards) == 3
     assert not (out / "alerts.jsonl").is_file() or (out / "alerts.jsonl").read_text() == ""
 
 
