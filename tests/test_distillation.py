@@ -457,6 +457,27 @@ def test_a_teacher_that_stops_otherwise(stop, code, tmp_path):
         assert result.code == 0, result.err
 
 
+@pytest.mark.parametrize("certainty, collapsed", [(100, True), (5, False)])
+def test_a_student_that_has_one_thing_to_say(certainty, collapsed, tmp_path):
+    """TEACH003: it writes line breaks whatever stands before them, and the teacher would not. In the third step it is
+    said. A student that likes them, but may write anything, has only much to learn."""
+    lm = AutoModelForCausalLM.from_pretrained(TINY / "model", tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    weights = lm.state_dict()
+    for name, weight in weights.items():
+        if "o_proj" in name or "down_proj" in name or "lm_head" in name:
+            weight.zero_()
+    weights["model.embed_tokens.weight"].fill_(1.0)  # all hidden states are now alike: the last norm's weight
+    hidden = weights["model.norm.weight"]
+    weights["lm_head.weight"][tokenizer.encode("\n")[-1]] = certainty * hidden / hidden.square().sum()
+    lm.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    flags = ["--model", tmp_path / "student", "--lmbda", 1, "--beta", 1, "--learning_rate", "1e-6", "--max_steps", 3]
+    result = attempt(NAME, tmp_path, *flags, "--allow", "GRPO002")  # line breaks end no completion
+    assert result.code == 0, result.err
+    assert ("[TEACH003 warn step 3]" in result.err) is collapsed
+
+
 def test_rows_without_completions(tmp_path):
     """With --lmbda below 1 the data's completions are needed; without, they are not read."""
     data = write_rows(tmp_path, {"prompt": "3+4="}, {"prompt": "4+4="})

@@ -254,7 +254,7 @@ def sampling_metrics(groups):
 
 
 def check_rollout(run, step, metrics):
-    """GRPO002, GRPO004: completions that were cut, and a sampler that is not the student."""
+    """GRPO002, GRPO004, TEACH003: completions that were cut, a sampler that is not the student, and a collapse."""
     if step > 0:
         step += 1  # the first rollout is judged before step 1
     length = run.args.max_completion_length
@@ -263,6 +263,12 @@ def check_rollout(run, step, metrics):
         patience=1 if metrics["truncated_frac"] == 1 else 3, message="no stop token",
         fix=("--max_completion_length", length, 2 * length),
     )
+    if metrics["entropy"] < 0.05:  # nats a token: sampled again, a completion would be the same
+        check(
+            run, "TEACH003", step=step, metric="loss", value=metrics["loss"], warn=1.0, patience=3,
+            message="the student has one thing to say, and its teacher would say another: it has collapsed",
+            fix=("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2),
+        )
     entropy = max(metrics["entropy"], 1e-3)  # rounding moves the log-probs of a confident model less
     check(
         run, "GRPO004", step=step, metric="sampler_gap / entropy", value=metrics["sampler_gap"] / entropy,

@@ -316,7 +316,7 @@ def sampling_metrics(groups, args):
 
 
 def check_rollout(run, step, metrics):
-    """SDPO001, GRPO002-004: completions that nobody teaches, cut or not judged; a sampler that is not the student."""
+    """SDPO001, GRPO002-004, TEACH003: completions nobody teaches, cut or not judged; another sampler; a collapse."""
     if step > 0:
         step += 1  # the first rollout is judged before step 1
     check(
@@ -330,6 +330,12 @@ def check_rollout(run, step, metrics):
         fix=("--max_completion_length", length, 2 * length),
     )
     check_rewards(run, "GRPO003", step=step, metric="no_reward_frac", share=metrics["no_reward_frac"])
+    if metrics["entropy"] < 0.05:  # nats a token: sampled again, a completion would be the same
+        check(
+            run, "TEACH003", step=step, metric="loss", value=metrics["loss"], warn=1.0, patience=3,
+            message="the student has one thing to say, and its teacher would say another: it has collapsed",
+            fix=("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2),
+        )
     entropy = max(metrics["entropy"], 1e-3)  # rounding moves the log-probs of a confident model less
     check(
         run, "GRPO004", step=step, metric="sampler_gap / entropy", value=metrics["sampler_gap"] / entropy,
