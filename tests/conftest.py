@@ -52,6 +52,8 @@ from common.runtime.launch import setup
 
 torch.set_num_threads(1)  # two cores are shared by up to four ranks, and a fork does not survive an OpenMP pool
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# No test cuts the power: what is synced, and when, test_faults looks at; waiting for the disk would test the disk.
+os.fsync = lambda descriptor: None
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "methods"
@@ -65,6 +67,13 @@ def changes_the_loop(name):
     own = PARSED[f"methods/{name}.py"]
     blocks = [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
     return own.parent == "none" or any(b != "Args.method" and own.banner_of.get(b) != "loss" for b in blocks)
+
+
+def changes_the_run(name):
+    """Does a script's Delta name a part of main, or what fills a rollout?"""
+    own = PARSED[f"methods/{name}.py"]
+    blocks = [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
+    return own.parent == "none" or any(block == "rollout" or block.startswith("main.") for block in blocks)
 
 
 # Where only flags and loss differ, the loop is the parent's byte for byte (test_copies): one cut of a step and the

@@ -480,7 +480,7 @@ def test_flags_of_the_command_line(tmp_path):
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"}, ASCII],
+@pytest.mark.parametrize("env", [pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow), ASCII],
                          ids=["ioencoding", "locale"])  # fmt: skip
 def test_a_terminal_without_letters_does_not_end_a_run(env, tmp_path):
     """Of the first row, the plan, the alerts and --help."""

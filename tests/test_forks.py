@@ -222,11 +222,10 @@ def project(tmp_path):
 
 
 def test_the_command_writes_a_script_and_the_pages(project, monkeypatch):
-    before = check(project)  # nothing, where this repository is as it should be
     code, shown, said = run(project, "tests/test_copies.py", "--fork", "methods/grpo.py", "my_own")
     assert code == 0 and said == ""
     assert shown.startswith("methods/experimental/my_own.py written, a copy of methods/grpo.py. ")
-    assert check(project) == before
+    assert not check(project)
     assert "experimental/my_own.py" in (project / "methods" / "README.md").read_text()
     monkeypatch.setattr(conftest, "ROOT", project)
     assert conftest.with_row({"sft": 1, "grpo": 2}, "experimental/my_own") == "grpo"  # its fast flags, for one

@@ -100,7 +100,7 @@ def test_auto_decides_by_bytes_and_all_ranks_alike(free, again, tmp_path):
 def test_a_run_ends_the_same(name, world, more, tmp_path):
     rows, runs = tiny_rows(name, tmp_path / "rows.jsonl", 10), {}
     for flag in "off", "on":
-        train(name, tmp_path / flag, "--dataset", rows, "--batch_size", 5, "--max_steps", 4, "--save_every", 0,
+        train(name, tmp_path / flag, "--dataset", rows, "--batch_size", 5, "--max_steps", 2, "--save_every", 0,
               "--eval_every", 0, "--eval_rows", 2, "--activation_checkpointing", flag, *more, world=world)
         runs[flag] = read_jsonl(tmp_path / flag / "metrics.jsonl")
     assert not metric_differences(runs["off"], runs["on"])
@@ -146,7 +146,7 @@ def test_ranks_exchange_once_a_step_where_memory_allows(more, tmp_path):
     micro-batch; numbers differ by the order of a sum only, and evaluations in between find the weights sharded."""
     rows = tiny_rows("sft", tmp_path / "rows.jsonl", 8)
     flags = ["--dataset", rows, "--eval_dataset", rows, "--batch_size", 8, "--tokens_per_microbatch", 60]
-    flags += ["--max_steps", 3, "--save_every", 0, "--eval_every", 1, *more]
+    flags += ["--max_steps", 2, "--save_every", 0, "--eval_every", 1, *more]
     runs, calls = {}, {}
     for name, free in ("often", 0), ("once", 1e15):
         train("sft", tmp_path / name, *flags, world=2, patch=counted(tmp_path / f"calls-{name}", free))

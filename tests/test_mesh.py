@@ -157,7 +157,7 @@ def make_model(kind, folder):
     (folder.parent / "trained" / "final").rename(folder)
 
 
-def run(name, model, out, mesh, batch=BATCH, steps=STEPS):
+def run(name, model, out, mesh, batch=BATCH, steps=STEPS, more=()):
     """-> the run's folder; (1, 1, 1) is one process."""
     world, replicate, tp = mesh
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def run(name, model, out, mesh, batch=BATCH, steps=STEPS):
         flags += ["--success_reward_threshold", "0.4"]
     if name in SAMPLING:
         flags += ["--max_completion_length", 40, "--allow", "GRPO001", "GRPO002"]
-    train(name, out, *flags, world=world)
+    train(name, out, *flags, *more, world=world)
     return out
 
 
@@ -243,10 +243,11 @@ def test_runs(name, kind, mesh, single, tmp_path, request):
 
 
 def test_fewer_prompts_than_ranks(single, tmp_path):
-    """Two prompts a step and four ranks: one of each pair has nothing to sample, and no reward to ask for. Over five
-    steps, a rollout and the first step of the next."""
+    """Two prompts a step and four ranks: one of each pair has nothing to sample, and no reward to ask for. Over two
+    steps, each with a rollout of its own."""
     model, _ = single("grpo", "Qwen3 tied")
-    outs = [run("grpo", model, tmp_path / name, mesh, batch=2, steps=5)
+    short = ["--steps_per_generation", 1, "--num_iterations", 1]
+    outs = [run("grpo", model, tmp_path / name, mesh, batch=2, steps=2, more=short)
             for name, mesh in (("single", (1, 1, 1)), ("mesh", (4, 1, 2)))]
     assert not metric_differences(*(read_jsonl(out / "metrics.jsonl") for out in outs))
     assert len({json.dumps(read_jsonl(out / "samples.jsonl")) for out in outs}) == 1

@@ -12,7 +12,8 @@ import time
 
 import pytest
 import torch
-from conftest import FAST, METHODS, ROOT, SCRIPTS, STABLE, once, script, tiny_flags, tiny_rows, train, with_row
+from conftest import FAST, METHODS, ROOT, SCRIPTS, STABLE, changes_the_run, once, script, tiny_flags, tiny_rows, train
+from conftest import with_row
 from safetensors import safe_open
 from test_bad_input import children_seconds, leave
 from test_resume import assert_equal, interrupted
@@ -207,6 +208,8 @@ def test_a_resumed_run_ends_alike(ran, tmp_path):
     name, out, _ = ran
     if name in STABLE:
         pytest.skip("killed at every turn in test_resume")
+    if not changes_the_run(name):
+        pytest.skip("its parent's main, byte for byte (test_copies)")
     again = interrupted(out, tmp_path / "run", 1)
     train(name, again, *three_steps(name, out.parents[1]), "--resume", "auto")
     assert_equal(again, out, steps=[2, 3])

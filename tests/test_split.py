@@ -229,8 +229,15 @@ def double_on_one_rank(module):
     grow_on_one_rank(module, 1)
 
 
-@pytest.mark.parametrize("plant", [local_denominators, double_on_one_rank], ids=lambda plant: plant.__name__)
-@pytest.mark.parametrize("name", once("sft", "dpo", "grpo"))
+def plants():
+    """A wrong denominator in all kinds of scripts, and a wrong loss in one."""
+    for name in SCRIPTS:
+        for plant in local_denominators, double_on_one_rank:
+            usual = name == "sft" or (name in ("dpo", "grpo") and plant == local_denominators)
+            yield pytest.param(name, plant, marks=[] if usual else pytest.mark.slow, id=f"{name}-{plant.__name__}")
+
+
+@pytest.mark.parametrize("name, plant", list(plants()))
 def test_planted_factor_is_seen(name, plant, references, tmp_path):
     """The comparison bites: with a factor 2 in a denominator the very first gradient norm differs."""
     out = run(name, tmp_path, 2, BIG, steps=2, patch=plant)
