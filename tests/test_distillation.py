@@ -475,7 +475,8 @@ def test_a_student_that_has_one_thing_to_say(certainty, collapsed, tmp_path):
     flags = ["--model", tmp_path / "student", "--lmbda", 1, "--beta", 1, "--learning_rate", "1e-6", "--max_steps", 3]
     result = attempt(NAME, tmp_path, *flags, "--allow", "GRPO002")  # line breaks end no completion
     assert result.code == 0, result.err
-    assert ("[TEACH003 warn step 3]" in result.err) is collapsed
+    said = [alert["step"] for alert in read_jsonl(tmp_path / "out" / "alerts.jsonl") if alert["code"] == "TEACH003"]
+    assert said == ([3] if collapsed else [])
 
 
 def test_rows_without_completions(tmp_path):
