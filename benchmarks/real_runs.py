@@ -13,7 +13,7 @@ is skipped. orpo and simpo, experimental scripts, take dpo's pairs, steps and le
 of every second layer of SmolLM2 (made here, in DIR/half of --work) learns from SmolLM2 on its own completions of GSM8K
 questions. It writes no stop token at first, so --allow GRPO002. GSM8K accuracy is 0 throughout and says nothing; the
 held-out divergence does. It is --beta 0, KL(teacher || student): by the reverse KL, the default, such a student, whose
-text is no language at first, learned within fifteen steps to write nothing but line breaks.
+text is no language at first, learned within fifteen steps to write nothing but line breaks (TEACH003 at step 16).
 SmolLM2 cannot add three-digit numbers, so GRPO on the tiny lab's questions starts from `cold`, a short SFT on the tiny
 lab's demonstrations: groups then hold right and wrong answers.
 
