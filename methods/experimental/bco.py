@@ -192,7 +192,7 @@ def attach_reference(policy, groups, name, args, run):
 
 class Embedder(torch.nn.Module):
     """--embedding_model, any encoder or decoder of transformers, called as `prompt_embeddings` calls a policy. It is
-    whole on every rank and reads one prompt at a time, by a tokenizer that without files has only special tokens."""
+    whole on every rank and reads one prompt at a time. A tokenizer without files knows special tokens only."""
 
     auto_class, head_config, new = AutoModel, {}, frozenset()
 

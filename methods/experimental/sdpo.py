@@ -286,7 +286,7 @@ def add_teachers(groups, tokenizer, args):
     cut_groups = []
     for group in groups:
         completions, row = group["completions"], group["columns"]
-        prompts = {}  # index of a solution -> the teacher's prompt with it
+        prompts = {}  # of two solutions, by their index: the teacher's prompt that shows it
         for k, completion in enumerate(completions):
             if completion["reward"] >= args.success_reward_threshold and len(prompts) < 2:
                 solution = tokenizer.decode(list(completion["ids"]), skip_special_tokens=True)
@@ -294,10 +294,10 @@ def add_teachers(groups, tokenizer, args):
                 prompt = encode_prompt(teacher_row, tokenizer, (), json.loads(args.chat_template_kwargs))["prompt"]
                 if len(prompt) + args.max_completion_length <= args.max_length:
                     prompts[k] = prompt
-        first, second = [*prompts, None, None][:2]
-        learners = defaultdict(list)
+        learners = defaultdict(list)  # by the index of the solution that they are shown
         for k, completion in enumerate(completions):
-            shown = second if k == first else first  # nobody learns from itself
+            others = [index for index in prompts if index != k]  # nobody learns from itself
+            shown = others[0] if others else None
             completion["taught"] = float(shown is not None or bool(row.get("privileged_context")))
             learners[shown].append(completion)
         for shown, members in learners.items():
