@@ -4,9 +4,10 @@ Scripts are used as their users use them: the command line, `parse_args`, `main`
 training run lives in a forked child, so that a kill, a signal or a patched function touches nobody else.
 
 What is shared is tested on one script, or on those that could differ; `--slow` takes all of them. It adds: kills and
-saved models of experimental scripts, ten steps instead of three in their splits, other ways to cut a step, every mesh
-with every model, every numeric flag of every script, smoke runs as processes, signals, leftovers and refusals on every
-script, the second half of the hostile cases, all of the GPU benchmark's cases, python -OO, and whole forks.
+saved models of experimental scripts, resumes of those that leave main and the rollout to their parent, ten steps
+instead of three in their splits, other ways to cut a step, every mesh with every model, every numeric flag of every
+script, smoke runs as processes, signals, leftovers and refusals on every script, the second half of the hostile cases,
+all of the GPU benchmark's cases, python -OO, and whole forks.
 """
 import contextlib
 import gc
@@ -62,18 +63,22 @@ PARSED = load(ROOT)  # once: reading all scripts for each of them took longer th
 TIMEOUT = 60  # seconds a harness call may take: the longest takes about ten, so more is a hang
 
 
+def delta_blocks(own):
+    """The blocks that a script's Delta names."""
+    return [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
+
+
 def changes_the_loop(name):
     """Does a script's Delta name anything but its flags and what stands under the banner `loss`?"""
     own = PARSED[f"methods/{name}.py"]
-    blocks = [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
-    return own.parent == "none" or any(b != "Args.method" and own.banner_of.get(b) != "loss" for b in blocks)
+    others = [b for b in delta_blocks(own) if b != "Args.method" and own.banner_of.get(b) != "loss"]
+    return own.parent == "none" or bool(others)
 
 
 def changes_the_run(name):
     """Does a script's Delta name a part of main, or what fills a rollout?"""
     own = PARSED[f"methods/{name}.py"]
-    blocks = [own.canon(block) for names, _ in own.delta for block in names.split(", ")]
-    return own.parent == "none" or any(block == "rollout" or block.startswith("main.") for block in blocks)
+    return own.parent == "none" or any(b == "rollout" or b.startswith("main.") for b in delta_blocks(own))
 
 
 # Where only flags and loss differ, the loop is the parent's byte for byte (test_copies): one cut of a step and the

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import ROOT, ranks, read_jsonl, script, tiny_rows, train
+from conftest import ROOT, lone_run, ranks, read_jsonl, script, tiny_rows, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import attempt, refused, write_rows
@@ -457,26 +457,42 @@ def test_a_teacher_that_stops_otherwise(stop, code, tmp_path):
         assert result.code == 0, result.err
 
 
-@pytest.mark.parametrize("certainty, collapsed", [(100, True), (5, False)])
-def test_a_student_that_has_one_thing_to_say(certainty, collapsed, tmp_path):
+ON_POLICY = ["--lmbda", 1, "--beta", 1]  # of distillation.py; iw_opd.py knows nothing else
+
+
+@pytest.mark.parametrize("name, more, certainty, collapsed", [
+    (NAME, ON_POLICY, 100, True), (NAME, ON_POLICY, 5, False), ("experimental/iw_opd", [], 100, True)])
+def test_a_student_that_has_one_thing_to_say(name, more, certainty, collapsed, tmp_path):
     """TEACH003: it writes line breaks whatever stands before them, and the teacher would not. In the third step it is
     said. A student that likes them, but may write anything, has only much to learn."""
     lm = AutoModelForCausalLM.from_pretrained(TINY / "model", tie_word_embeddings=False)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
     weights = lm.state_dict()
-    for name, weight in weights.items():
-        if "o_proj" in name or "down_proj" in name or "lm_head" in name:
+    for key, weight in weights.items():
+        if "o_proj" in key or "down_proj" in key or "lm_head" in key:
             weight.zero_()
     weights["model.embed_tokens.weight"].fill_(1.0)  # all hidden states are now alike: the last norm's weight
     hidden = weights["model.norm.weight"]
     weights["lm_head.weight"][tokenizer.encode("\n")[-1]] = certainty * hidden / hidden.square().sum()
     lm.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    flags = ["--model", tmp_path / "student", "--lmbda", 1, "--beta", 1, "--learning_rate", "1e-6", "--max_steps", 3]
-    result = attempt(NAME, tmp_path, *flags, "--allow", "GRPO002")  # line breaks end no completion
+    flags = ["--model", tmp_path / "student", *more, "--learning_rate", "1e-6", "--max_steps", 3]
+    result = attempt(name, tmp_path, *flags, "--allow", "GRPO002")  # line breaks end no completion
     assert result.code == 0, result.err
     said = [alert["step"] for alert in read_jsonl(tmp_path / "out" / "alerts.jsonl") if alert["code"] == "TEACH003"]
     assert said == ([3] if collapsed else [])
+
+
+@pytest.mark.parametrize("entropies, said", [([0, 0, 0], True), ([0, 0, 1, 0, 0], False), ([1, 1, 1], False)])
+def test_a_collapse_lasts_three_rollouts(entropies, said):
+    """TEACH003 counts rollouts in a row. On rank 1, where alerts are counted and nothing is written."""
+    distillation = script(NAME)
+    run = lone_run(distillation.Args())
+    run.rank, run.dtype, run.checkpoint, run.state = 1, torch.float32, None, {"alerts": {}}
+    for step, entropy in enumerate(entropies):
+        metrics = {"loss": 2.0, "entropy": entropy, "truncated_frac": 0.0, "sampler_gap": 0.0}
+        distillation.check_rollout(run, step, metrics)
+    assert list(run.state["alerts"]) == (["TEACH003"] if said else [])
 
 
 def test_rows_without_completions(tmp_path):

@@ -202,14 +202,14 @@ def ran(request, tmp_path_factory):
     return name, folder / "runs" / name.rpartition("/")[2], result.out
 
 
-def test_a_resumed_run_ends_alike(ran, tmp_path):
+def test_a_resumed_run_ends_alike(ran, tmp_path, request):
     """From the checkpoint of step 1, within a rollout, to the same bytes: what steps leave behind in the script's own
     variables is saved, or is not needed. Stable scripts are killed at every turn (test_resume)."""
     name, out, _ = ran
     if name in STABLE:
         pytest.skip("killed at every turn in test_resume")
-    if not changes_the_run(name):
-        pytest.skip("its parent's main, byte for byte (test_copies)")
+    if not changes_the_run(name) and not request.config.getoption("--slow"):
+        pytest.skip("--slow: its parent's main, byte for byte (test_copies)")
     again = interrupted(out, tmp_path / "run", 1)
     train(name, again, *three_steps(name, out.parents[1]), "--resume", "auto")
     assert_equal(again, out, steps=[2, 3])

@@ -187,8 +187,8 @@ def cuts():
     for name in SCRIPTS:
         for world, small in CUTS:
             usual = name == "sft" or (world, small) == CUTS[-1] or (name, world) == ("grpo", 1)
-            usual = usual and name in STABLE + IN_FLOAT64
-            marks = [] if usual else [pytest.mark.slow]
+            in_smoke = name not in STABLE + IN_FLOAT64  # test_smoke cuts its three steps
+            marks = [] if usual and not in_smoke else [pytest.mark.slow]
             yield pytest.param(name, world, small, marks=marks)
 
 

@@ -241,16 +241,16 @@ def check_rollout(run, step, metrics):
         patience=1 if metrics["truncated_frac"] == 1 else 3, message="no stop token",
         fix=("--max_completion_length", length, 2 * length),
     )
-    if metrics["entropy"] < 0.05:  # nats a token: sampled again, a completion would be the same
-        check(
-            run, "TEACH003", step=step, metric="loss", value=metrics["loss"], warn=1.0, patience=3,
-            message="the student has one thing to say, and its teacher would say another: it has collapsed",
-            fix=("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2),
-        )
     entropy = max(metrics["entropy"], 1e-3)  # rounding moves the log-probs of a confident model less
     check(
         run, "GRPO004", step=step, metric="sampler_gap / entropy", value=metrics["sampler_gap"] / entropy,
         warn=0.025, error=0.2, message="sampler and trainer disagree on the same tokens",
+    )
+    disagreement = metrics["sampled_kl"] if metrics["entropy"] < 0.05 else 0.0  # of a student that never hesitates
+    check(
+        run, "TEACH003", step=step, metric="sampled_kl", value=disagreement, warn=1.0, patience=3,
+        message="the student has one thing to say, and its teacher would say another: it has collapsed",
+        fix=("--learning_rate", run.args.learning_rate, run.args.learning_rate / 2),
     )
 
 
